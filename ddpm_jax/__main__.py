@@ -1,0 +1,3 @@
+from ddpm_jax.cli.main import run
+
+run()

@@ -1,0 +1,74 @@
+"""`ddpm`: the table of subcommands and the way into each."""
+
+import importlib
+import sys
+
+from absl import flags
+
+from ddpm_jax import __version__
+from ddpm_jax.errors import UserError
+
+SUBCOMMANDS = {
+    "train": ("train", "train a model, or continue the run in --workdir"),
+    "sample": ("sample", "draw images from a trained model"),
+    "evaluate": ("evaluate", "FID, IS, KID, precision/recall, bits/dim of a model or of images"),
+    "reference": ("reference", "statistics of a dataset's real images, for evaluate"),
+    "reproduce": ("reproduce", "the paper's tables and figures: config, cost, band, verdict"),
+    "inception": ("inception", "convert the Inception-2015 weights (.pth, .pb, .tgz) to .npz"),
+    "import": ("import_", "read the official TF1 checkpoints or a diffusers folder"),
+    "export": ("export", "write safetensors or a diffusers folder"),
+    "data": ("data", "prepare a dataset once, or describe it"),
+    "compile": ("compile", "compile for a TPU or GPU that is not there, and report"),
+    "bench": ("bench", "measure the step, sampling, data, evaluation or compilation"),
+    "doctor": ("doctor", "check this machine, a pod or a bucket before a run"),
+}
+USER_ERROR = 2
+
+
+def usage() -> str:
+    lines = [f"ddpm {__version__}: Denoising Diffusion Probabilistic Models in JAX", "",
+             "usage: ddpm <subcommand> [flags]   (ddpm <subcommand> --help explains one)", ""]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in SUBCOMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _print_help(module, name: str) -> None:
+    print((module.__doc__ or "").strip() + "\n\nflags:")
+    own = flags.FLAGS.flags_by_module_dict()
+    for owner in (module.__name__, "ddpm_jax.cli.common", "ddpm_jax.parallel.distributed"):
+        for flag in own.get(owner, []):
+            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            print(f"  --{flag.name}: {flag.help}{default}")
+
+
+def main(argv: list[str]) -> int:
+    """Run `argv` (without the program's name); returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help", "--helpfull"):
+        print(usage())
+        return 0 if argv else USER_ERROR
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in SUBCOMMANDS:
+        print(f"ddpm: error: no subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}",
+              file=sys.stderr)
+        return USER_ERROR
+    module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
+    module.define_flags()
+    if any(a in ("-h", "--help", "-help") for a in rest):
+        _print_help(module, name)
+        return 0
+    try:
+        positional = flags.FLAGS([f"ddpm {name}", *rest])
+        return module.main(positional) or 0
+    except (UserError, flags.Error) as error:
+        print(f"ddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+

@@ -1,0 +1,33 @@
+"""Strict settings for every test: warnings are errors, rank promotion raises, eight CPU devices."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+# Every test and every process that a test starts compiles the same tiny programs: share them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR",
+                      str(pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax_tests_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture
+def real_images():
+    """Folder of real photographs (class folders of JPEG), named by DDPM_TEST_IMAGES; else skips."""
+    folder = os.environ.get("DDPM_TEST_IMAGES")
+    if not folder or not pathlib.Path(folder).exists():
+        pytest.skip("DDPM_TEST_IMAGES does not name a folder of real images")
+    return pathlib.Path(folder)
