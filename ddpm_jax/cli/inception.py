@@ -1,0 +1,51 @@
+"""ddpm inception convert IN OUT.npz [--allow_unknown_weights] [--overwrite]
+   ddpm inception check [FILE]
+
+`convert` reads Inception's weights (.pth of pytorch-fid or torch-fidelity, TensorFlow's
+classify_image_graph_def.pb or inception-2015-12-05.tgz) without PyTorch or TensorFlow and without
+executing anything in the file, checks sha256, names and shapes, and writes an .npz.
+`check` says which weights would be used and how exactly this machine computes their features.
+"""
+
+from absl import flags
+
+from ddpm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+USAGE = "usage: ddpm inception convert IN OUT.npz | ddpm inception check [FILE]"
+
+
+def define_flags():
+    if "allow_unknown_weights" not in FLAGS:
+        flags.DEFINE_bool("allow_unknown_weights", False,
+                          "accept Inception weights whose sha256 is not known")
+    if "overwrite" not in FLAGS:
+        flags.DEFINE_bool("overwrite", False, "replace a file that is there")
+
+
+def _convert(source, target):
+    from ddpm_jax.evaluation import weights
+    facts = weights.convert(source, target, allow_unknown=FLAGS.allow_unknown_weights,
+                            overwrite=FLAGS.overwrite)
+    print(f"wrote {target}: 94 convolutions, source sha256 {facts['source_sha256']}, "
+          f"tensors sha256 {facts['state_sha256']}")
+
+
+def _check(path=None):
+    from ddpm_jax.evaluation import weights
+    found = weights.load(weights.find(path), allow_unknown=FLAGS.allow_unknown_weights)
+    error = weights.fingerprint_error(found)
+    print(f"{found.path}: tensors sha256 {found.state_sha256}")
+    print("features: no stored fingerprint (convert the file)" if error is None else
+          f"features: relative distance {error:.1e} from those at conversion")
+
+
+COMMANDS = {"convert": (_convert, (2,)), "check": (_check, (0, 1))}
+
+
+def main(argv):
+    command, *rest = argv[1:] or [""]
+    if command not in COMMANDS or len(rest) not in COMMANDS[command][1]:
+        raise UserError(f"inception {' '.join(argv[1:])}: {USAGE}")
+    COMMANDS[command][0](*rest)
+    return 0

@@ -1,0 +1,492 @@
+"""Inception's weights: where they are looked for, what is read, how a file is known to be right.
+
+Reads the .pth of pytorch-fid and torch-fidelity (both pickle layouts) and TensorFlow's frozen graph
+(.pb, .tgz) with numpy and the standard library, through a reader that cannot execute code.
+"""
+
+import collections
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import inception, storage
+
+ENVIRONMENT = "DDPM_JAX_INCEPTION"
+CONVERTED_NAME = "inception-2015-12-05.npz"
+PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+PTH_BYTES = 95_628_359
+URLS = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+)
+TGZ_URL = "http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"
+KNOWN_SOURCES = {PTH_SHA256: "pt_inception-2015-12-05-6726825d.pth"}
+LARGEST_FILE = 1 << 30
+FINGERPRINT_SEED = 20151205
+
+
+class Weights(NamedTuple):
+    """params: of `inception.features`; state_sha256: of the tensors, the same for .pth and .pb."""
+    params: dict
+    state_sha256: str
+    source_sha256: str
+    path: str
+    fingerprint: np.ndarray | None
+
+
+# --- PyTorch files ---------------------------------------------------------------------------
+
+class _StorageType(NamedTuple):
+    dtype: str
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: str
+    numel: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    size: tuple
+    stride: tuple
+
+
+_STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
+             "LongStorage": "<i8", "IntStorage": "<i4", "ByteStorage": "|u1", "BoolStorage": "|b1"}
+
+
+def _rebuild_tensor(storage_, offset, size, stride, *_):
+    if not isinstance(storage_, _Storage):
+        raise UserError("a tensor of the file does not name its storage: not a weights file")
+    return _Tensor(storage_, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+_ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Knows tensors and OrderedDict; refuses every other name before anything is called."""
+
+    def find_class(self, module, name):
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and name in _STORAGES:
+            return _StorageType(_STORAGES[name])
+        raise UserError(f"refused: the file wants to load {module}.{name}, which a weights file "
+                        "has no use for; do not open it with torch.load either")
+
+    def persistent_load(self, pid):
+        kind, type_, key, _, numel = pid[:5]
+        if kind != "storage" or not isinstance(type_, _StorageType):
+            raise UserError(f"the file refers to {kind!r}, not to a storage: not a weights file")
+        return _Storage(str(key), type_.dtype, int(numel))
+
+
+def _materialise(tensors, storages):
+    arrays = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, _Tensor):
+            continue
+        flat = storages[tensor.storage.key]
+        last = tensor.offset + sum((n - 1) * s for n, s in
+                                   zip(tensor.size, tensor.stride, strict=True))
+        empty = 0 in tensor.size
+        if min((tensor.offset, *tensor.size, *tensor.stride)) < 0 or (
+                not empty and last >= len(flat)):
+            raise UserError(f"tensor {name!r} reaches outside its storage: damaged file")
+        arrays[str(name)] = np.lib.stride_tricks.as_strided(
+            flat[tensor.offset:], tensor.size, [s * flat.itemsize for s in tensor.stride],
+            writeable=False).copy()
+    return arrays
+
+
+def _read_pth_zip(content):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        if sum(info.file_size for info in infos.values()) > LARGEST_FILE:
+            raise UserError("the archive unpacks to more than 1 GiB: not Inception's weights")
+        pickles = [name for name in infos if name.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise UserError("the zip holds no data.pkl: not a PyTorch file")
+        root = pickles[0][:-len("data.pkl")]
+        order = archive.read(root + "byteorder") if root + "byteorder" in infos else b"little"
+        if order.strip() != b"little":
+            raise UserError("the file was written on a big-endian machine: not supported")
+        tensors = _RestrictedUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
+        storages = {}
+        for tensor in tensors.values():
+            if isinstance(tensor, _Tensor) and tensor.storage.key not in storages:
+                raw = archive.read(f"{root}data/{tensor.storage.key}")
+                storages[tensor.storage.key] = np.frombuffer(raw, tensor.storage.dtype)
+    return _materialise(tensors, storages)
+
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def _read_pth_legacy(content):
+    file = io.BytesIO(content)
+    if _RestrictedUnpickler(file).load() != _LEGACY_MAGIC:
+        raise UserError("no PyTorch magic number: not a .pth file")
+    _RestrictedUnpickler(file).load()
+    _RestrictedUnpickler(file).load()
+    tensors = _RestrictedUnpickler(file).load()
+    keys = _RestrictedUnpickler(file).load()
+    kinds = {t.storage.key: t.storage for t in tensors.values() if isinstance(t, _Tensor)}
+    storages = {}
+    for key in keys:
+        kind = kinds.get(str(key))
+        if kind is None:
+            raise UserError(f"storage {key!r} belongs to no tensor: damaged file")
+        numel, = struct.unpack("<q", file.read(8))
+        if numel != kind.numel:
+            raise UserError(f"storage {key!r} has {numel} numbers for {kind.numel}: damaged file")
+        raw = file.read(numel * np.dtype(kind.dtype).itemsize)
+        storages[str(key)] = np.frombuffer(raw, kind.dtype)
+    return _materialise(tensors, storages)
+
+
+# --- TensorFlow's frozen graph -----------------------------------------------------------------
+
+def _fields(buffer):
+    """(field number, wire type, value) of one protobuf message; value is an int or a memoryview."""
+    at, end = 0, len(buffer)
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = buffer[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    def take(n):
+        nonlocal at
+        if n > end - at:
+            raise IndexError("truncated")
+        at += n
+        return buffer[at - n:at]
+
+    while at < end:
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            value = varint()
+        elif kind == 1:
+            value = take(8)
+        elif kind == 2:
+            value = take(varint())
+        elif kind == 5:
+            value = take(4)
+        else:
+            raise IndexError(f"wire type {kind}")
+        yield key >> 3, kind, value
+
+
+def _tensor(buffer):
+    """float32 array of a TensorProto, or None for another dtype."""
+    dtype, shape, content, values = 0, [], b"", []
+    for field, kind, value in _fields(buffer):
+        if field == 1:
+            dtype = value
+        elif field == 2:
+            shape = [next((v for f, _, v in _fields(dim) if f == 1), 0)
+                     for f, _, dim in _fields(value) if f == 2]
+        elif field == 4:
+            content = bytes(value)
+        elif field == 5:
+            values.append(np.frombuffer(value, "<f4") if kind in (2, 5) else ())
+    if dtype != 1:
+        return None
+    flat = np.frombuffer(content, "<f4") if content else (
+        np.concatenate(values) if values else np.zeros(1, np.float32))
+    size = int(np.prod(shape, dtype=np.int64))
+    return (np.full(size, flat[0], np.float32) if flat.size == 1 else flat).reshape(shape)
+
+
+def read_graph(content: bytes) -> tuple[dict, dict]:
+    """GraphDef -> ({name: array of each float Const}, {name: {attribute: value}} of norms)."""
+    constants, norms = {}, {}
+    for field, _, node in _fields(memoryview(content)):
+        if field != 1:
+            continue
+        name = op = ""
+        attributes = {}
+        for part, _, value in _fields(node):
+            if part == 1:
+                name = bytes(value).decode()
+            elif part == 2:
+                op = bytes(value).decode()
+            elif part == 5:
+                entry = {f: v for f, _, v in _fields(value)}
+                attributes[bytes(entry[1]).decode()] = entry.get(2, b"")
+        if op == "Const" and "value" in attributes:
+            raw = next((v for f, _, v in _fields(attributes["value"]) if f == 8), None)
+            array = None if raw is None else _tensor(raw)
+            if array is not None:
+                constants[name] = array
+        elif op == "BatchNormWithGlobalNormalization":
+            norms[name] = {key: next((v for _, _, v in _fields(value)), 0)
+                           for key, value in attributes.items()}
+    return constants, norms
+
+
+def graph_names() -> dict:
+    """{torchvision's name: the 2015 graph's scope} of the 94 convolutions.
+
+    The graph numbers what it meets: conv, conv_1 ... and mixed, mixed_1 ...; in a block a branch
+    of one convolution has no scope, the others are tower, tower_1 ...; a fork inside is `mixed`.
+    """
+    names = {}
+
+    def numbered(base, n):
+        return base if n == 0 else f"{base}_{n}"
+
+    def walk_branch(steps, prefix, scope):
+        n = 0
+        for step in steps:
+            if isinstance(step, inception.Conv):
+                names[prefix + step.name] = scope + numbered("conv", n)
+                n += 1
+            elif isinstance(step, inception.Split):
+                for m, branch in enumerate(step.branches):
+                    names[prefix + branch[0].name] = scope + "mixed/" + numbered("conv", m)
+
+    blocks = [s for s in inception.LAYERS if isinstance(s, inception.Split)]
+    walk_branch([s for s in inception.LAYERS if isinstance(s, inception.Conv)], "", "")
+    for b, block in enumerate(blocks):
+        scope, towers = numbered("mixed", b) + "/", 0
+        for branch in block.branches:
+            if len(branch) == 1:
+                walk_branch(branch, block.name + ".", scope)
+            else:
+                walk_branch(branch, block.name + ".", scope + numbered("tower", towers) + "/")
+                towers += 1
+    return names
+
+
+def _read_pb(content):
+    try:
+        constants, norms = read_graph(content)
+    except (IndexError, ValueError, KeyError) as error:
+        raise UserError(f"not a TensorFlow GraphDef: {error}") from error
+    state = {}
+    parts = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean",
+             "running_var": "moving_variance"}
+    wanted = {f"{ours}.conv.weight": f"{theirs}/conv2d_params"
+              for ours, theirs in graph_names().items()}
+    wanted |= {f"{ours}.bn.{a}": f"{theirs}/batchnorm/{b}"
+               for ours, theirs in graph_names().items() for a, b in parts.items()}
+    wanted |= {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
+    missing = [theirs for theirs in wanted.values() if theirs not in constants]
+    if missing:
+        raise UserError(f"the graph lacks {len(missing)} constants, first {missing[0]!r}: not "
+                        "classify_image_graph_def.pb")
+    for ours, theirs in wanted.items():
+        array = constants[theirs]
+        if ours == "fc.weight":
+            array = array.T
+        elif array.ndim == 4:
+            array = array.transpose(3, 2, 0, 1)
+        norm = norms.get(theirs.rsplit("/", 1)[0], {})
+        if ours.endswith("bn.weight") and norm and not norm.get("scale_after_normalization", 1):
+            array = np.ones_like(array)      # the graph carries a gamma that it does not apply
+        state[ours] = np.ascontiguousarray(array)
+    for name, norm in norms.items():
+        epsilon = norm.get("variance_epsilon")
+        epsilon = 1e-3 if epsilon is None else struct.unpack("<f", epsilon)[0]
+        if abs(epsilon - inception.BN_EPSILON) > 1e-6:
+            raise UserError(f"{name}: batch norm's epsilon is {epsilon:g}, not "
+                            f"{inception.BN_EPSILON}: another graph")
+    return state
+
+
+def _read_tgz(content):
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".pb"):
+                    if member.size > LARGEST_FILE:
+                        break
+                    return _read_pb(archive.extractfile(member).read())
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"not a readable .tgz: {error}") from error
+    raise UserError("the archive holds no .pb: expected classify_image_graph_def.pb")
+
+
+def _reader(content):
+    """Chosen by the file's first bytes, not by its name."""
+    if content[:2] == b"PK":
+        return _read_pth_zip
+    if content[:2] == b"\x1f\x8b":
+        return _read_tgz
+    if content[:1] == b"\x80":
+        return _read_pth_legacy
+    if content[:1] == b"\x0a":
+        return _read_pb
+    raise UserError("neither a PyTorch file (.pth) nor a TensorFlow graph (.pb, .tgz)")
+
+
+def read_state(content: bytes) -> dict:
+    """The 472 tensors of `inception.state_shapes()` from a file's bytes, as float32."""
+    try:
+        found = _reader(content)(content)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, struct.error, KeyError,
+            AttributeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"damaged or truncated weights file: {error}") from error
+    shapes = inception.state_shapes()
+    found = {k: v for k, v in found.items() if not k.endswith("num_batches_tracked")}
+    missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
+    if missing or extra:
+        example = min(missing or extra)
+        raise UserError(f"not the FID Inception: {len(missing)} tensors missing, {len(extra)} not "
+                        f"known (first {example!r}); torchvision's own weights do not fit")
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise UserError(f"{name}: shape {found[name].shape}, expected {shape}")
+        if not np.all(np.isfinite(found[name])):
+            raise UserError(f"{name}: has a value that is not finite")
+    return {name: np.asarray(found[name], np.float32) for name in shapes}
+
+
+def state_sha256(state: dict) -> str:
+    """Identity of the tensors themselves: equal for a .pth and a .pb with the same numbers."""
+    digest = hashlib.sha256()
+    for name in inception.state_shapes():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(state[name], "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_images() -> np.ndarray:
+    """Eight seeded images, uint8 [8,32,32,3]."""
+    rng = np.random.default_rng(FINGERPRINT_SEED)
+    return rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+
+
+def fingerprint(params: dict, *, precision: str = "highest") -> np.ndarray:
+    """pool_3 of `fingerprint_images`, float32 [8,2048], on the machine at hand."""
+    import jax
+    run = jax.jit(lambda p, x: inception.features(p, x, precision=precision).pool_3)
+    return np.concatenate([np.asarray(run(params, image[None])) for image in fingerprint_images()])
+
+
+def fingerprint_error(weights: Weights, *, precision: str = "highest") -> float | None:
+    """Relative distance of this machine's pool_3 from the one stored at conversion.
+
+    Near 3e-7 in float32; 5e-4 or more says that the device rounds its multiplications.
+    """
+    if weights.fingerprint is None:
+        return None
+    ours = fingerprint(weights.params, precision=precision).astype(np.float64)
+    stored = weights.fingerprint.astype(np.float64)
+    return float(np.linalg.norm(ours - stored) / np.linalg.norm(stored))
+
+
+def _check_source(digest, size, path, allow_unknown):
+    if digest in KNOWN_SOURCES or allow_unknown:
+        return
+    raise UserError(
+        f"{path} ({size} bytes, sha256 {digest}) is not a known source of the weights (known: "
+        f"{', '.join(f'{name} {sha}' for sha, name in KNOWN_SOURCES.items())}; TensorFlow's .pb "
+        "and .tgz have no published hash); if you trust it, add --allow_unknown_weights")
+
+
+def convert(source, target, *, allow_unknown: bool = False, overwrite: bool = False) -> dict:
+    """.pth, .pb or .tgz -> .npz with the tensors, their origin's sha256 and a feature fingerprint.
+
+    -> {'source_sha256', 'state_sha256', 'bytes'}. UserError: unknown hash, wrong shapes, code
+    inside, target there already.
+    """
+    if not str(target).endswith(".npz"):
+        raise UserError(f"{target}: the converted file must end in .npz")
+    if storage.exists(target) and not overwrite:
+        raise UserError(f"{target} exists; name another file or add --overwrite")
+    content = storage.read_bytes(source)
+    digest = hashlib.sha256(content).hexdigest()
+    _check_source(digest, len(content), source, allow_unknown)
+    state = read_state(content)
+    identity = state_sha256(state)
+    storage.write_npz(target, state | {
+        "source_sha256": np.array(digest), "state_sha256": np.array(identity),
+        "fingerprint": fingerprint(inception.fold(state))})
+    return {"source_sha256": digest, "state_sha256": identity, "bytes": len(content)}
+
+
+def candidates(explicit=None, environ=None) -> list:
+    """(what it is, path) of every place that is looked at, in order."""
+    environ = os.environ if environ is None else environ
+    if explicit:
+        return [("--inception_weights", str(explicit))]
+    home = environ.get("HOME", os.path.expanduser("~"))
+    cache = environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    hub = (environ.get("TORCH_HOME") or f"{cache}/torch") + "/hub/checkpoints/"
+    places = [(f"${ENVIRONMENT}", environ[ENVIRONMENT])] if environ.get(ENVIRONMENT) else []
+    return places + [
+        ("cache", f"{cache}/ddpm_jax/{CONVERTED_NAME}"),
+        ("pytorch-fid's copy", hub + "pt_inception-2015-12-05-6726825d.pth"),
+        ("torch-fidelity's copy", hub + "weights-inception-2015-12-05-6726825d.pth"),
+        ("TTUR's copy", "/tmp/classify_image_graph_def.pb"),
+        ("TTUR's copy", "/tmp/imagenet/classify_image_graph_def.pb"),
+        ("TensorFlow's copy", "/tmp/imagenet/inception-2015-12-05.tgz")]
+
+
+def missing_message(places) -> str:
+    looked = "; ".join(f"{what} {path}" for what, path in places)
+    return (
+        f"Inception's weights are needed for FID, IS, KID and precision/recall and are not here. "
+        f"Looked for, in order: {looked}. Download {URLS[0]} or {URLS[1]} ({PTH_BYTES} bytes, "
+        f"sha256 {PTH_SHA256}) or {TGZ_URL}, then run: ddpm inception convert FILE "
+        f"~/.cache/ddpm_jax/{CONVERTED_NAME}. Without the weights, --metrics=bpd,offline works.")
+
+
+def find(explicit=None, environ=None) -> str:
+    """Path of the weights, or UserError with everything needed to get them."""
+    places = candidates(explicit, environ)
+    for _, path in places:
+        if storage.exists(path):
+            return path
+    raise UserError(missing_message(places))
+
+
+def load(path, *, allow_unknown: bool = False) -> Weights:
+    """Weights from a converted .npz (checked when converted), or straight from a source file."""
+    if not str(path).endswith(".npz"):
+        content = storage.read_bytes(path)
+        digest = hashlib.sha256(content).hexdigest()
+        _check_source(digest, len(content), path, allow_unknown)
+        state = read_state(content)
+        return Weights(inception.fold(state), state_sha256(state), digest, str(path), None)
+    arrays = storage.read_npz(path)
+    shapes = inception.state_shapes()
+    wrong = [n for n, s in shapes.items() if n not in arrays or arrays[n].shape != s]
+    if wrong or "state_sha256" not in arrays:
+        raise UserError(f"{path} was not written by `ddpm inception convert`: "
+                        f"{len(wrong)} tensors missing or of another shape")
+    identity = state_sha256(arrays)
+    if identity != str(arrays["state_sha256"]):
+        raise UserError(f"{path}: the tensors do not have the stored sha256: damaged file, convert "
+                        "again")
+    return Weights(inception.fold(arrays), identity, str(arrays["source_sha256"]), str(path),
+                   arrays["fingerprint"])
