@@ -1,0 +1,42 @@
+"""Weights that nobody trained, chosen so that no layer's output vanishes or grows."""
+
+import numpy as np
+
+from ddpm_jax.interchange import names
+
+SMALL = names.Architecture(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
+                           image_size=16, in_channels=3, out_channels=3)
+
+
+def random_params(arch, seed=0):
+    """Nested params of ``arch``: kernels N(0, 1/fan_in), scales 1 + N(0, 0.1^2), biases
+    N(0, 0.1^2), all independent."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for entry in names.entries(arch):
+        x = rng.standard_normal(entry.shape, dtype=np.float32)
+        if len(entry.shape) > 1:
+            fan_in = np.prod(entry.shape[1:]) if len(entry.shape) == 4 else entry.shape[0]
+            x *= np.float32(fan_in**-0.5)
+        else:
+            x = np.float32(0.1) * x + np.float32(entry.path[-1] == "scale")
+        node = params
+        for part in entry.path[:-1]:
+            node = node.setdefault(part, {})
+        node[entry.path[-1]] = x
+    return params
+
+
+def flat(tree, path=()):
+    """{dotted path: leaf} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {".".join(path): tree}
+    return {k: v for key, child in tree.items() for k, v in flat(child, (*path, key)).items()}
+
+
+def assert_bit_equal(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype == np.float32 and a[name].shape == b[name].shape
+        assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
