@@ -4,9 +4,11 @@ Exit codes of every program that uses this module (launchers, JobSet and sbatch 
 
 ====  ==========================================================================================
    0  done
+   1  an uncaught exception, a bug; do not restart
    2  bad input, one line says which; do not restart
   42  ``EXIT_RESTART``: got SIGTERM, everything worth keeping is saved; restart, free of charge
- 134  JAX aborted: a peer died, or did not come within --init_timeout; restart, counted
+ 134  ``EXIT_LOST``: a peer died or did not come within --init_timeout (as a rule JAX itself
+      aborts, which is the same number); restart, counted
  170  ``EXIT_HUNG``: the watchdog saw no step for too long and printed all stacks; restart, counted
  171  ``EXIT_UNREACHABLE``: no coordinator at the address; restart, counted
 ====  ==========================================================================================
@@ -17,6 +19,7 @@ and hosts that compare versions. The state of ``jax.distributed`` has no public 
 few uses of ``jax._src.distributed.global_state``.
 """
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -25,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import select
 import signal
 import socket
@@ -39,6 +43,7 @@ from absl import flags
 from ddpm_jax.errors import UserError
 
 EXIT_RESTART = 42
+EXIT_LOST = 134
 EXIT_HUNG = 170
 EXIT_UNREACHABLE = 171
 
@@ -120,7 +125,7 @@ def initialize() -> Pod:
         started = time.monotonic()
         problem = probe(host, port, timeout)
         if problem:
-            _say(f"error: {problem}")
+            _say(f"error: {problem}")  # not UserError: a restart may well help
             raise SystemExit(EXIT_UNREACHABLE)
         timeout = max(int(timeout - (time.monotonic() - started)), 30)
     joined = threading.Event()
@@ -132,6 +137,7 @@ def initialize() -> Pod:
             heartbeat_timeout_seconds=heartbeat)
     finally:
         joined.set()
+    sys.excepthook = _leave_on_exception
     _say(f"{me}: joined; a process silent for {heartbeat} s ends the run")
     return pod
 
@@ -241,6 +247,34 @@ def check_same_everywhere(facts: dict[str, str]):
                         + "; install the same wheels and pass the same config on every host")
 
 
+def leave(code: int):
+    """Ends a process of a pod with `code`, without JAX's shutdown barrier of 300 s.
+
+    For errors: the other processes wait in a collective that this one will never enter. Gives
+    them 10 s to come here with the same error, then goes; they end within the heartbeat. Returns
+    where there is no pod, and for the codes 0 and EXIT_RESTART, which take the ordinary way.
+    """
+    client = _state().client
+    if client is None or code in (0, EXIT_RESTART):
+        return
+    with contextlib.suppress(Exception):
+        client.wait_at_barrier("ddpm/error", int(1000 * LEAVE_PATIENCE_S))
+    if _state().process_id == 0:
+        time.sleep(1.0)  # the service lives here: let the others go first
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because the other end is gone: the peer tells why, not we.
+
+    JAX usually aborts by itself in this case; Gloo and NCCL sometimes raise first.
+    """
+    return re.search(r"gloo|nccl|\bUNAVAILABLE\b|connection (reset|closed|refused)|heartbeat|"
+                     r"broken pipe", str(error), re.IGNORECASE) is not None
+
+
 class Stop:
     """Tells the loops when to save and leave. Made by `watch_for_stop`."""
 
@@ -256,6 +290,8 @@ class Stop:
             os.set_blocking(end, False)
         self._old_handler = self._old_wakeup = None
         self._closed = False
+        self._watcher = threading.Thread(target=self._watch, name="ddpm-stop", daemon=True)
+        self._leaver = threading.Thread(target=self._leave_if_stuck, name="ddpm-leave", daemon=True)
 
     def requested(self, step: int) -> bool:
         """True when all processes are to save now and exit with EXIT_RESTART.
@@ -289,13 +325,28 @@ class Stop:
             self._changed.notify_all()
 
     def close(self):
-        """Puts the former signal handler back."""
+        """Puts the former signal handler back and ends the threads; runs at exit by itself."""
         if self._closed:
             return
+        atexit.unregister(self._at_exit)
+        if self._leaving:  # a thread is ending the process: do not race it
+            self._leaver.join()
         self._closed = True
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_handler or signal.SIG_DFL)
         os.write(self._wake_write, b"\0")
+        # Not left to the interpreter: a daemon thread that it ends inside a call of the
+        # coordination service aborts the whole process ("exception not rethrown").
+        for thread in (self._watcher, self._leaver):
+            if thread.is_alive():
+                thread.join(4 * LEAVE_PATIENCE_S)
+        for end in (self._wake_read, self._wake_write):
+            os.close(end)
+
+    def _at_exit(self):
+        self.close()
+        # The process is on its way out; one more signal must not change its exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _install(self):
         before = _c_handler()
@@ -305,7 +356,8 @@ class Stop:
         # by its address. Where the address is Python's own there is nothing to call.
         if self._client is not None and before not in (0, 1, _c_handler()):
             self._chain = ctypes.CFUNCTYPE(None, ctypes.c_int)(before)
-        threading.Thread(target=self._watch, name="ddpm-stop", daemon=True).start()
+        self._watcher.start()
+        atexit.register(self._at_exit)
 
     def _on_python_signal(self, signum, frame):
         # In case something else took the wake-up descriptor. Nothing that takes a lock: this
@@ -321,7 +373,7 @@ class Stop:
         if self._chain is not None:
             self._chain(signal.SIGTERM)
         _say(f"process {self._process_id}: received SIGTERM; stopping at the next step")
-        threading.Thread(target=self._leave_if_stuck, name="ddpm-leave", daemon=True).start()
+        self._leaver.start()
 
     def _watch(self):
         # A pipe, because the C half of Python's handler writes to it at once, while the Python
@@ -339,11 +391,9 @@ class Stop:
                 peers = self._client.key_value_dir_get("ddpm/leave/")
             except Exception:  # the service is gone: JAX itself ends the process
                 break
-            if peers and not self._agreed:
+            if peers:
+                self._leaver = threading.current_thread()
                 self._leave(f"{peers[0][1]} is leaving")
-        if self._closed:
-            os.close(self._wake_read)
-            os.close(self._wake_write)
 
     def _leave_if_stuck(self):
         idle_since = time.monotonic()
@@ -480,6 +530,11 @@ def _still_waiting(joined, me: str, coordinator: str):
     while not joined.wait(30):
         waited += 30
         _say(f"{me}: still waiting at {coordinator} after {waited} s; are all processes started?")
+
+
+def _leave_on_exception(kind, value, trace):
+    sys.__excepthook__(kind, value, trace)
+    leave(EXIT_LOST if is_lost_peer(value) else 1)
 
 
 def _option(flag: str, variable: str, kind, default):
