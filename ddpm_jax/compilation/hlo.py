@@ -1,0 +1,322 @@
+"""What a compiled program does, read line by line from the text of its optimised HLO.
+
+The entry computation lists what runs; a fusion is one kernel, a loop's body runs as often as its
+trip count says. That gives kernels, bytes and collectives of a step without running it. Bytes are
+an estimate of traffic: every operand and result of a kernel once, caches ignored.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\]")
+# Bookkeeping that launches nothing.
+FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+                  "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"})
+FREE_CALLS = frozenset({"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "xla.sdy.Sharding"})
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all",
+               "collective-broadcast")
+SLICES = frozenset({"slice", "dynamic-slice", "gather"})
+
+
+class Instruction(NamedTuple):
+    """One line. type: its shape as written; operands: names; rest: the attributes as written."""
+
+    name: str
+    opcode: str
+    type: str
+    operands: list[str]
+    rest: str
+
+    def attribute(self, key: str) -> str | None:
+        """The value after `key=`, up to the next comma or brace; quotes and % removed."""
+        at = self.rest.find(f" {key}=")
+        if at < 0:
+            return None
+        value = self.rest[at + len(key) + 2:].lstrip('{"%')
+        return re.split(r"[,} ]", value, maxsplit=1)[0].strip('"%')
+
+
+class Program(NamedTuple):
+    """computations: name -> instructions in order; entry: name of the one that runs."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
+class Kernel(NamedTuple):
+    """One launch. name: as XLA names it, without number; kind: a row of CLASSES; bytes: operands
+    and results in full; sliced: only the parts of them that are touched, where a slice says so;
+    runs: how often a call of the program runs it."""
+
+    name: str
+    kind: str
+    bytes: int
+    sliced: int
+    runs: int
+
+
+def array_bytes(type: str) -> int:
+    """Bytes of a type such as 'f32[8,32]{1,0}' or of a tuple of them, layouts ignored."""
+    total = 0
+    for item, dims in ARRAY.findall(type):
+        bits = ITEM_BITS.get(item)
+        if bits is None:
+            bits = int(re.search(r"\d+", item)[0]) if re.search(r"\d", item) else 0
+        sizes = [int(d.strip("<=")) for d in dims.split(",") if d.strip("<=")]
+        total += -(-bits * math.prod(sizes) // 8)
+    return total
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes text[start]."""
+    depth = 0
+    for at in range(start, len(text)):
+        if text[at] == "(":
+            depth += 1
+        elif text[at] == ")":
+            depth -= 1
+            if not depth:
+                return at
+    return len(text)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head, equals, tail = line.partition(" = ")
+    if not equals:
+        return None
+    name = head.split()[-1].lstrip("%")
+    end = _closing(tail, 0) + 1 if tail.startswith("(") else tail.find(" ")
+    type, body = tail[:end], tail[end:].lstrip()
+    open_at = body.find("(")
+    if open_at < 0:
+        return None
+    close = _closing(body, open_at)
+    inside = body[open_at + 1:close]
+    operands = [] if body.startswith(("constant(", "parameter(")) else re.findall(
+        r"%([\w.\-]+)", inside)
+    if body.startswith(("constant(", "parameter(")):
+        operands = [inside[:40]]
+    return Instruction(name, body[:open_at], type, operands, body[close + 1:])
+
+
+def parse(text: str) -> Program:
+    """The text of `compiled.as_text()`."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if line.endswith("{") and "->" in line and not line.startswith((" ", "HloModule")):
+                words = line.split(" ", 2)
+                name = (words[1] if words[0] == "ENTRY" else words[0]).lstrip("%")
+                name = name.partition("(")[0]
+                entry = name if words[0] == "ENTRY" else entry
+                current = computations[name] = []
+        elif line.startswith("}"):
+            current = None
+        else:
+            instruction = _instruction(line)
+            if instruction is not None:
+                current.append(instruction)
+    return Program(computations, entry)
+
+
+def trip_count(program: Program, loop: Instruction) -> int | None:
+    """How often a `while` runs, where the compiler says so or its condition is `i < constant`."""
+    known = re.search(r'known_trip_count[^0-9]*(\d+)', loop.rest)
+    if known:
+        return int(known[1])
+    conditions = [program.computations.get(loop.attribute("condition"), [])]
+    conditions += [program.computations.get(i.attribute("calls"), [])
+                   for i in conditions[0] if i.opcode == "fusion"]
+    lines = [i for computation in conditions for i in computation]
+    limits = [int(i.operands[0]) for i in lines if i.opcode == "constant"
+              and i.type.startswith(("s32[]", "u32[]")) and i.operands[0].lstrip("-").isdigit()]
+    less = [i for i in lines if i.opcode == "compare" and i.attribute("direction") == "LT"]
+    return limits[0] if len(limits) == 1 and len(less) == 1 else None
+
+
+class Execution(NamedTuple):
+    """What a call runs: (instruction, runs) in order, and the loops: (name, trips or None)."""
+
+    lines: list[tuple[Instruction, int]]
+    loops: list[tuple[str, int | None]]
+    types: dict[str, str]
+
+
+def execution(program: Program) -> Execution:
+    """Every launch of one call, loop bodies times their trip count (once where it is unknown)."""
+    out = Execution([], [], {})
+
+    def walk(computation: str, runs: int):
+        for i in program.computations.get(computation, []):
+            out.types[i.name] = i.type
+            if i.opcode == "while":
+                trips = trip_count(program, i)
+                out.loops.append((i.name, trips))
+                walk(i.attribute("body"), runs * (1 if trips is None else trips))
+            elif i.opcode == "call":
+                walk(i.attribute("to_apply"), runs)
+            elif i.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+                names = (re.findall(r"%([\w.\-]+)", branches[1]) if branches else
+                         [i.attribute("true_computation"), i.attribute("false_computation")])
+                walk(max(names, key=lambda n: len(program.computations.get(n, []))), runs)
+            elif i.opcode in FREE or i.opcode.endswith(("-done", "-update")):
+                continue
+            elif i.opcode == "custom-call" and i.attribute("custom_call_target") in FREE_CALLS:
+                continue
+            else:
+                out.lines.append((i, runs))
+
+    walk(program.entry, 1)
+    return out
+
+
+def _sliced_bytes(program: Program, i: Instruction, types: dict[str, str]) -> int:
+    """Bytes of a kernel where an operand that is only sliced counts by its slices."""
+    full = array_bytes(i.type) + sum(array_bytes(types.get(o, "")) for o in i.operands)
+    body = program.computations.get(i.attribute("calls"), []) if i.opcode == "fusion" else []
+    if not body:
+        return full
+    inner = {x.name: x for x in body}
+    users = collections.defaultdict(list)
+    for x in body:
+        if x.opcode not in ("constant", "parameter"):
+            for o in x.operands:
+                users[o].append(x)
+    total = array_bytes(i.type)
+    root = body[-1]
+    for x in body:
+        if x.opcode != "parameter":
+            continue
+        same, ends = [x.name], []  # the operand under its other names, and who uses it
+        for name in same:
+            for user in users[name]:
+                if user.opcode == "bitcast":
+                    same.append(user.name)
+                else:
+                    ends.append(user)
+        if ends and all(e.opcode in SLICES for e in ends):
+            total += sum(array_bytes(e.type) for e in ends)
+        elif ends == [root] and root.opcode == "dynamic-update-slice" and root.operands[0] in same:
+            # Written in place: neither this operand nor the result moves but for the update.
+            total += array_bytes(inner[root.operands[1]].type) - array_bytes(i.type)
+        else:
+            total += array_bytes(x.type)
+    return total
+
+
+def _base(name: str) -> str:
+    """'input_add_reduce_fusion.12.clone' -> 'input_add_reduce'."""
+    words = [w for w in name.split(".") if not w.isdigit() and w not in ("clone", "remat")]
+    return ".".join(words).removesuffix("_fusion") or name
+
+
+# First match names the class. Where: the name of the kernel, its opcode, what a fusion holds, and
+# the names of the source's operations (`op_name`), each a test on one string or set.
+CLASSES = {
+    "collective": lambda name, opcodes, source: any(
+        o.removesuffix("-start") in COLLECTIVES for o in opcodes),
+    "convolution": lambda name, opcodes, source: "convolution" in opcodes or "conv" in name.split(
+        "convert")[0].split("-") or "$conv" in source,
+    "matrix product": lambda name, opcodes, source: "dot" in opcodes or "gemm" in name
+        or "$gemm" in source or "cublas" in source,
+    "random bits": lambda name, opcodes, source: "rng-bit-generator" in opcodes
+        or "random_bits" in source or "threefry" in source,
+    "concatenation": lambda name, opcodes, source: "concatenate" in name,
+    "reduction": lambda name, opcodes, source: "reduce" in name or "reduce" in opcodes,
+    "copy and transposition": lambda name, opcodes, source: name.startswith(
+        ("copy", "transpose", "input_transpose", "wrapped_transpose", "loop_transpose",
+         "wrapped_copy", "bitcast")),
+    "elementwise": lambda name, opcodes, source: True,
+}
+
+
+def kernels(program: Program, run: Execution) -> list[Kernel]:
+    """One Kernel for each instruction that launches something."""
+    out = []
+    for i, runs in run.lines:
+        body = program.computations.get(i.attribute("calls"), []) if i.opcode == "fusion" else []
+        opcodes = {i.opcode} | {x.opcode for x in body}
+        source = (i.attribute("custom_call_target") or "") + " " + (i.attribute("op_name") or "")
+        name = _base(i.name)
+        kind = next(k for k, test in CLASSES.items() if test(name, opcodes, source))
+        full = array_bytes(i.type) + sum(array_bytes(run.types.get(o, "")) for o in i.operands)
+        out.append(Kernel(name, kind, full, _sliced_bytes(program, i, run.types), runs))
+    return out
+
+
+def _table(kernels: list[Kernel], key: str) -> dict:
+    rows: dict[str, list[int]] = {}
+    for k in kernels:
+        row = rows.setdefault(getattr(k, key), [0, 0, 0])
+        row[0] += k.runs
+        row[1] += k.runs * k.bytes
+        row[2] += k.runs * k.sliced
+    order = sorted(rows.items(), key=lambda item: -item[1][1])
+    return {name: {"kernels": n, "bytes": b, "bytes_sliced": s} for name, (n, b, s) in order}
+
+
+def summary(text: str) -> dict:
+    """Everything countable in one optimised program, as plain data; see the module's docstring."""
+    program = parse(text)
+    every = [i for lines in program.computations.values() for i in lines]
+    run = execution(program)
+    launched = kernels(program, run)
+    collectives: dict[str, dict[str, int]] = {}
+    for i, runs in run.lines:
+        name = i.opcode.removesuffix("-start")
+        if name in COLLECTIVES:
+            row = collectives.setdefault(name, {"count": 0, "bytes": 0})
+            row["count"] += runs
+            row["bytes"] += runs * sum(array_bytes(run.types.get(o, "")) for o in i.operands)
+    outside = [i for i, _ in run.lines]
+    return {
+        "instructions": len(every),
+        "entry_instructions": len(program.computations.get(program.entry, [])),
+        "opcodes": dict(collections.Counter(i.opcode for i in every).most_common()),
+        "fusions": sum(i.opcode == "fusion" for i in outside),
+        "copies": sum(i.opcode in ("copy", "copy-start") for i in outside),
+        "transposes": sum(i.opcode == "transpose" or "transpose" in i.name for i in outside),
+        "custom_calls": dict(collections.Counter(
+            i.attribute("custom_call_target") for i in outside
+            if i.opcode == "custom-call").most_common()),
+        "collectives": collectives,
+        "loops": [{"name": name, "trips": trips} for name, trips in run.loops],
+        "kernels": sum(k.runs for k in launched),
+        "bytes": sum(k.runs * k.bytes for k in launched),
+        "bytes_sliced": sum(k.runs * k.sliced for k in launched),
+        "by_class": _table(launched, "kind"),
+        "by_name": _table(launched, "name"),
+    }
+
+
+def large_float32(text: str, *, batch: int, at_least: int, parameter_sizes=()) -> dict[str, int]:
+    """Shapes of float32 arrays that kernels write to memory and that look like feature maps.
+
+    A feature map has `batch` among its first two sizes and at least `at_least` elements, and is
+    not a parameter (their element counts are `parameter_sizes`). -> {'f32[...]': how many}
+    """
+    program = parse(text)
+    found: collections.Counter = collections.Counter()
+    for i, runs in execution(program).lines:
+        for item, dims in ARRAY.findall(i.type):
+            sizes = [int(d) for d in dims.split(",") if d]
+            count = math.prod(sizes)
+            if (item == "f32" and count >= at_least and batch in sizes[:2]
+                    and count not in parameter_sizes):
+                found[f"f32[{dims}]"] += runs
+    return dict(found)
+
+
+def stablehlo_opcodes(text: str) -> dict[str, int]:
+    """Operations of a StableHLO module's text by name, most frequent first."""
+    counts: collections.Counter = collections.Counter()
+    for line in text.splitlines():
+        match = re.match(r'\s*(?:%[\w:#, ]+ = )?"?((?:stablehlo|chlo|func|call)[\w.]*)', line)
+        if match and match[1] not in ("func.func", "stablehlo.return"):
+            counts[match[1]] += 1
+    return dict(counts.most_common())

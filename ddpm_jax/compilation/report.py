@@ -1,0 +1,223 @@
+"""Trace, lower and compile a program by stages, and say what came of it as plain data.
+
+Times are wall and CPU seconds of this process. Sizes and counts come from the compiler's own text,
+memory analysis and cost analysis; what a backend does not answer, or answers with nonsense, is
+None and prints as n/a.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from ddpm_jax.compilation import hlo
+from ddpm_jax.errors import UserError
+
+SCHEMA = 1
+# What people type for --optimization_level -> XLA's option and value. O2 is XLA's own default.
+LEVELS = {"O0": -1.0, "O1": -0.5, "O2": 0.0, "O3": 1.0}
+EFFORT = "exec_time_optimization_effort"
+MEMORY_KINDS = ("argument", "output", "alias", "temp", "generated_code")
+
+
+class Compiled(NamedTuple):
+    """report: plain data, see `compile_and_report`; lowered, compiled: JAX's stages, compiled is
+    None where the program does not fit the device's memory."""
+
+    report: dict
+    lowered: Any
+    compiled: Any
+
+
+@contextlib.contextmanager
+def _clock(row: dict, stage: str):
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    row[stage] = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def compiler_options(level: str | None = None, pairs=()) -> dict[str, Any]:
+    """--optimization_level and 'key=value' pairs as XLA's options.
+
+    Values are numbers or true/false where they read as such. Raises UserError on a malformed pair
+    or an unknown level.
+    """
+    options: dict[str, Any] = {}
+    if level:
+        if level not in LEVELS:
+            raise UserError(f"optimization_level: {level!r} is not one of {', '.join(LEVELS)}")
+        options[EFFORT] = LEVELS[level]
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"compiler_options: {pair!r} is not of the form key=value")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def count_equations(jaxpr) -> int:
+    """Equations of a jaxpr and of every jaxpr inside it, loop bodies once."""
+    total = len(jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in jax.tree.leaves(value, is_leaf=lambda v: hasattr(v, "eqns")
+                                         or hasattr(v, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += count_equations(inner)
+    return total
+
+
+def sensible(value, *, zero=False) -> float | None:
+    """A cost model's figure, or None where it is absent, negative, not finite, or 0 unless `zero`
+    may be: 'n/a' is better than nonsense."""
+    if value is None or not 0 <= value < float("inf") or (value == 0 and not zero):
+        return None
+    return float(value)
+
+
+def cost(compiled) -> dict[str, float | None]:
+    """XLA's own cost model for one device: estimated, bodies of loops counted once."""
+    try:
+        model = compiled.cost_analysis() or {}
+    except Exception:  # a backend without a cost model raises what it likes
+        model = {}
+    if isinstance(model, list):
+        model = model[0] if model else {}
+    return {"status": "estimated", "flops": sensible(model.get("flops")),
+            "bytes": sensible(model.get("bytes accessed")),
+            "transcendentals": sensible(model.get("transcendentals"), zero=True),
+            "optimal_seconds": sensible(model.get("optimal_seconds"))}
+
+
+def memory(compiled) -> dict[str, int | None]:
+    """Bytes on one device by kind, and their peak: arguments + results - aliased + temporaries +
+    code. What is donated is in arguments and in alias."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return dict.fromkeys((*MEMORY_KINDS, "peak"))
+    kinds = {k: int(getattr(analysis, f"{k}_size_in_bytes")) for k in MEMORY_KINDS}
+    peak = sum(kinds.values()) - 2 * kinds["alias"]
+    return {**kinds, "peak": peak}
+
+
+def versions() -> dict[str, str]:
+    """Everything that decides what a compiler makes of a program."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {**found, "python": platform.python_version(), "machine": platform.machine(),
+            "cpus": str(os.cpu_count()), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+
+
+def fingerprint(text: str) -> str:
+    """16 hex digits of a StableHLO module without its source locations."""
+    lines = (line for line in text.splitlines() if not line.startswith("#loc"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Compiled:
+    """Compile jitted(*args) for abstract or real `args`, stage by stage.
+
+    jitted: what jax.jit or jax.pmap returns. options: XLA's compiler options. programs_cache=False
+    leaves the persistent cache alone (it cannot read programs for absent devices back).
+    Raises UserError for an option that XLA does not know. A program that does not fit the device's
+    memory is no error: `compiled` is None and report['fits'] False, with XLA's words.
+    """
+    seconds: dict[str, dict[str, float]] = {}
+    with _clock(seconds, "trace"):
+        # What jax.pmap returns has no trace of its own.
+        traced = jitted.trace(*args) if hasattr(jitted, "trace") else None
+        jaxpr = traced.jaxpr if traced else jax.make_jaxpr(jitted)(*args)
+    with _clock(seconds, "lower"):
+        lowered = traced.lower() if traced else jitted.lower(*args)
+    text = lowered.as_text()
+    stablehlo = hlo.stablehlo_opcodes(text)
+    report = {
+        "schema": SCHEMA, "seconds": seconds, "versions": versions(),
+        "compiler_options": dict(options or {}), "fingerprint": fingerprint(text),
+        "jaxpr_equations": count_equations(jaxpr.jaxpr),
+        "stablehlo": {"instructions": sum(stablehlo.values()), "opcodes": stablehlo},
+    }
+    cache_was = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", programs_cache and cache_was)
+    try:
+        with _clock(seconds, "compile"):
+            compiled = lowered.compile(compiler_options=dict(options or {}) or None)
+    except Exception as error:  # XlaRuntimeError, ValueError: told apart by their words
+        words = " ".join(str(error).split())
+        if "No such compile option" in words or "compile option" in words.lower():
+            raise UserError(f"compiler_options: {words[:200]}") from error
+        if "RESOURCE_EXHAUSTED" not in words and "out of memory" not in words.lower():
+            raise
+        return Compiled({**report, "fits": False, "why": words[:600]}, lowered, None)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cache_was)
+    report |= {"hlo": hlo.summary(compiled.as_text()), "memory": memory(compiled),
+               "cost": cost(compiled), "executable_bytes": executable_bytes(compiled)}
+    return Compiled(report, lowered, compiled)
+
+
+def executable_bytes(compiled) -> int | None:
+    """Size of the serialised executable, None where the backend cannot serialise it."""
+    try:
+        from jax.experimental import serialize_executable
+
+        return len(serialize_executable.serialize(compiled)[0])
+    except Exception:  # not every backend can, and each says so in its own way
+        return None
+
+
+def write_artifacts(result: Compiled, folder: str | os.PathLike) -> list[str]:
+    """Write report.json, stablehlo.mlir, a portable StableHLO artifact, the unoptimised HLO as text
+    and protobuf, and the optimised HLO into a new or empty `folder`. -> names of the files."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out: {folder} exists and is not an empty folder; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    computation = result.lowered.compiler_ir("hlo")
+    files = {
+        "stablehlo.mlir": result.lowered.as_text().encode(),
+        "unoptimized_hlo.txt": computation.as_hlo_text().encode(),
+        "unoptimized_hlo.pb": computation.as_serialized_hlo_module_proto(),
+    }
+    portable = portable_artifact(result.lowered)
+    if portable is not None:
+        files["stablehlo.mlir.bc"] = portable
+    if result.compiled is not None:
+        files["optimized_hlo.txt"] = result.compiled.as_text().encode()
+    files["report.json"] = (json.dumps(result.report, indent=1) + "\n").encode()
+    for name, data in files.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(data)
+        os.replace(partial, folder / name)
+    return sorted(files)
+
+
+def portable_artifact(lowered) -> bytes | None:
+    """The module as versioned StableHLO bytecode, which other tools and later versions read; None
+    where it holds operations that StableHLO does not have. Shardings stay as attributes of the
+    dialect that JAX writes them in (sdy)."""
+    from jax._src.lib import _jax
+    from jax._src.lib.mlir.dialects import hlo as stablehlo
+
+    version = stablehlo.get_version_from_compatibility_requirement(
+        stablehlo.StablehloCompatibilityRequirement.WEEK_12)
+    module = lowered.compiler_ir("stablehlo")
+    try:
+        # The last argument keeps what is not StableHLO (sdy) beside it instead of refusing.
+        return _jax.mlir.serialize_portable_artifact(module, version, True)
+    except Exception:  # the dialect's own error types are not exported
+        return None

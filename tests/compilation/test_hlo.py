@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax.compilation import hlo
+
+# Written by hand in the form XLA prints, so that every figure below can be counted with a pencil.
+PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_multiply (p0: bf16[4,8], p1: bf16[4,8]) -> bf16[4,8] {
+  %p0 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[4,8]{1,0} parameter(1)
+  ROOT %m = bf16[4,8]{1,0} multiply(%p0, %p1), metadata={op_name="jit(step)/mul"}
+}
+
+%fused_slice (p0: f32[100], p1: f32[10]) -> f32[10] {
+  %p0 = f32[100]{0} parameter(0)
+  %p1 = f32[10]{0} parameter(1)
+  %s = f32[10]{0} slice(%p0), slice={[0:10]}
+  ROOT %r = f32[10]{0} add(%s, %p1)
+}
+
+%fused_update (p0: f32[100], p1: f32[10], p2: s32[]) -> f32[100] {
+  %p0 = f32[100]{0} parameter(0)
+  %p1 = f32[10]{0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %u = f32[100]{0} dynamic-update-slice(%p0, %p1, %p2)
+}
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %reduced = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add.1
+  ROOT %out = (s32[], f32[8]{0}) tuple(%i, %reduced)
+}
+
+%condition (arg: (s32[], f32[8])) -> pred[] {
+  %arg.1 = (s32[], f32[8]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (in: f32[8], w: bf16[4,8], big: f32[100], small: f32[10]) -> f32[8] {
+  %in = f32[8]{0} parameter(0)
+  %w = bf16[4,8]{1,0} parameter(1)
+  %big = f32[100]{0} parameter(2)
+  %small = f32[10]{0} parameter(3)
+  %zero = s32[] constant(0)
+  %loop_multiply_fusion.7 = bf16[4,8]{1,0} fusion(%w, %w), kind=kLoop, calls=%fused_multiply
+  %loop_slice_fusion = f32[10]{0} fusion(%big, %small), kind=kLoop, calls=%fused_slice
+  %loop_update_fusion = f32[100]{0} fusion(%big, %loop_slice_fusion, %zero), kind=kLoop, calls=%fused_update
+  %conv = (bf16[4,8]{1,0}, u8[16]{0}) custom-call(%loop_multiply_fusion.7), custom_call_target="__cudnn$convForward"
+  %start = (s32[], f32[8]{0}) tuple(%zero, %in)
+  %while.1 = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  ROOT %result = f32[8]{0} get-tuple-element(%while.1), index=1
+}
+"""  # noqa: E501
+
+
+def test_counts_of_a_program_written_by_hand():
+    found = hlo.summary(PROGRAM)
+    assert found["instructions"] == 3 + 3 + 4 + 4 + 5 + 4 + 12
+    assert found["entry_instructions"] == 12
+    assert found["opcodes"]["fusion"] == 3 and found["fusions"] == 3
+    assert found["loops"] == [{"name": "while.1", "trips": 5}]
+    # The loop's all-reduce runs five times; constants, tuples and parameters launch nothing.
+    assert found["collectives"] == {"all-reduce": {"count": 5, "bytes": 5 * 32}}
+    assert found["kernels"] == 3 + 1 + 5
+    multiply, sliced, update = 3 * 64, 400 + 40 + 40, 400 + 40 + 4 + 400
+    assert found["bytes"] == multiply + sliced + update + (64 + 64 + 16) + 5 * 64
+    assert found["bytes_sliced"] == (multiply + 3 * 40 + (40 + 40 + 4)
+                                     + (64 + 64 + 16) + 5 * 64)
+    assert found["custom_calls"] == {"__cudnn$convForward": 1}
+    assert found["by_class"]["convolution"] == {"kernels": 1, "bytes": 144, "bytes_sliced": 144}
+    assert found["by_class"]["collective"]["kernels"] == 5
+    assert found["by_name"]["loop_multiply"]["bytes"] == multiply
+
+
+def test_an_unknown_trip_count_counts_once_and_says_so():
+    found = hlo.summary(PROGRAM.replace("direction=LT", "direction=NE"))
+    assert found["loops"] == [{"name": "while.1", "trips": None}]
+    assert found["collectives"]["all-reduce"]["count"] == 1
+    told = PROGRAM.replace(
+        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert hlo.summary(told)["collectives"]["all-reduce"]["count"] == 9
+
+
+@pytest.mark.parametrize(("type", "size"), [
+    ("f32[8,32]{1,0:T(8,128)}", 1024), ("bf16[3]", 6), ("pred[7]", 7), ("s32[]", 4), ("token[]", 0),
+    ("(f32[2]{0}, u8[5]{0}, (bf16[2,2]))", 21), ("s4[5]", 3), ("f8e4m3fn[4]", 4), ("f32[0]", 0)])
+def test_bytes_of_types(type, size):
+    assert hlo.array_bytes(type) == size
+
+
+def test_float32_feature_maps_are_found_and_parameters_are_not():
+    text = PROGRAM.replace("%big = f32[100]{0}", "%big = f32[16,4,4,8]{3,2,1,0}").replace(
+        "%loop_update_fusion = f32[100]{0}", "%loop_update_fusion = f32[16,4,4,8]{3,2,1,0}")
+    assert hlo.large_float32(text, batch=16, at_least=1000) == {"f32[16,4,4,8]": 1}
+    assert hlo.large_float32(text, batch=16, at_least=3000) == {}
+    assert hlo.large_float32(text, batch=8, at_least=1000) == {}
+    assert hlo.large_float32(text, batch=16, at_least=1000, parameter_sizes={2048}) == {}
+
+
+def test_what_xla_prints_today_is_read():
+    # 7 steps of x @ w: the loop, its trip count and its product must all be found.
+    def f(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), x.sum()), x, None, length=7)
+
+    lowered = jax.jit(f).lower(jnp.ones((64, 64)), jnp.ones((64, 64)))
+    found = hlo.summary(lowered.compile().as_text())
+    assert [loop["trips"] for loop in found["loops"]] == [7]
+    assert found["by_class"]["matrix product"]["kernels"] == 7
+    ops = hlo.stablehlo_opcodes(lowered.as_text())
+    assert ops["stablehlo.while"] == 1 and ops["stablehlo.dot_general"] == 1
+    assert "func.func" not in ops and "stablehlo.return" not in ops
