@@ -1,0 +1,96 @@
+"""Statistics of real images, with what decides whether samples may be compared to them."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import storage
+
+TEXT = ("dataset", "split", "protocol", "weights_sha256", "images_sha256", "versions")
+
+
+class Reference(NamedTuple):
+    """mu float64 [D], sigma float64 [D,D], n images; image_shape (H,W,C); features float32 [m,D] of
+    the first m images or None. protocol, dataset, ... are None in a foreign file."""
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None = None
+    dataset: str | None = None
+    split: str | None = None
+    protocol: str | None = None
+    weights_sha256: str | None = None
+    images_sha256: str | None = None
+    image_shape: tuple | None = None
+    features: np.ndarray | None = None
+    versions: str | None = None
+    path: str | None = None
+
+
+def identity(reference: Reference) -> str:
+    """sha256 of the numbers: names the reference in a result."""
+    digest = hashlib.sha256()
+    digest.update(np.ascontiguousarray(reference.mu, "<f8").tobytes())
+    digest.update(np.ascontiguousarray(reference.sigma, "<f8").tobytes())
+    return digest.hexdigest()
+
+
+def save(path, reference: Reference, *, overwrite: bool = False) -> None:
+    """Written whole or not at all. UserError when the file is there."""
+    if not str(path).endswith(".npz"):
+        raise UserError(f"{path}: a reference must end in .npz")
+    if storage.exists(path) and not overwrite:
+        raise UserError(f"{path} exists; name another file or add --overwrite")
+    arrays = {"mu": np.asarray(reference.mu, np.float64),
+              "sigma": np.asarray(reference.sigma, np.float64),
+              "n": np.array(reference.n, np.int64),
+              "image_shape": np.array(reference.image_shape, np.int64)}
+    arrays |= {name: np.array(getattr(reference, name)) for name in TEXT}
+    if reference.features is not None:
+        arrays["features"] = np.asarray(reference.features, np.float32)
+    storage.write_npz(path, arrays)
+
+
+def load(path) -> Reference:
+    """A file of `save`, or anybody's npz with mu and sigma (TTUR, EDM): then without provenance."""
+    arrays = storage.read_npz(path)
+    missing = {"mu", "sigma"} - arrays.keys()
+    if missing:
+        names = " and no ".join(sorted(missing))
+        raise UserError(f"{path} has no {names}: not reference statistics")
+    mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit; expected [D] "
+                        "and [D,D]")
+    if not (np.all(np.isfinite(mu)) and np.all(np.isfinite(sigma))):
+        raise UserError(f"{path}: mu or sigma has a value that is not finite; make it again")
+    facts = {name: str(arrays[name]) for name in TEXT if name in arrays}
+    return Reference(
+        mu, sigma, int(arrays["n"]) if "n" in arrays else None, **facts,
+        image_shape=tuple(map(int, arrays["image_shape"])) if "image_shape" in arrays else None,
+        features=arrays.get("features"), path=str(path))
+
+
+def differences(reference: Reference, **expected) -> list[str]:
+    """What differs from the samples' side; expected: fields of Reference, None: unknown."""
+    return [f"{field} is {getattr(reference, field)!r}, the samples have {value!r}"
+            for field, value in expected.items()
+            if value is not None and getattr(reference, field) is not None
+            and getattr(reference, field) != value]
+
+
+def check(reference: Reference, *, force: bool = False, **expected) -> list[str]:
+    """Warnings to print and store. UserError where the two must not be mixed and force is off."""
+    found = differences(reference, **expected)
+    if len(reference.mu) != 2048:
+        raise UserError(f"{reference.path}: {len(reference.mu)}-d statistics; FID needs 2048 "
+                        "(pool_3)")
+    if found and not force:
+        raise UserError(f"reference {reference.path} does not fit: {'; '.join(found)}; make one "
+                        "with `ddpm reference`, or add --force to get a number that says so")
+    warnings = [f"forced: {text}" for text in found]
+    if reference.protocol is None:
+        warnings.append(f"{reference.path}: unknown protocol (no resize, precision or weights "
+                        "stored with it); the number may be off")
+    return warnings
