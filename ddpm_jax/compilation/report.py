@@ -180,12 +180,20 @@ def executable_bytes(compiled) -> int | None:
         return None
 
 
-def write_artifacts(result: Compiled, folder: str | os.PathLike) -> list[str]:
-    """Write report.json, stablehlo.mlir, a portable StableHLO artifact, the unoptimised HLO as text
-    and protobuf, and the optimised HLO into a new or empty `folder`. -> names of the files."""
+def check_folder(folder: str | os.PathLike | None) -> pathlib.Path | None:
+    """`folder` as a path; UserError where something is in it already. None stays None."""
+    if folder is None:
+        return None
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out: {folder} exists and is not an empty folder; name another")
+    return folder
+
+
+def write_artifacts(result: Compiled, folder: str | os.PathLike) -> list[str]:
+    """Write report.json, stablehlo.mlir, a portable StableHLO artifact, the unoptimised HLO as text
+    and protobuf, and the optimised HLO into a new or empty `folder`. -> names of the files."""
+    folder = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     computation = result.lowered.compiler_ir("hlo")
     files = {
@@ -221,3 +229,101 @@ def portable_artifact(lowered) -> bytes | None:
         return _jax.mlir.serialize_portable_artifact(module, version, True)
     except Exception:  # the dialect's own error types are not exported
         return None
+
+
+# ---- as a table ----
+
+
+def size(count: float | None) -> str:
+    """Bytes with a decimal unit: 1,250,000 -> '1.25 MB'; None -> 'n/a'."""
+    return quantity(count, "B")
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """A number with a decimal prefix and three digits; None -> 'n/a'."""
+    if value is None:
+        return "n/a"
+    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= power:
+            return f"{value / power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _top(table: dict, count: int) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in list(table.items())[:count])
+
+
+def render(report: dict) -> str:
+    """The report as lines for a terminal. Estimated figures say so."""
+    rows: list[tuple[str, str]] = []
+    about, seconds = report.get("about", {}), report["seconds"]
+    for key in ("program", "config", "machine", "runner", "dtype", "batch", "step"):
+        if key in about:
+            value = about[key]
+            rows.append((key, ", ".join(f"{k} {v}" for k, v in value.items())
+                         if isinstance(value, dict) else str(value)))
+    rows.append(("seconds", ", ".join(
+        f"{stage} {s['wall_s']:.1f} (CPU {s['cpu_s']:.1f})" for stage, s in seconds.items())))
+    rows.append(("source", f"{report['jaxpr_equations']:,} jaxpr equations, "
+                 f"{report['stablehlo']['instructions']:,} StableHLO operations, fingerprint "
+                 f"{report['fingerprint']}"))
+    fit = report.get("fit")
+    if fit:
+        rows.append(("fits", f"yes: {size(fit['peak'])} of {size(fit['hbm'])} a device, "
+                     f"{fit['free']:.1%} free" if fit["fits"] else
+                     f"NO: {size(fit['peak'])} of {size(fit['hbm'])} a device"))
+    if "hlo" not in report:
+        rows.append(("fits", f"NO: {report.get('why', '')}"))
+    else:
+        rows += _program_rows(report)
+    roof = report.get("roofline")
+    if roof:
+        rows.append(("roofline", f"{_seconds(roof['seconds'])} a call at least, bound by "
+                     f"{roof['bound']} (compute {_seconds(roof['compute_s'])}, memory "
+                     f"{_seconds(roof['memory_s'])}, all-reduce {_seconds(roof['all_reduce_s'])}; "
+                     f"{quantity(roof['intensity'])} FLOP/byte, ridge {quantity(roof['ridge'])}) "
+                     "[estimated]"))
+    for at in report.get("speed", []):
+        rows.append((f"at {at['mfu']:.0%} MFU", f"{at['steps_per_s']:.3g} calls/s, whole run "
+                     f"{at['hours']:.3g} h, {at['chip_hours']:.3g} chip-hours [estimated]"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _program_rows(report: dict) -> list[tuple[str, str]]:
+    found, memory_kinds, model = report["hlo"], report["memory"], report["cost"]
+    rows = [
+        ("HLO", f"{found['instructions']:,} instructions ({found['entry_instructions']:,} in the "
+         f"entry), {found['fusions']:,} fusions, {found['copies']:,} copies, "
+         f"{found['transposes']:,} transposes; executable {size(report['executable_bytes'])}"),
+        ("operations", _top(found["opcodes"], 8)),
+        ("collectives", ", ".join(f"{n} {c['count']} ({size(c['bytes'])})"
+                                  for n, c in found["collectives"].items()) or "none"),
+        ("memory", ", ".join(f"{k} {size(v)}" for k, v in memory_kinds.items())),
+        ("kernels", f"{found['kernels']:,} a call; {size(found['bytes'])} moved, "
+         f"{size(found['bytes_sliced'])} counting only what slices touch [estimated]"),
+    ]
+    if found["custom_calls"]:
+        rows.append(("custom calls", _top(found["custom_calls"], 6)))
+    for name, row in found["by_class"].items():
+        rows.append((f"  {name}", f"{row['kernels']:,} kernels, {size(row['bytes'])}"))
+    unknown = [loop for loop in found["loops"] if loop["trips"] is None]
+    known = [loop["trips"] for loop in found["loops"] if loop["trips"] is not None]
+    if known:
+        rows.append(("loops", f"bodies times {', '.join(map(str, known))}; XLA's own cost model "
+                     "below counts a body once"))
+    if unknown:
+        rows.append(("loops", f"{len(unknown)} of unknown length, counted once"))
+    rows.append(("XLA's cost", f"{quantity(model['flops'], 'FLOP')}, {size(model['bytes'])}, "
+                 f"optimal {_seconds(model['optimal_seconds'])}, a device [estimated]"))
+    work = report.get("work")
+    if work:
+        rows.append(("work", f"{quantity(work['flops_per_call'], 'FLOP')} a call, counted by hand "
+                     f"({quantity(work['flops_per_image'], 'FLOP')} an image)"))
+    return rows
