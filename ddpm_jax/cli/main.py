@@ -60,11 +60,26 @@ def main(argv: list[str]) -> int:
         _print_help(module, name)
         return 0
     try:
-        positional = flags.FLAGS([f"ddpm {name}", *rest])
-        return module.main(positional) or 0
+        return module.main(_parse(name, rest)) or 0
     except (UserError, flags.Error) as error:
         print(f"ddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
+
+
+def _parse(name: str, rest: list[str]) -> list[str]:
+    """Read the flags; -> ['ddpm <name>', positionals...]. A wrong config field is a UserError."""
+    if any(word.startswith(("--config", "-config")) for word in rest):
+        from ddpm_jax.cli.common import with_packaged_configs
+
+        rest = with_packaged_configs(rest)
+    try:
+        return flags.FLAGS([f"ddpm {name}", *rest])
+    except (AttributeError, KeyError) as error:
+        field = str(error.args[0]).replace("\\n", "\n").splitlines()[0].strip("\\'\"")
+        raise UserError(f"config has no field {field!r}; the fields and their defaults are in "
+                        "configs/default.py") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"in --config: {error}") from None
 
 
 def run() -> None:

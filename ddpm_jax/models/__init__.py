@@ -1,0 +1,1 @@
+"""The network (flax.linen); knows nothing of diffusion."""

@@ -1,0 +1,1 @@
+"""The training step, its randomness, its optimizer, and the loop around it."""

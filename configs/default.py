@@ -1,0 +1,81 @@
+"""Every field there is, with the paper's CIFAR-10 values; the other configs change a few.
+
+Not meant to be trained itself: take cifar10.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(dict(
+        seed=0,
+        data=dict(
+            name="cifar10",       # a row of ddpm_jax/data/datasets.py
+            dir="",               # where `ddpm data prepare` put it; "" = ~/.cache/ddpm_jax/data
+            image_size=32,
+            channels=3,
+            flip=True,            # mirror each image with probability 1/2
+            resident=True,        # keep the images on the device (small sets); else stream them
+            threads=16,           # decoding threads of a streamed set
+        ),
+        model=dict(
+            ch=128,
+            ch_mult=(1, 2, 2, 2),
+            num_res_blocks=2,
+            attn_resolutions=(16,),
+            dropout=0.1,
+            num_groups=32,
+            space_to_depth=1,
+            remat=False,          # recompute blocks in the backward pass: less memory, more time
+            dtype="float32",      # what products are computed in; parameters stay float32
+        ),
+        diffusion=dict(
+            num_timesteps=1000,
+            schedule=dict(name="linear", beta_start=1e-4, beta_end=0.02),
+            predict="eps",        # eps, x_start, x_prev
+            variance="fixed_large",     # fixed_large, fixed_small, learned
+            first_log_variance="next",  # at t = 0: next (CIFAR-10 code), floor (256x256 code)
+            loss="mse",           # mse (L_simple), kl (a term of the variational bound)
+        ),
+        train=dict(
+            steps=800_000,
+            batch_size=128,       # global, of one update
+            accumulation=1,       # pieces that a device takes one after the other
+            steps_per_dispatch=50,
+            log_every=100,
+            clip_scope="per_replica",   # per_replica (what the paper ran), global
+            clip_norm=1.0,        # 0 = off
+            clip_replicas=8,      # equal parts of a batch that are clipped on their own
+            random="threefry",    # threefry; rbg, unsafe_rbg: cheaper, results depend on the layout
+        ),
+        optimizer=dict(
+            learning_rate=2e-4,
+            warmup_steps=5000,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            eps_rule="tensorflow",      # tensorflow (the paper's), optax
+        ),
+        ema=dict(decay=0.9999),
+        parallel=dict(runner="shard_map"),    # jit, pmap, shard_map
+        checkpoint=dict(
+            every=10_000,
+            keep=3,               # newest
+            keep_every=50_000,    # and every multiple of this
+        ),
+        eval=dict(
+            sample_every=10_000,  # a grid of samples (0 = never)
+            sample_num=64,
+            every=0,              # metrics of ``metrics`` (0 = never)
+            metrics="offline",    # comma list, as of `ddpm evaluate --metrics`
+            num=2000,             # generated images
+            bpd_num=1000,         # real images for bits/dim
+            best="",              # keep the checkpoint with the lowest value of this metric too
+        ),
+        sampler=dict(
+            name="ancestral",     # ancestral, ddim
+            steps=0,              # of num_timesteps, evenly spaced; 0 = all
+            clip_denoised=True,
+            batch_size=256,       # global
+        ),
+    ))

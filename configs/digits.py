@@ -1,0 +1,23 @@
+"""scikit-learn's 1,797 handwritten digits, 8x8 grey: the default that needs no download.
+
+Machine and minutes: see README. Not in the paper; T and the model are small so that two CPU cores
+train, sample and judge it within five minutes.
+"""
+
+from ddpm_jax.configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.update(name="digits", image_size=8, channels=1, flip=False)
+    config.model.update(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,),
+                        num_groups=8)
+    config.diffusion.num_timesteps = 200
+    config.diffusion.schedule.beta_end = 0.1
+    config.train.update(steps=6000, batch_size=128, steps_per_dispatch=100, clip_replicas=1)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=200)
+    config.ema.decay = 0.999
+    config.checkpoint.update(every=2000, keep=2, keep_every=0)
+    config.eval.update(sample_every=2000, sample_num=64)
+    config.sampler.batch_size = 500
+    return config

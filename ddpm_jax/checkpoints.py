@@ -1,0 +1,244 @@
+"""Checkpoints of a run (Orbax): asynchronous, atomic, self-describing.
+
+WORKDIR/config.json is the run's resolved config; WORKDIR/checkpoints/<step>/ holds the items
+``params``, ``ema_params``, ``training`` (step and optimizer) and ``config``.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ddpm_jax.errors import UserError
+
+# What a resumed run may change; everything else belongs to the run and must stay.
+RESUME_MAY_CHANGE = (
+    "train.steps",
+    "train.steps_per_dispatch",
+    "train.log_every",
+    "checkpoint.",
+    "eval.",
+    "sampler.",
+    "parallel.",
+    "data.dir",
+    "data.threads",
+)
+
+
+def resolve(workdir) -> epath.Path:
+    """Absolute path of a run's folder; gs:// and the like stay as they are."""
+    text = str(workdir)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def flatten(config: dict, prefix="") -> dict:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differing_fields(old: dict, new: dict) -> list[str]:
+    """Fields that a resume may not change and that differ, as 'field: old -> new'."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, None) != new.get(name, None) and not name.startswith(RESUME_MAY_CHANGE)
+    ]
+
+
+def write_json(path, value) -> None:
+    """Write, then rename: a reader sees the old file or the new one, whole."""
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def read_config(workdir) -> dict | None:
+    """The run's config, or None where the folder holds no run."""
+    path = resolve(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy, or from the "
+                        "'config' item of a checkpoint beside it") from None
+
+
+def claim(workdir, config: dict, *, write=True) -> None:
+    """Make the folder this run's, or check that it already is (then only allowed fields differ).
+
+    Raises UserError naming the fields that differ, or the folder that cannot be written.
+    """
+    folder = resolve(workdir)
+    old = read_config(folder)
+    if old is not None:
+        wrong = differing_fields(old, config)
+        if wrong:
+            raise UserError(
+                f"--workdir={folder} belongs to a run with another config: {'; '.join(wrong)}; "
+                "take another --workdir, or the old values"
+            )
+    elif (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir()):
+        raise UserError(f"{folder} has checkpoints but no config.json: not a run of ddpm; take "
+                        "another --workdir")
+    if write:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", config)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={folder}: {error.strerror or error}; "
+                            "choose a folder that you may write to") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method, at the same steps."""
+
+    def __init__(self, workdir, *, keep=2, keep_every=0, best="", read_only=False):
+        """keep: newest ones kept; keep_every: steps whose multiples are kept too (0 = none);
+        best: metric whose lowest value's checkpoint is kept too ('' = none)."""
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        managers = ocp.checkpoint_managers
+        policies = [managers.LatestN(n=max(keep, 1))]
+        if keep_every:
+            policies.append(managers.EveryNSteps(interval_steps=keep_every))
+        if best:
+            policies.append(managers.BestN(
+                get_metric_fn=lambda m: m[best], reverse=True, n=1,
+                keep_checkpoints_without_metrics=False))
+        self._ocp = ocp
+        self.folder = resolve(workdir) / "checkpoints"
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
+                save_decision_policy=managers.FixedIntervalPolicy(1),
+                preservation_policy=managers.AnyPreservationPolicy(policies),
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, config: dict, metrics: dict | None = None) -> None:
+        """Start saving TrainState ``state`` (global arrays); ``wait`` ends it.
+
+        The state is copied on the device first: the next step may overwrite its buffers.
+        """
+        if step in self._manager.all_steps():
+            return
+        args = self._ocp.args
+        state = jax.tree.map(jnp.copy, state)
+        with self._failures(f"saving step {step}"):
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    params=args.StandardSave(state.params),
+                    ema_params=args.StandardSave(state.ema_params),
+                    training=args.StandardSave(
+                        {"step": state.step, "opt_state": state.opt_state}),
+                    config=args.JsonSave(config),
+                ),
+                metrics=metrics,
+            )
+
+    def wait(self) -> None:
+        """Block until what was started is on disk."""
+        with self._failures("saving"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, step: int, like):
+        """The TrainState saved at ``step``, laid out as ``like`` (arrays or ShapeDtypeStructs)."""
+        args = self._ocp.args
+        with self._damage(step):
+            read = self._manager.restore(step, args=args.Composite(
+                params=args.StandardRestore(like.params),
+                ema_params=args.StandardRestore(like.ema_params),
+                training=args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
+            ))
+        return like._replace(
+            params=read.params, ema_params=read.ema_params, step=read.training["step"],
+            opt_state=read.training["opt_state"],
+        )
+
+    def restore_weights(self, step: int | None, like, *, ema: bool):
+        """-> (params, step): the weights alone. step None is the newest.
+
+        Raises UserError where there is no such checkpoint (the ones there are are listed), or
+        it is damaged.
+        """
+        step = self.find(step)
+        args = self._ocp.args
+        item = "ema_params" if ema else "params"
+        with self._damage(step):
+            read = self._manager.restore(
+                step, args=args.Composite(**{item: args.StandardRestore(like)}))
+        return read[item], step
+
+    def find(self, step: int | None) -> int:
+        """The checkpoint asked for, or the newest. Raises UserError where there is none."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self.folder}: train first (`ddpm train "
+                            f"--workdir={self.folder.parent} ...`)")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"--step={step}: no such checkpoint in {self.folder}; there are "
+                            f"{', '.join(map(str, steps))}")
+        return step
+
+    def close(self) -> None:
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self, doing):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many types for a failed write
+            last = self.latest()
+            kept = f"the last good checkpoint is step {last}" if last is not None else "none yet"
+            raise UserError(f"{doing} in {self.folder} failed: {_reason(error)}; {kept}") from error
+
+    @contextlib.contextmanager
+    def _damage(self, step):
+        try:
+            yield
+        except Exception as error:  # as many types for a damaged one
+            others = [s for s in self.steps() if s != step]
+            raise UserError(
+                f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}; delete the "
+                f"folder {step} to go on from another (there are: {others or 'none'})"
+            ) from error
+
+
+def _reason(error) -> str:
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if os.strerror(code).lower() in text.lower():
+            return os.strerror(code)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

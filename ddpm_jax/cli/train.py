@@ -1,0 +1,27 @@
+"""ddpm train --config=FILE_OR_NAME --workdir=DIR [--config.any.field=value ...]
+
+Train a model. If DIR holds a run already, it goes on from its newest checkpoint, without asking.
+A SIGTERM saves and exits with 42; run the same command again to continue.
+
+  ddpm train --config=digits --workdir=runs/digits
+  ddpm train --config=cifar10 --workdir=runs/cifar10 --config.data.dir=/data
+"""
+
+from ddpm_jax.cli import common
+from ddpm_jax.parallel import distributed
+
+
+def define_flags():
+    common.define_config_flag()
+    common.define_workdir_flag()
+    distributed.define_flags()
+
+
+def main(argv):
+    common.no_positionals(argv)
+    config, workdir = common.required("config"), common.required("workdir")
+    stop, watchdog = common.join(config)
+    from ddpm_jax import run
+
+    done = run.train(config, workdir, stop=stop, watchdog=watchdog)
+    return 0 if done else distributed.EXIT_RESTART

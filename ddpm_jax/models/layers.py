@@ -1,0 +1,281 @@
+"""Layers of the paper's U-Net (Ho et al. 2020, App. B; official nn.py and models/unet.py).
+
+Parameters are float32; ``dtype`` is what convolutions and matrix products compute in. Statistics of
+the norms, softmax and the timestep embedding are float32 always. 3x3 kernels are stored OHWI, the
+order that cuDNN reads, so that no step transposes them.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DROPOUT_BITS = 16  # a probability is a multiple of 2**-16: 0.1 is drawn as 0.100006
+
+
+def _initializer(scale, in_axis, out_axis):
+    # The official code turns a scale of 0 into 1e-10 (nn.py:10).
+    return nn.initializers.variance_scaling(
+        max(scale, 1e-10), "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis
+    )
+
+
+def timestep_embedding(t, dim):
+    """Sinusoids of t int32 [B] -> float32 [B,dim]: sines, then cosines (nn.py:90).
+
+    Frequencies fall from 1 to 1/10000 over ``dim // 2`` channels, both ends included.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def space_to_depth(x, block):
+    """[B,H,W,C] -> [B,H/block,W/block,C*block*block] (run_lsun.py:46)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // block, block, w // block, block, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // block, w // block, block * block * c)
+
+
+def depth_to_space(x, block):
+    """The inverse of ``space_to_depth``."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, block, block, c // (block * block))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * block, w * block, c // (block * block))
+
+
+def upsample_nearest(x):
+    """[B,H,W,C] -> [B,2H,2W,C], each pixel four times."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+# ---- group norm, SiLU and dropout as one differentiable operation ----
+#
+# Written by hand for the bytes it moves: forward and backward read the activation once for all
+# sums and once to apply, keep only the activation itself (in the compute type) and two numbers a
+# group, and the barriers stop XLA from sharing a float32 copy of it between the two reads.
+
+
+def _group_sum(x, groups):
+    """[B,C] -> [B,C]: every channel gets its group's sum."""
+    b, c = x.shape
+    total = x.reshape(b, groups, c // groups).sum(axis=2, keepdims=True)
+    return jnp.broadcast_to(total, (b, groups, c // groups)).reshape(b, c)
+
+
+def group_moments(x, groups):
+    """Mean and variance of each (image, group) of x [B,H,W,C], spread to float32 [B,C] each.
+
+    One read: per channel, the first two moments about that channel's first pixel; channels are
+    then joined as in Chan et al. (1983). Unlike E[x^2] - E[x]^2 this does not cancel where the
+    mean is large beside the deviation.
+    """
+    per_group = x.shape[3] // groups
+    shift = x[:, 0, 0, :].astype(jnp.float32)
+    centred = x.astype(jnp.float32) - shift[:, None, None, :]
+    first = centred.mean(axis=(1, 2))
+    second = jnp.square(centred).mean(axis=(1, 2))
+    channel_mean = shift + first
+    mean = _group_sum(channel_mean, groups) / per_group
+    spread = second - jnp.square(first) + jnp.square(channel_mean - mean)
+    return mean, jnp.maximum(_group_sum(spread, groups) / per_group, 0.0)
+
+
+def _keep(bits, rate):
+    threshold = round(rate * 2**DROPOUT_BITS)
+    return (bits >= threshold) * (1.0 / (1.0 - threshold / 2**DROPOUT_BITS))
+
+
+def _pixels(v):
+    return v[:, None, None, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def group_norm_act(x, scale, bias, bits, groups, eps, silu, rate):
+    """Group norm, then SiLU where ``silu``, then dropout at ``rate`` where bits is not None.
+
+    x [B,H,W,C] any float type; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None.
+    -> [B,H,W,C] in x's type.
+    """
+    return _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate)[0]
+
+
+def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
+    mean, variance = group_moments(x, groups)
+    inverse = lax.rsqrt(variance + eps)
+    x, mean, inverse = lax.optimization_barrier((x, mean, inverse))
+    factor = inverse * scale[None, :]
+    y = x.astype(jnp.float32) * _pixels(factor) + _pixels(bias[None, :] - mean * factor)
+    if silu:
+        y = y * jax.nn.sigmoid(y)
+    if bits is not None:
+        y = y * _keep(bits, rate)
+    return y.astype(x.dtype), (x, scale, bias, bits, mean, inverse)
+
+
+def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
+    x, scale, bias, bits, mean, inverse = saved
+
+    def normalised_and_gradient(x, g):
+        xhat = (x.astype(jnp.float32) - _pixels(mean)) * _pixels(inverse)
+        dy = g.astype(jnp.float32)
+        if bits is not None:
+            dy = dy * _keep(bits, rate)
+        if silu:
+            y = xhat * scale[None, None, None, :] + bias[None, None, None, :]
+            sigmoid = jax.nn.sigmoid(y)
+            dy = dy * sigmoid * (1.0 + y * (1.0 - sigmoid))
+        return xhat, dy
+
+    xhat, dy = normalised_and_gradient(x, g)
+    sum_dy = dy.sum(axis=(1, 2))
+    sum_dy_xhat = (dy * xhat).sum(axis=(1, 2))
+    count = x.shape[1] * x.shape[2] * (x.shape[3] // groups)
+    mean_dy = _group_sum(sum_dy * scale[None, :], groups) / count
+    mean_dy_xhat = _group_sum(sum_dy_xhat * scale[None, :], groups) / count
+    x, g, mean_dy, mean_dy_xhat = lax.optimization_barrier((x, g, mean_dy, mean_dy_xhat))
+    xhat, dy = normalised_and_gradient(x, g)
+    dx = _pixels(inverse) * (
+        dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
+    )
+    return dx.astype(x.dtype), sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
+
+
+group_norm_act.defvjp(_group_norm_act_fwd, _group_norm_act_bwd)
+
+
+class GroupNorm(nn.Module):
+    """Group norm with eps 1e-6 (tf.contrib's default), SiLU and dropout with it where asked."""
+
+    channels: int
+    groups: int
+    silu: bool = True
+    rate: float = 0.0
+
+    def setup(self):
+        self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+
+    def __call__(self, x, bits=None):
+        return group_norm_act(
+            x, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate
+        )
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution, SAME as TensorFlow pads: at stride 2 only below and to the right."""
+
+    features_in: int
+    features: int
+    stride: int = 1
+    init_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.kernel = self.param(
+            "kernel",
+            _initializer(self.init_scale, in_axis=3, out_axis=0),
+            (self.features, 3, 3, self.features_in),
+        )
+        self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
+
+    def __call__(self, x):
+        y = lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            "SAME",
+            dimension_numbers=("NHWC", "OHWI", "NHWC"),
+        )
+        return y + self.bias.astype(self.dtype)[None, None, None, :]
+
+
+class Dense(nn.Module):
+    """x [..., in] -> [..., out]: the official ``dense`` and ``nin`` (a 1x1 convolution)."""
+
+    features_in: int
+    features: int
+    init_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.kernel = self.param(
+            "kernel",
+            _initializer(self.init_scale, in_axis=0, out_axis=1),
+            (self.features_in, self.features),
+        )
+        self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
+
+    def __call__(self, x):
+        return dense(x, self.kernel, self.bias, self.dtype)
+
+
+def dense(x, kernel, bias, dtype):
+    """x [..., in] @ kernel [in,out] + bias [out], computed in ``dtype``."""
+    y = jnp.matmul(x.astype(dtype), kernel.astype(dtype))
+    return y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv; plus the timestep; norm, SiLU, dropout, conv; plus the shortcut."""
+
+    features_in: int
+    features: int
+    embedding: int
+    groups: int
+    rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.norm1 = GroupNorm(self.features_in, self.groups)
+        self.conv1 = Conv3x3(self.features_in, self.features, dtype=self.dtype)
+        self.temb_proj = Dense(self.embedding, self.features, dtype=self.dtype)
+        self.norm2 = GroupNorm(self.features, self.groups, rate=self.rate)
+        self.conv2 = Conv3x3(self.features, self.features, init_scale=0.0, dtype=self.dtype)
+        if self.features_in != self.features:
+            self.shortcut = Dense(self.features_in, self.features, dtype=self.dtype)
+
+    def __call__(self, x, projection, bits=None):
+        """x [B,H,W,in]; projection [B,out] = temb_proj of the embedding, made by the U-Net for
+        all blocks in one product; bits uint16 [B,H,W,out] or None. -> [B,H,W,out]"""
+        h = self.conv1(self.norm1(x))
+        h = h + projection[:, None, None, :]
+        h = self.conv2(self.norm2(h, bits))
+        if self.features_in != self.features:
+            x = self.shortcut(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels, scale C^-1/2, residual (unet.py:attn_block)."""
+
+    features: int
+    groups: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.norm = GroupNorm(self.features, self.groups, silu=False)
+        self.q = Dense(self.features, self.features, dtype=self.dtype)
+        self.k = Dense(self.features, self.features, dtype=self.dtype)
+        self.v = Dense(self.features, self.features, dtype=self.dtype)
+        self.proj_out = Dense(self.features, self.features, init_scale=0.0, dtype=self.dtype)
+
+    def __call__(self, x):
+        b, height, width, c = x.shape
+        h = self.norm(x).reshape(b, height * width, c)
+        qkv = (self.q, self.k, self.v)
+        kernel = jnp.concatenate([m.kernel for m in qkv], axis=1)
+        bias = jnp.concatenate([m.bias for m in qkv])
+        q, k, v = jnp.split(dense(h, kernel, bias, self.dtype), 3, axis=2)
+        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(self.dtype)
+        h = jnp.einsum("bqk,bkc->bqc", weights, v)
+        return x + self.proj_out(h).reshape(x.shape)

@@ -1,0 +1,428 @@
+"""The two jobs: train a run, sample from one. Folders, hooks, signals; no mathematics, no config
+fields but those that say when."""
+
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ddpm_jax import checkpoints, experiment, metrics
+from ddpm_jax.compilation.cache import count_compilations
+from ddpm_jax.data import feed
+from ddpm_jax.data.datasets import open_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel.runners import fetch
+from ddpm_jax.training.loop import Hook, fit
+from ddpm_jax.training.optimizer import warmup
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _abstract_global(exp):
+    """What a checkpoint is restored as: the state on all devices of all processes."""
+    sharding = jax.sharding.NamedSharding(exp.runner.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), exp.abstract_state)
+
+
+def _on_devices(exp, tree):
+    """Restored global arrays as the runner's programs take them."""
+    if exp.runner.to_global(tree) is tree:
+        return tree
+    return exp.runner.put("replicated", fetch(tree))
+
+
+def _open_data(exp, split):
+    config = exp.config
+    source = open_source(config.data.name, config.data.dir, split,
+                         image_size=config.data.image_size, channels=config.data.channels)
+    if tuple(source.shape) != exp.image_shape:
+        raise UserError(
+            f"{config.data.name} has images {tuple(source.shape)}, the config says "
+            f"{exp.image_shape}: set data.image_size and data.channels")
+    if len(source) < 1:
+        raise UserError(f"{config.data.name}, split {split}, has no images")
+    return source
+
+
+def _feeder(exp, source, step):
+    """How a dispatch gets its images: -> (num_examples or None, images(n) -> device array)."""
+    config, runner = exp.config, exp.runner
+    if config.data.resident:
+        if not feed.is_small(source):
+            raise UserError(f"config.data.resident=True: {config.data.name} is too large to keep "
+                            "on the device; set data.resident=False")
+        images = runner.put("replicated", source.array())
+        return len(source), lambda n: images
+    batch, most = config.train.batch_size, _most(exp)
+    share = batch // jax.process_count()
+    first = jax.process_index() * share
+    batches = feed.stream(source, seed=config.seed, start_step=step, batch_size=batch,
+                          slots=range(first, first + share), threads=config.data.threads)
+    buffer = np.zeros((most, share, *exp.image_shape), np.uint8)
+
+    def images(n):
+        for i in range(n):
+            buffer[i] = next(batches)
+        return runner.put("steps", buffer.copy())
+
+    return None, images
+
+
+class _Log:
+    """Turns per-step metrics into lines of metrics.jsonl, and the progress bar."""
+
+    def __init__(self, exp, writer, start):
+        config = exp.config
+        self._every, self._batch = config.train.log_every, config.train.batch_size
+        self._rate = warmup(config.optimizer.learning_rate, config.optimizer.warmup_steps)
+        self._writer, self._rows = writer, []
+        self._bar = metrics.progress(config.train.steps, start, images_per_step=self._batch)
+        self._mark = (start, time.monotonic())
+
+    def __call__(self, step, values):
+        for i in range(len(values["loss"])):
+            self._rows.append({k: float(v[i]) for k, v in values.items()})
+            done = step + i + 1
+            if done % self._every == 0:
+                self._line(done)
+        self._bar.update(step + len(values["loss"]), loss=values["loss"][-1])
+
+    def _line(self, step):
+        means = {k: float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
+        since, then = self._mark
+        self._mark = (step, time.monotonic())
+        self._writer.scalars(step, {
+            **means,
+            "learning_rate": float(self._rate(step - 1)),
+            "images_per_second": (step - since) * self._batch / max(self._mark[1] - then, 1e-9),
+        })
+        self._rows = []
+
+    def close(self):
+        self._bar.close()
+
+
+def _most(exp):
+    """Updates a dispatch."""
+    return exp.config.train.steps_per_dispatch if exp.runner.loops_on_device else 1
+
+
+def _local_folder(folder):
+    """Pictures go beside the run only where that is a plain folder."""
+    return None if "://" in str(folder) else folder
+
+
+def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
+    """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
+
+    stop: parallel.distributed.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
+    step) -> {name: number}, called every config.eval.every steps. -> False where a signal ended it
+    early (everything is saved). Raises UserError for what the user can mend.
+    """
+    exp = experiment.build(config)
+    stored = experiment.to_json(config)
+    first = jax.process_index() == 0
+    folder = checkpoints.resolve(workdir)
+    checkpoints.claim(folder, stored, write=first)
+    source = _open_data(exp, "train")
+    store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
+                                    keep_every=config.checkpoint.keep_every,
+                                    best=config.eval.best)
+    writer = metrics.open_writer(folder, enabled=first, config_text=json.dumps(stored, indent=2))
+    try:
+        step = store.latest()
+        if step is None:
+            step, state = 0, experiment.new_state(exp)
+        else:
+            say(f"resuming {folder} from step {step}")
+            state = _on_devices(exp, store.restore(step, _abstract_global(exp)))
+        writer.truncate_after(step)
+        return _train(exp, state, step, folder=folder, source=source, store=store, writer=writer,
+                      stop=stop, watchdog=watchdog, evaluate=evaluate)
+    finally:
+        writer.close()
+        store.close()
+
+
+def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, evaluate):
+    config, runner = exp.config, exp.runner
+    stored = experiment.to_json(config)
+    last = config.train.steps
+    if step >= last:
+        say(f"{folder} is at step {step} of {last}: nothing to train "
+            "(raise --config.train.steps to go on)")
+        return True
+    num_examples, images = _feeder(exp, source, step)
+    program = experiment.train_program(exp, num_examples, most=_most(exp))
+    say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "
+        f"{runner.num_devices} x {jax.devices()[0].device_kind} ({runner.name}), "
+        f"{sum(x.size for x in jax.tree.leaves(exp.abstract_state.params)):,} parameters, "
+        f"steps {step:,} to {last:,} -> {folder}")
+    compiled = [False]
+
+    def dispatch(state, step, n):
+        data = images(n)
+        if not compiled[0]:
+            watchdog.pause()
+            with count_compilations() as programs:
+                result = program(state, data, np.uint32(config.seed), np.int32(n))
+            if programs:
+                say(str(max(programs, key=lambda p: p.seconds)))
+            compiled[0] = True
+            stop.unsaved(True)
+            return result
+        return program(state, data, np.uint32(config.seed), np.int32(n))
+
+    def save(step, state, values=None):
+        store.save(step, runner.to_global(state), stored, values)
+
+    evaluated = {}
+
+    def on_checkpoint(step, state):
+        save(step, state, evaluated if config.eval.best in evaluated else None)
+
+    sampler = _GridSampler(exp, writer, folder)
+
+    def on_samples(step, state):
+        watchdog.pause()
+        sampler(step, state)
+
+    def on_evaluation(step, state):
+        watchdog.pause()
+        evaluated.clear()
+        evaluated.update(evaluate(exp, state.ema_params, step))
+        writer.scalars(step, evaluated)
+        missing = config.eval.best and config.eval.best not in evaluated
+        if missing:
+            raise UserError(f"config.eval.best={config.eval.best!r} is not among the metrics: "
+                            f"{', '.join(evaluated)}")
+
+    hooks = [Hook(config.checkpoint.every, on_checkpoint, last=True)]
+    if evaluate and config.eval.every:
+        hooks.insert(0, Hook(config.eval.every, on_evaluation, last=True))
+    if config.eval.sample_every:
+        hooks.append(Hook(config.eval.sample_every, on_samples, last=True))
+    log = _Log(exp, writer, step)
+    outcome = fit(
+        state, step=step, last=last, most=_most(exp), dispatch=dispatch,
+        hooks=hooks, on_metrics=log, should_stop=stop.requested, fetch=fetch,
+        last_good=store.latest, beat=watchdog.beat)
+    log.close()
+    watchdog.pause()
+    if outcome.stopped:
+        save(outcome.step, outcome.state)
+    store.wait()
+    stop.unsaved(False)
+    local = _local_folder(folder)
+    if writer.folder is not None:
+        metrics.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
+    say(f"{'stopped at' if outcome.stopped else 'done:'} step {outcome.step}; checkpoints "
+        f"{store.steps()}; {local or folder}/loss.png, metrics.jsonl, samples/")
+    return not outcome.stopped
+
+
+class _GridSampler:
+    """A grid of samples of the averaged weights: the same latents each time, so one can compare."""
+
+    def __init__(self, exp, writer, folder):
+        self._exp, self._writer, self._folder = exp, writer, folder
+        self._program = None
+
+    def __call__(self, step, state):
+        exp, runner = self._exp, self._exp.runner
+        if self._program is None:
+            chain = experiment.sampling_chain(exp)
+            self._program = experiment.sample_program(exp, chain)
+        wanted = exp.config.eval.sample_num
+        index = _padded_index(runner, 0, wanted)
+        images = self._program(state.ema_params, np.uint32(exp.config.seed), index)
+        images = _gather(runner, images)[:wanted]
+        if self._writer.folder is not None:
+            self._writer.images(step, "samples", images)
+            samples = self._writer.folder / "samples"
+            samples.mkdir(exist_ok=True)
+            metrics.save_png(samples / f"{step:08d}.png", metrics.tile(images))
+
+
+def _padded_index(runner, start, count):
+    """Indices start ... start+count-1 and padding, on the devices: int32, a multiple of them."""
+    total = -(-count // runner.num_devices) * runner.num_devices
+    share = total // jax.process_count()
+    first = start + jax.process_index() * share
+    return runner.put("batch", np.arange(first, first + share, dtype=np.int32))
+
+
+def _gather(runner, x):
+    """A 'batch' result, whole, on every process."""
+    share = runner.local(x)
+    if jax.process_count() == 1:
+        return share
+    return np.asarray(multihost_utils.process_allgather(share, tiled=True))
+
+
+# ---- sampling ----
+
+
+def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
+    """-> (Experiment, weights on the devices, step) of a trained run, from its stored config.
+
+    overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. Raises UserError
+    where there is no run, no checkpoint, or a damaged one.
+    """
+    folder = checkpoints.resolve(workdir)
+    stored = checkpoints.read_config(folder)
+    if stored is None:
+        raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
+    config = experiment.from_json(stored)
+    config.update_from_flattened_dict(overrides or {})
+    devices = jax.devices() if devices is None else devices
+    _make_fit(config, len(devices))
+    exp = experiment.build(config, devices)
+    store = checkpoints.Checkpoints(folder, read_only=True)
+    try:
+        params, step = store.restore_weights(step, _abstract_global(exp).params, ema=ema)
+    finally:
+        store.close()
+    return exp, _on_devices(exp, params), step
+
+
+def _make_fit(config, num_devices):
+    """Training's batch need not suit the machine that samples."""
+    config.train.batch_size = config.train.clip_replicas = num_devices
+    config.train.accumulation = 1
+
+
+def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,
+           steps=None, png=False, stop=None) -> bool:
+    """Draw ``num`` images into the folder ``out``: samples.npz (arr_0: uint8 NHWC), grid.png,
+    progressive.png, and each image as PNG with ``png``.
+
+    Image i depends on the seed and i alone. Resumes where it was cut off. -> False where a signal
+    ended it early.
+    """
+    if num < 1:
+        raise UserError(f"--num={num} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
+    exp, params, step = load_run(workdir, step=step, ema=ema)
+    runner, config = exp.runner, exp.config
+    chain = experiment.sampling_chain(exp, name=sampler, steps=steps)
+    batch = batch_size or config.sampler.batch_size
+    if batch < 1:
+        raise UserError(f"--batch_size={batch} must be at least 1")
+    out = checkpoints.resolve(out)
+    request = dict(
+        workdir=str(checkpoints.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
+        batch_size=batch, sampler=sampler or config.sampler.name, steps=chain.num_steps)
+    done = _claim_samples(out, request, num, batch)
+    program = experiment.sample_program(exp, chain)
+    starts = range(0, num, batch)
+    bar = metrics.progress(num, 0, name="sample") if jax.process_index() == 0 else None
+    for k, start in enumerate(starts):
+        if stop is not None and stop.requested(k):
+            say(f"stopped; {out} holds {k} of {len(starts)} shards; the same command goes on")
+            return False
+        count = min(batch, num - start)
+        if not done[k]:
+            # Always the whole batch's shape: one program for all of them, the last one too.
+            images = _gather(runner, program(
+                params, np.uint32(seed), _padded_index(runner, start, batch)))[:count]
+            if jax.process_index() == 0:
+                _write_npy(_shard(out, k), images)
+        if bar:
+            bar.update(start + count)
+    if bar:
+        bar.close()
+    frames = _progressive(exp, chain, params, seed)
+    if jax.process_index() == 0:
+        _finish(out, len(starts), frames, png)
+        say(f"{num} images: {out}/samples.npz, grid.png, progressive.png")
+    return True
+
+
+def _shard(out, k):
+    return out / "shards" / f"{k:05d}.npy"
+
+
+def _claim_samples(out, request, num, batch) -> np.ndarray:
+    """Which shards are there already, agreed by all processes."""
+    problem = ""
+    done = np.zeros(-(-num // batch), bool)
+    if jax.process_index() == 0:
+        problem, done = _look_at_samples(out, request, done)
+    if jax.process_count() > 1:
+        done = np.asarray(multihost_utils.broadcast_one_to_all(done))
+        if multihost_utils.broadcast_one_to_all(np.array(bool(problem))) and not problem:
+            problem = "stopped: see the message of process 0"
+    if problem:
+        raise UserError(problem)
+    return done
+
+
+def _look_at_samples(out, request, done):
+    file = out / "request.json"
+    try:
+        if file.exists():
+            old = json.loads(file.read_text())
+            wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
+            if wrong:
+                return (f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
+                        "another folder"), done
+        elif out.exists() and any(out.iterdir()):
+            return f"--out={out} is not empty and holds no samples of ddpm; take another", done
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(file, request)
+    except OSError as error:
+        return f"cannot write to --out={out}: {error.strerror or error}", done
+    finished = (out / "samples.npz").exists()
+    return "", np.array([finished or _shard(out, k).exists() for k in range(len(done))])
+
+
+def _write_npy(path, array):
+    temporary = epath.Path(f"{path}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+
+
+def _progressive(exp, chain, params, seed, images=8, frames=10):
+    """x_0 predictions of a few images on the way from noise, [images*frames,H,W,C] row by row."""
+    every = max(1, -(-chain.num_steps // frames))
+    program = experiment.progressive_program(exp, chain, every)
+    _, kept = program(params, np.uint32(seed), _padded_index(exp.runner, 0, images))
+    kept = _gather(exp.runner, kept)[:images]
+    return kept.reshape(-1, *exp.image_shape), kept.shape[1]
+
+
+def _finish(out, shards, progressive, png):
+    final = out / "samples.npz"
+    if not final.exists():
+        parts = []
+        for k in range(shards):
+            with _shard(out, k).open("rb") as file:
+                parts.append(np.load(file))
+        images = np.concatenate(parts)
+        temporary = out / "samples.tmp.npz"
+        with temporary.open("wb") as file:
+            np.savez(file, images)
+        temporary.replace(final)
+        (out / "shards").rmtree()
+    with final.open("rb") as file:
+        images = np.load(file)["arr_0"]
+    frames, columns = progressive
+    if _local_folder(out):
+        metrics.save_png(out / "grid.png", metrics.tile(images[:100]))
+        metrics.save_png(out / "progressive.png", metrics.tile(frames, columns=columns))
+        if png:
+            (out / "png").mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                metrics.save_png(out / "png" / f"{i:06d}.png", image)

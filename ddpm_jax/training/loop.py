@@ -1,0 +1,87 @@
+"""The training loop: fetch, dispatch, hooks. It knows no diffusion, devices or files."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+
+
+class Hook(NamedTuple):
+    """do(step, state) whenever ``step`` is a multiple of ``every`` (0 = never), and at the end
+    where ``last``. May not change the state."""
+
+    every: int
+    do: Callable[[int, Any], None]
+    last: bool = False
+
+
+class Outcome(NamedTuple):
+    """state after ``step`` updates; stopped: a signal came before the last step."""
+
+    state: Any
+    step: int
+    stopped: bool
+
+
+def next_stop(step: int, last: int, cadences) -> int:
+    """The first step after ``step`` at which something is due."""
+    return min([last, *((step // c + 1) * c for c in cadences if c)])
+
+
+def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | None) -> None:
+    """Raise UserError at the first step whose metrics [n] are not finite (step = before them)."""
+    bad = [(int(np.argmin(np.isfinite(values))), name)
+           for name, values in metrics.items() if not np.isfinite(values).all()]
+    if not bad:
+        return
+    offset, name = min(bad)
+    value = metrics[name][offset]
+    kept = f"step {last_good}" if last_good is not None else "none"
+    raise UserError(
+        f"{name} is {value} at step {step + offset + 1}: training diverged; last good checkpoint: "
+        f"{kept}. Lower optimizer.learning_rate or use model.dtype=float32, then start again"
+    )
+
+
+def fit(
+    state, *, step, last, most, dispatch, hooks, on_metrics, should_stop, fetch,
+    last_good=lambda: None, beat=lambda step: None,
+) -> Outcome:
+    """Run updates ``step`` ... ``last``-1.
+
+    dispatch(state, step, n) -> (state, metrics on device, each [>= n]) runs n <= most updates and
+    returns before they are done; fetch(metrics) waits for them. The metrics of one dispatch are
+    read after the next is under way, but before any hook acts on the state they belong to.
+    on_metrics(step, {name: [n]}) takes numpy. should_stop(step) is asked once a dispatch.
+    """
+    cadences = [h.every for h in hooks]
+    pending = None
+
+    def read(dispatched):
+        before, n, metrics = dispatched
+        values = {k: np.asarray(v)[:n] for k, v in fetch(metrics).items()}
+        check_finite(before, values, last_good())
+        on_metrics(before, values)
+        beat(before + n)
+
+    while step < last:
+        n = min(most, next_stop(step, last, cadences) - step)
+        state, metrics = dispatch(state, step, n)
+        if pending:
+            read(pending)
+        pending = (step, n, metrics)
+        step += n
+        due = [h for h in hooks if (h.every and step % h.every == 0) or (h.last and step == last)]
+        stop = should_stop(step) and step < last
+        if due or stop:
+            read(pending)
+            pending = None
+        for hook in due:
+            hook.do(step, state)
+        if stop:
+            return Outcome(state, step, True)
+    if pending:
+        read(pending)
+    return Outcome(state, step, False)

@@ -1,0 +1,63 @@
+"""All randomness: pure functions of (key, step or t, global index of the example).
+
+An example's draws never depend on the batch, device or host that it lands on, so a run is the same
+on any number of devices. A cheaper generator (``rbg``) breaks that promise and is opt-in by name.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Names as in jax.random.key; every generator but threefry2x32 depends on the device layout.
+GENERATORS = {"threefry": "threefry2x32", "rbg": "rbg", "unsafe_rbg": "unsafe_rbg"}
+
+
+class Draws(NamedTuple):
+    """What one training step draws for B examples: t int32 [B] in 0 ... T-1; noise [B,H,W,C];
+    flip bool [B]; dropout_bits uint16 [B,n] or None."""
+
+    t: jax.Array
+    noise: jax.Array
+    flip: jax.Array
+    dropout_bits: jax.Array | None
+
+
+def run_key(seed, generator="threefry"):
+    """The run's key, the same on every host."""
+    return jax.random.key(seed, impl=GENERATORS[generator])
+
+
+def example_keys(key, step, index):
+    """Keys [B] of the examples with global ``index`` int [B] in the batch of ``step``."""
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+
+
+def draw(keys, *, image_shape, num_timesteps, num_dropout_bits) -> Draws:
+    """keys [B] -> Draws for images [B,*image_shape]. t is uniform and iid (Alg. 1)."""
+
+    def one(key):
+        kt, kn, kf, kd = jax.random.split(key, 4)
+        bits = (jax.random.bits(kd, (num_dropout_bits,), jnp.uint16)
+                if num_dropout_bits else None)
+        return Draws(
+            t=jax.random.randint(kt, (), 0, num_timesteps),
+            noise=jax.random.normal(kn, image_shape),
+            flip=jax.random.bernoulli(kf),
+            dropout_bits=bits,
+        )
+
+    return jax.vmap(one)(keys)
+
+
+def image_noise(key, index, t, image_shape):
+    """Standard normal noise [B,*image_shape] of the images with global ``index`` int [B] at step t.
+
+    t = -1 is the draw of x_T.
+    """
+    return jax.vmap(
+        lambda i: jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(key, i), t + 1), image_shape
+        )
+    )(index)
