@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 4096
+BLOCK_NUMBERS = 1 << 24      # 128 MiB of float64
 
 
 class Neighbours(NamedTuple):
@@ -16,14 +17,16 @@ class Neighbours(NamedTuple):
 def nearest(queries, references, k: int) -> Neighbours:
     """Exact neighbours of queries [Q,...] among references [N,...], in blocks of references.
 
-    Any numeric dtype; rows are flattened. uint8 distances are exact. Ties go to the lower index.
+    references: an array, or anything with len() and slices that are arrays. Any numeric dtype;
+    rows are flattened. uint8 distances are exact. Ties go to the lower index.
     """
     q = np.asarray(queries, np.float64).reshape(len(queries), -1)
+    block = max(1, min(BLOCK, BLOCK_NUMBERS // max(1, q.shape[1])))
     k = min(k, len(references))
     best = np.full((len(q), 0), np.inf)
     where = np.zeros((len(q), 0), np.int64)
-    for s in range(0, len(references), BLOCK):
-        r = np.asarray(references[s:s + BLOCK], np.float64).reshape(-1, q.shape[1])
+    for s in range(0, len(references), block):
+        r = np.asarray(references[s:s + block], np.float64).reshape(-1, q.shape[1])
         d = (q * q).sum(1)[:, None] + (r * r).sum(1)[None, :] - 2 * (q @ r.T)
         best = np.concatenate([best, np.maximum(d, 0)], axis=1)
         index = np.broadcast_to(s + np.arange(len(r)), d.shape)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 
@@ -33,6 +34,15 @@ def listing(folder) -> list:
     """Names in a folder, sorted; [] where there is none."""
     folder = _path(folder)
     return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
+def remove(path) -> None:
+    """A file or folder with all in it; nothing where there is none."""
+    path = _path(path)
+    if path.is_dir():
+        path.rmtree() if hasattr(path, "rmtree") else shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
 
 
 def read_bytes(path) -> bytes:

@@ -1,0 +1,163 @@
+"""ddpm evaluate --workdir=DIR [--metrics=bpd,fid,is,kid,pr,nn,offline] [--num=50000] [...]
+   ddpm evaluate --samples=FOLDER_OR_NPZ --reference=FILE [--metrics=fid,is,kid,pr]
+
+Measures a run, or anybody's images, and writes evaluation.json (keyed by checkpoint step and
+protocol, with the provenance of every number) and a page to look at, evaluation.html.
+
+Without any download: bpd (bits/dim of real images) and offline (distances in the features of a
+small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID). With Inception's weights: fid, is, kid,
+pr. A command that was cut off goes on where it stopped; the result does not depend on the number
+of devices or hosts.
+
+--protocol=paper: integers, float32 convolutions, OpenAI's IS over 10 splits (to report).
+--protocol=monitor: as the official training program (to watch).
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from ddpm_jax.cli import common
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import distributed
+
+FLAGS = flags.FLAGS
+
+
+def define(kind, name, default, text):
+    """A flag that another subcommand may have defined with the same meaning."""
+    if name not in FLAGS:
+        getattr(flags, f"DEFINE_{kind}")(name, default, text)
+
+
+def define_inception_flags():
+    define("string", "inception_weights", None, "converted weights (.npz) or their source")
+    define("bool", "allow_unknown_weights", False,
+           "accept Inception weights whose sha256 is not known")
+    define("string", "protocol", "paper", "paper or monitor: see above")
+    define("bool", "overwrite", False, "replace a file that is there")
+
+
+def define_flags():
+    common.define_workdir_flag()
+    common.define_weights_flags()
+    define_inception_flags()
+    define("string", "samples", None, "judge these images instead: a folder of PNG, or an .npz "
+           "with arr_0 uint8 [N,H,W,C]")
+    define("string", "metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
+    define("integer", "num", None, "generated images; default: 50,000 for fid and is, else 5,000")
+    define("integer", "bpd_num", None, "real images for bits/dim; default: all")
+    define("list", "splits", ["train", "test"], "splits for bits/dim")
+    define("string", "quantise", None, "round, truncate or none: what makes grey levels of the "
+           "model's output; default: the protocol's")
+    define("string", "reference", None, "statistics of real images, by `ddpm reference`")
+    define("string", "dataset", None, "with --samples: real images for nn and offline")
+    define("string", "data_dir", None, "where `ddpm data prepare` put the dataset")
+    define("string", "classifier_dir", None, "where the small classifiers are kept; default: the "
+           "user's cache")
+    define("integer", "seed", 0, "seed of the noise")
+    define("integer", "batch_size", None, "images at a time, all devices together")
+    define("string", "sampler", None, "ancestral or ddim; default: the run's")
+    define("integer", "steps", None, "steps of the chain; default: the run's")
+    define("integer", "crop", None, "nearest neighbours in the middle CROP x CROP pixels")
+    define("bool", "force", False, "compare with a reference of another protocol or dataset")
+    define("bool", "keep_images", False, "write the generated images to samples.npz")
+    define("string", "out", None, "folder for the results; default: --workdir")
+    distributed.define_flags()
+
+
+def say(text):
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def options():
+    from ddpm_jax import judge
+    return judge.Options(
+        metrics=tuple(m.strip() for m in FLAGS.metrics.split(",") if m.strip()),
+        splits=tuple(FLAGS.splits), **{name: getattr(FLAGS, name) for name in (
+            "protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
+            "ema", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
+            "force", "keep_images", "crop")})
+
+
+def write_results(out, step, protocol, records, pictures, title):
+    """evaluation.json, pictures and evaluation.html in the folder ``out``; numbers on stdout."""
+    from ddpm_jax import judge, metrics
+    from ddpm_jax.evaluation import report, storage
+    document = judge.write_records(storage.join(out, "evaluation.json"), step, protocol, records)
+    if "samples" in pictures:
+        storage.write_npz(storage.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
+    for name, picture in pictures.items():
+        storage.write_bytes(storage.join(out, f"{name}.png"), report.png(picture))
+    lines = storage.join(out, "metrics.jsonl")
+    history = metrics.read_metrics(lines) if "://" not in lines and storage.exists(lines) else []
+    page = report.page(title, [*report.evaluation_sections(document),
+                               *report.curve_sections(history),
+                               *report.picture_sections(pictures)])
+    storage.write_bytes(storage.join(out, "evaluation.html"), page.encode())
+    shown = {label: {k: v for k, v in values.items() if not isinstance(v, list) or len(v) < 20}
+             for label, values, _ in records}
+    print(json.dumps({str(step): {protocol: shown}}, indent=1))
+
+
+def of_samples(chosen, stop):
+    from ddpm_jax import judge
+    from ddpm_jax.evaluation import files
+    from ddpm_jax.parallel.runners import RUNNERS
+    judge.check_options(chosen)
+    if judge.BOUND in chosen.metrics:
+        raise UserError("--samples: bits/dim is of a model, not of images; leave bpd out of "
+                        "--metrics")
+    images = files.open_images(FLAGS.samples)
+    sources = {}
+    if FLAGS.dataset:
+        sources = judge.open_splits(FLAGS.dataset, FLAGS.data_dir, images.shape)
+    runner = RUNNERS["jit"](jax.devices())
+    batch = FLAGS.batch_size or judge.REAL_BATCH
+    memory = {}
+    kept = images.size if chosen.keep_images else judge.NN_QUERIES
+    subject = judge.Subject(
+        judge.image_draws(runner, images.read, batch, images_kept=kept, memory=memory),
+        {"samples": str(FLAGS.samples), "samples_sha256": images.identity}, images.size, batch,
+        images.shape, sources, runner)
+    out = FLAGS.out or FLAGS.workdir
+    folder = out and f"{out}/evaluation"
+    values, pictures, provenance = judge.evaluate_images(
+        subject, chosen, folder=folder, stop=stop, say=say, memory=memory)
+    label = f"{FLAGS.samples}, {provenance['num']} images"
+    return f"samples-{images.identity[:8]}", [(label, values, provenance)], pictures, out
+
+
+def of_run(chosen, stop):
+    from ddpm_jax import checkpoints, judge, run
+    judge.check_options(chosen)
+    workdir = checkpoints.resolve(common.required("workdir"))
+    exp, params, step = run.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
+    facts = {"workdir": str(workdir), "step": step, "weights": "ema" if FLAGS.ema else "raw"}
+    records, pictures = judge.evaluate_run(
+        exp, params, chosen, facts=facts, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)
+    return step, records, pictures, FLAGS.out or str(workdir)
+
+
+def main(argv):
+    common.no_positionals(argv)
+    if not (FLAGS.samples or FLAGS.workdir):
+        raise UserError("--workdir=DIR (a run) or --samples=FOLDER_OR_NPZ is missing")
+    chosen = options()
+    stop, _ = common.join()
+    from ddpm_jax.judge import StoppedError
+    try:
+        step, records, pictures, out = (of_samples if FLAGS.samples else of_run)(chosen, stop)
+    except StoppedError:
+        say("stopped; what is done is kept: the same command goes on")
+        return distributed.EXIT_RESTART
+    if jax.process_index() == 0:
+        if out:
+            write_results(out, step, chosen.protocol, records, pictures,
+                          f"{FLAGS.samples or out}, step {step}")
+        else:
+            print(json.dumps({label: values for label, values, _ in records}, indent=1))
+    return 0

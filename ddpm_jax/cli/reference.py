@@ -1,0 +1,60 @@
+"""ddpm reference --dataset=cifar10 --split=train --out=cifar10-train.npz [--protocol=paper]
+
+Statistics of a dataset's real images, made once, for `ddpm evaluate --reference`. The file carries
+the protocol (resize, scale, precision), the weights' sha256, the number and identity of the images,
+and the features of the first --features images for KID, precision and recall. No image is mirrored,
+cropped or left out.
+"""
+
+import sys
+
+import jax
+from absl import flags
+
+from ddpm_jax.cli import common
+from ddpm_jax.cli.evaluate import define, define_inception_flags, say
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import distributed
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    define_inception_flags()
+    define("string", "dataset", None, "a row of `ddpm data`")
+    define("string", "data_dir", None, "where `ddpm data prepare` put the dataset")
+    define("string", "split", "train", "train or test")
+    define("integer", "image_size", None, "side of the images, where the dataset leaves a choice")
+    define("integer", "num", None, "first images of the split; default: all")
+    define("integer", "features", 10_000, "images whose features are kept, for kid and pr")
+    define("integer", "batch_size", None, "images at a time, all devices together")
+    define("string", "out", None, "the .npz to write")
+    distributed.define_flags()
+
+
+def main(argv):
+    common.no_positionals(argv)
+    name, out = common.required("dataset"), common.required("out")
+    from ddpm_jax import judge
+    from ddpm_jax.data.datasets import open_source
+    from ddpm_jax.evaluation import storage
+    if not out.endswith(".npz"):
+        raise UserError(f"--out={out}: a reference must end in .npz")
+    if storage.exists(out) and not FLAGS.overwrite:
+        raise UserError(f"--out={out} exists; name another file or add --overwrite")
+    options = judge.Options(
+        metrics=("is",), protocol=FLAGS.protocol, num=FLAGS.num, batch_size=FLAGS.batch_size,
+        inception_weights=FLAGS.inception_weights,
+        allow_unknown_weights=FLAGS.allow_unknown_weights)
+    judge.check_options(options)
+    source = open_source(name, FLAGS.data_dir, FLAGS.split, image_size=FLAGS.image_size)
+    stop, _ = common.join()
+    try:
+        judge.make_reference(source, options, out, features=FLAGS.features,
+                             overwrite=FLAGS.overwrite, stop=stop, say=say)
+    except judge.StoppedError:
+        say("stopped; what is done is kept: the same command goes on")
+        return distributed.EXIT_RESTART
+    if jax.process_index() == 0:
+        print(f"wrote {out}", file=sys.stderr)
+    return 0

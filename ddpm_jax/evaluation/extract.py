@@ -1,0 +1,68 @@
+"""What is taken from images on the device, in the program that made them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from ddpm_jax.evaluation import inception, small_cnn
+
+
+class Extractor(NamedTuple):
+    """apply(params, images float32 [B,H,W,C] in [0,255]) -> tuple of arrays [B,...] named by names.
+
+    params: a tree that goes into the program as an argument (weights do not belong in its code).
+    """
+    names: tuple
+    params: dict
+    apply: Callable
+
+
+def _pool_3(params, images, precision):
+    return inception.features(params, images, precision=precision).pool_3
+
+
+def _classifier(params, images, precision):
+    del precision
+    return small_cnn.apply(params, images)
+
+
+def _random(params, images, precision):
+    del precision
+    return small_cnn.random_apply(params, images)
+
+
+def _channels(params, images, precision):
+    """Mean and mean square of each channel: [B,2C]."""
+    del params, precision
+    return jnp.concatenate([images.mean((1, 2)), jnp.square(images).mean((1, 2))], axis=1)
+
+
+def _images(params, images, precision):
+    del params, precision
+    return jnp.round(images).astype(jnp.uint8)
+
+
+# name of a part: (names of its outputs, function)
+PARTS = {
+    "inception": (("pool_3",), _pool_3),
+    "classifier": (("cnn", "cnn_logits"), _classifier),
+    "random": (("random",), _random),
+    "channels": (("channels",), _channels),
+    "images": (("images",), _images),
+}
+
+
+def make(params: dict, *, precision: str = "highest") -> Extractor:
+    """params: {part of PARTS: its weights}."""
+    parts = sorted(params)      # inside jit a dict comes back sorted by key
+    names = tuple(name for part in parts for name in PARTS[part][0])
+
+    def apply(params, images):
+        out = ()
+        for part in parts:
+            result = PARTS[part][1](params[part], images, precision)
+            out += tuple(result) if len(PARTS[part][0]) > 1 else (result,)
+        return out
+
+    return Extractor(names, dict(params), apply)
