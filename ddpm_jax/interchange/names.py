@@ -40,6 +40,27 @@ class Architecture(NamedTuple):
     out_channels: int
 
 
+_OUTPUTS = {"learned": 2}  # variance: output channels / input channels, where not 1
+
+
+def architecture(config) -> Architecture:
+    """The Architecture of a config (``model``, ``data`` and ``diffusion.variance`` are read);
+    an Architecture as it is."""
+    if isinstance(config, Architecture):
+        return config
+    model, block = config["model"], config["model"]["space_to_depth"]
+    channels = config["data"]["channels"] * block**2
+    return Architecture(
+        ch=model["ch"],
+        ch_mult=tuple(model["ch_mult"]),
+        num_res_blocks=model["num_res_blocks"],
+        attn_resolutions=tuple(model["attn_resolutions"]),
+        image_size=config["data"]["image_size"] // block,
+        in_channels=channels,
+        out_channels=channels * _OUTPUTS.get(config["diffusion"]["variance"], 1),
+    )
+
+
 class Layout(NamedTuple):
     """Axes that turn ours into theirs (``theirs = ours.transpose(axes)``); diffusers also appends
     ``ones`` axes of size 1."""
@@ -131,8 +152,12 @@ def _attention(ours, official, diffusers, channels):
     ]
 
 
-def entries(arch: Architecture) -> list[Entry]:
-    """Every parameter of the U-Net, in the order in which the official code creates them."""
+def entries(config) -> list[Entry]:
+    """Every parameter of a config's U-Net, in the order in which the official code creates them.
+
+    ``config`` here and below: a config, or an Architecture.
+    """
+    arch = architecture(config)
     temb = 4 * arch.ch
     levels = len(arch.ch_mult)
     table = _module("dense", ("temb_dense_0",), "temb/dense0", "time_embedding.linear_1",
@@ -269,7 +294,7 @@ def _check_params(params, table):
     }, "parameters")
 
 
-def params_from_variables(variables: Mapping, config: Architecture) -> dict:
+def params_from_variables(variables: Mapping, config) -> dict:
     """Our nested params (float32, contiguous) from {official variable name: array}.
 
     Raises UserError that lists every missing, extra and misshapen variable.
@@ -282,7 +307,7 @@ def params_from_variables(variables: Mapping, config: Architecture) -> dict:
     )
 
 
-def variables_from_params(params: Mapping, config: Architecture) -> dict:
+def variables_from_params(params: Mapping, config) -> dict:
     """{official variable name: array} of our params; the inverse of ``params_from_variables``."""
     table = entries(config)
     _check_params(params, table)
@@ -290,7 +315,7 @@ def variables_from_params(params: Mapping, config: Architecture) -> dict:
             for e in table}
 
 
-def params_from_state_dict(state_dict: Mapping, config: Architecture) -> dict:
+def params_from_state_dict(state_dict: Mapping, config) -> dict:
     """Our nested params (float32, contiguous) from a state dict of diffusers' UNet2DModel.
 
     Reads current, older and fused attention names. Raises UserError that lists every missing,
@@ -304,7 +329,7 @@ def params_from_state_dict(state_dict: Mapping, config: Architecture) -> dict:
     )
 
 
-def state_dict_from_params(params: Mapping, config: Architecture) -> dict:
+def state_dict_from_params(params: Mapping, config) -> dict:
     """{diffusers key: array} of our params, with current attention names.
 
     The inverse of ``params_from_state_dict``.
@@ -316,6 +341,13 @@ def state_dict_from_params(params: Mapping, config: Architecture) -> dict:
         array = np.asarray(_leaf(params, e.path)).transpose(e.layout.diffusers)
         state[e.diffusers] = array.reshape(array.shape + (1,) * e.layout.ones)
     return state
+
+
+def plain_names(params: Mapping, config) -> dict:
+    """{our path with dots: array}, as `ddpm export safetensors` writes them."""
+    table = entries(config)
+    _check_params(params, table)
+    return {".".join(e.path): np.asarray(_leaf(params, e.path)) for e in table}
 
 
 def older_names(state_dict: Mapping) -> dict:

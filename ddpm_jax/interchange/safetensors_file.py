@@ -72,6 +72,7 @@ def open_safetensors(path) -> tuple[dict[str, Lazy], dict[str, str]]:
 
 def save_safetensors(arrays, path, metadata=None) -> None:
     """Writes {name: array} (any axis order; copied tensor by tensor) to ``path``, atomically."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = os.fspath(path)
@@ -81,6 +82,8 @@ def save_safetensors(arrays, path, metadata=None) -> None:
     try:
         save_file(contiguous, temporary, metadata={k: str(v) for k, v in (metadata or {}).items()})
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

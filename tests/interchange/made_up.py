@@ -40,3 +40,21 @@ def assert_bit_equal(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype == np.float32 and a[name].shape == b[name].shape
         assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
+
+
+def small_config(**sections):
+    """A config of SMALL's architecture with a chain of 50 steps; sections override fields."""
+    from ddpm_jax import experiment
+
+    config = experiment.load_config("default")
+    config.data.update(name="folder", image_size=SMALL.image_size)
+    config.model.update(ch=SMALL.ch, ch_mult=SMALL.ch_mult, dropout=0.0, num_groups=8,
+                        num_res_blocks=SMALL.num_res_blocks,
+                        attn_resolutions=SMALL.attn_resolutions)
+    config.diffusion.num_timesteps = 50
+    config.diffusion.schedule.beta_end = 0.2
+    config.train.update(steps=10, batch_size=8, steps_per_dispatch=2, clip_scope="global")
+    config.sampler.batch_size = 8
+    for section, values in sections.items():
+        config[section].update(values)
+    return config

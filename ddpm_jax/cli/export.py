@@ -1,0 +1,81 @@
+"""ddpm export diffusers --workdir=DIR --out=FOLDER [--step=N] [--noema]
+   ddpm export safetensors --workdir=DIR --out=FILE.safetensors [--step=N] [--noema]
+
+Give a trained model to others. `diffusers` writes a folder with model card, which
+diffusers.DDPMPipeline.from_pretrained(FOLDER) loads; `safetensors` writes the weights under this
+project's names (kernels OHWI and [in,out]), with the config in the file's metadata.
+Neither overwrites anything.
+"""
+
+import json
+import os
+
+from absl import flags
+
+from ddpm_jax import __version__
+from ddpm_jax.cli import common
+from ddpm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+USAGE = "usage: ddpm export diffusers|safetensors --workdir=DIR --out=PATH"
+
+
+def define_flags():
+    common.define_workdir_flag()
+    common.define_weights_flags()
+    flags.DEFINE_string("out", None, "folder (diffusers) or file (safetensors) to write")
+
+
+def main(argv):
+    kind, *rest = argv[1:] or [""]
+    if kind not in KINDS or rest:
+        raise UserError(f"export {' '.join(argv[1:])}: {USAGE}")
+    workdir, out = common.required("workdir"), common.required("out")
+    step = KINDS[kind](workdir, out, step=FLAGS.step, ema=FLAGS.ema)
+    print(f"wrote {out}: step {step:,}, {'averaged' if FLAGS.ema else 'raw'} weights")
+    return 0
+
+
+def _load(workdir, step, ema):
+    import jax
+
+    from ddpm_jax import run
+    from ddpm_jax.interchange.workdir import read_facts
+
+    exp, params, step = run.load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
+                                     overrides={"parallel.runner": "jit"})
+    return exp, params, step, read_facts(workdir)
+
+
+def export_diffusers(workdir, out, *, step=None, ema=True) -> int:
+    """Write the folder; -> the step exported. Raises UserError for a model that diffusers does not
+    have, naming the field."""
+    from ddpm_jax import checkpoints
+    from ddpm_jax.interchange import diffusers
+
+    exp, params, step, facts = _load(workdir, step, ema)
+    diffusers.write_folder(
+        out, params, checkpoints.read_config(workdir), exp.betas, step=step,
+        ema=ema and facts.get("averaged", True), version=__version__,
+        origin=facts.get("origin", ""))
+    return step
+
+
+def export_safetensors(workdir, out, *, step=None, ema=True) -> int:
+    """Write the file; -> the step exported."""
+    from ddpm_jax import checkpoints
+    from ddpm_jax.interchange import names
+    from ddpm_jax.interchange.safetensors_file import save_safetensors
+
+    if os.path.exists(out):
+        raise UserError(f"--out={out} exists: take another name, or remove it")
+    exp, params, step, _ = _load(workdir, step, ema)
+    config = checkpoints.read_config(workdir)
+    arrays = names.plain_names(params, config)
+    save_safetensors(arrays, out, {
+        "format": "ddpm_jax", "version": __version__, "step": step,
+        "weights": "averaged" if ema else "raw", "config": json.dumps(config)})
+    return step
+
+
+KINDS = {"diffusers": export_diffusers, "safetensors": export_safetensors}

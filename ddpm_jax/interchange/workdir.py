@@ -1,0 +1,75 @@
+"""Writes an imported model as a run's folder, as ddpm_jax.checkpoints lays it out.
+
+``Checkpoints.save`` copies a live training state on the device first; here nobody trains on, the
+arrays are numpy, and a second copy of a large model is what this avoids.
+"""
+
+import contextlib
+import json
+import logging
+import pathlib
+
+import numpy as np
+
+from ddpm_jax import checkpoints
+from ddpm_jax.errors import UserError
+from ddpm_jax.interchange.folder import new_folder
+
+IMPORT_FACTS = "import.json"
+
+
+def write_run(workdir, *, step, params, ema_params, opt_state, config: dict, facts: dict) -> None:
+    """Make ``workdir`` a run with one checkpoint, at ``step``; it appears whole or not at all.
+
+    Trees of numpy arrays; opt_state as the optimizer of ``config`` has it; facts: where the weights
+    came from, kept as import.json. Raises UserError where the folder holds something already.
+    """
+    workdir = checkpoints.resolve(workdir)
+    with _place(workdir) as folder:
+        _save(folder / "checkpoints", step, config, {
+            "params": params, "ema_params": ema_params,
+            "training": {"step": step, "opt_state": opt_state}})
+        checkpoints.write_json(folder / IMPORT_FACTS, facts)
+        checkpoints.write_json(folder / "config.json", config)
+
+
+def check_free(workdir) -> None:
+    """Raise UserError now where ``write_run`` would later."""
+    folder = checkpoints.resolve(workdir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--workdir={folder} exists and is not an empty folder: take another, or "
+                        "remove it")
+
+
+@contextlib.contextmanager
+def _place(workdir):
+    if "://" not in str(workdir):
+        with new_folder(pathlib.Path(workdir)) as staging:
+            yield type(workdir)(staging)
+        return
+    check_free(workdir)  # a bucket has no rename; without config.json, the last, nothing is read
+    try:
+        yield workdir
+    except BaseException:
+        workdir.rmtree(missing_ok=True)
+        raise
+
+
+def _save(folder, step, config, items) -> None:
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    items["training"]["step"] = np.asarray(step, np.int32)
+    args = ocp.args
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(step, args=args.Composite(
+            config=args.JsonSave(config),
+            **{name: args.StandardSave(tree) for name, tree in items.items()}))
+        manager.wait_until_finished()
+
+
+def read_facts(workdir) -> dict:
+    """What ``write_run`` kept as import.json; {} for a run that was trained here."""
+    path = checkpoints.resolve(workdir) / IMPORT_FACTS
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,54 @@
+"""An imported model is a run like any other."""
+
+import jax
+import numpy as np
+import pytest
+from made_up import SMALL, assert_bit_equal, random_params, small_config
+
+from ddpm_jax import checkpoints, experiment
+from ddpm_jax.errors import UserError
+from ddpm_jax.interchange import workdir
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def write(folder, **changes):
+    config = small_config()
+    exp = experiment.build(config, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    opt_state = jax.tree.map(
+        lambda s: np.asarray(rng.integers(1, 9, s.shape), s.dtype), exp.abstract_state.opt_state)
+    arguments = dict(step=12, params=random_params(SMALL), ema_params=random_params(SMALL, 1),
+                     opt_state=opt_state, config=experiment.to_json(config), facts={"origin": "x"})
+    workdir.write_run(folder, **{**arguments, **changes})
+    return exp, arguments
+
+
+def test_reads_back_as_a_training_state_bit_for_bit(tmp_path):
+    exp, wrote = write(tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.json", "import.json"]
+    store = checkpoints.Checkpoints(tmp_path / "run")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+                        exp.abstract_state)
+    state = store.restore(store.find(None), like)
+    store.close()
+    assert int(state.step) == 12 and state.step.dtype == np.int32
+    assert_bit_equal(jax.tree.map(np.asarray, state.params), wrote["params"])
+    assert_bit_equal(jax.tree.map(np.asarray, state.ema_params), wrote["ema_params"])
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, wrote["opt_state"])
+    assert checkpoints.read_config(tmp_path / "run") == wrote["config"]
+    assert workdir.read_facts(tmp_path / "run") == {"origin": "x"}
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("x")
+    for call in (lambda: workdir.check_free(tmp_path / "run"), lambda: write(tmp_path / "run")):
+        with pytest.raises(UserError, match="not an empty folder"):
+            call()
+    with pytest.raises(TypeError):
+        write(tmp_path / "other", facts={"not json": object()})
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert workdir.read_facts(tmp_path / "run") == {}
