@@ -168,22 +168,23 @@ def read_metrics(path) -> list[dict]:
 
 
 def tile(images, columns=None, scale=None) -> np.ndarray:
-    """One picture of a grid: uint8 [N, H, W, C] -> uint8 [rows*H*scale, columns*W*scale, C].
+    """One picture of a grid, row by row: uint8 [N, H, W, C] -> uint8 [height, width, C].
 
-    Row by row, missing cells black. columns: default ceil(sqrt(N)). scale: whole-number
-    enlargement; default brings small images (8x8, 28x28) to at least 64 pixels.
+    columns: default ceil(sqrt(N)). scale: whole-number enlargement; the default brings images below
+    32 pixels (8x8 digits) to at least 64. Two grey pixels part the images; missing ones are grey.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"tile needs uint8 [N, H, W, C], got {images.dtype} {images.shape}")
+    scale = scale or (-(-64 // images.shape[1]) if images.shape[1] < 32 else 1)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = -(-n // columns)
-    grid = np.zeros((rows * columns, h, w, c), np.uint8)
-    grid[:n] = images
-    grid = grid.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
-    scale = scale or max(1, -(-64 // h) if h < 32 else 1)
-    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    grid = np.full((rows * columns, h + 2, w + 2, c), 128, np.uint8)
+    grid[:n, :h, :w] = images
+    grid = grid.reshape(rows, columns, h + 2, w + 2, c).swapaxes(1, 2)
+    return grid.reshape(rows * (h + 2), columns * (w + 2), c)[:-2, :-2]
 
 
 def save_png(path, array):
@@ -221,11 +222,11 @@ def plot_loss(jsonl, png) -> bool:
         steps, values = np.array(points).T
         window = len(values) // 50
         if window > 1:
-            axes.plot(steps, values, alpha=0.25, linewidth=0.8)
+            raw, = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
             ends = np.arange(window, len(values) + 1)
             sums = np.concatenate([[0], np.cumsum(values)])
             axes.plot(steps[ends - 1], (sums[ends] - sums[ends - window]) / window,
-                      label=f"{key} (mean of {window})")
+                      color=raw.get_color(), label=f"{key} (mean of {window})")
         else:
             axes.plot(steps, values, marker="." if len(values) < 50 else None, label=key)
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="loss")

@@ -135,7 +135,8 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
             raise UserError(f"{where} is {image.shape}, not {shape}; prepare it again")
         return image
 
-    label = builder.info.features.get("label")
+    features = builder.info.features
+    label = features["label"] if "label" in features else None
     return Source(name, split, len(records), shape, read, str(found[-1].parent),
                   label and (lambda: [records[i]["label"] for i in range(len(records))]),
                   tuple(label.names) if label else (), tuple(builder.info.splits))

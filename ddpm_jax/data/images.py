@@ -10,8 +10,8 @@ from ddpm_jax.errors import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GREY_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation",
-                 "val": "validation"}
+SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation",
+                 "valid": "validation", "val": "validation"}
 
 
 def decode(file, where, *, image_size=None, channels=None) -> np.ndarray:
@@ -100,7 +100,8 @@ def image_tree(root) -> Tree:
     root = pathlib.Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    folders = {split: root / name for name, split in SPLIT_FOLDERS.items() if (root / name).is_dir()}
+    folders = {split: root / name for name, split in SPLIT_FOLDERS.items()
+               if (root / name).is_dir()}
     if "train" not in folders:
         folders = {"train": root}
     splits, class_names = {}, ()
