@@ -469,10 +469,10 @@ def evaluate_images(subject: Subject, options: Options, *, folder=None, stop=Non
     Raises StoppedError where a signal asked to leave, UserError before any image is drawn where
     something that a metric needs is missing.
     """
+    protocol = check_options(options)
     names = [m for m in options.metrics if m != BOUND]
     if not names:
         return {}, {}, {}
-    protocol = check_options(options)
     memory = {} if memory is None else memory
     context, warnings = _context(
         subject, options, _gatherer(folder, stop, protocol, say, memory), memory)

@@ -8,11 +8,12 @@ RANK_TOLERANCE = 1e-10
 def _root(cov):
     """(A, w) with A A' = cov: eigenvectors scaled by the root of the eigenvalues w.
 
-    Eigenvalues within rounding of zero are taken as zero: their roots would not be small.
+    Eigenvalues within rounding of zero are taken as zero, and A [D,rank] is without them: their
+    roots would not be small.
     """
     values, vectors = np.linalg.eigh(cov)
-    noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    return vectors * np.sqrt(np.where(values > noise, values, 0.0)), values
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept]), values
 
 
 def trace_sqrt_product(cov1, cov2) -> float:
@@ -31,7 +32,8 @@ def trace_sqrt_product(cov1, cov2) -> float:
         if values[0] > RANK_TOLERANCE * max(values[-1], np.finfo(np.float64).tiny):
             return float(np.sqrt(values).sum())
     b, _ = _root(cov2)
-    return float(np.linalg.svd(a.T @ b, compute_uv=False).sum())
+    product = a.T @ b
+    return float(np.linalg.svd(product, compute_uv=False).sum()) if product.size else 0.0
 
 
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
