@@ -34,7 +34,8 @@ def tiny_config(**fields):
     config.update_from_flattened_dict({
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": T,
-        "diffusion.schedule.beta_end": 0.9, "train.batch_size": 8, "train.clip_replicas": 8, "sampler.batch_size": 24,
+        "diffusion.schedule.beta_end": 0.9, "train.batch_size": 8,
+        "train.clip_replicas": 8, "sampler.batch_size": 24,
         "eval.num": 30, "eval.bpd_num": 20, **fields})
     return config
 
@@ -304,7 +305,8 @@ def test_periodic_gives_the_same_numbers_twice_and_compiles_once(tmp_path, monke
     monkeypatch.setattr(type(exp.runner), "compile", compiled.append, raising=False)
     assert evaluate(exp, params, 20) == first and not compiled
     assert {"bpd_test", "FD-cnn", "FD-rand@0", "rate_test"} <= first.keys()
-    assert all(np.isfinite(v) for v in first.values()) and not any(k.startswith("fid") for k in first)
+    assert all(np.isfinite(v) for v in first.values())
+    assert not any(k.startswith("fid") for k in first)
 
 
 def test_records_are_kept_beside_each_other(tmp_path):

@@ -83,7 +83,7 @@ def options():
             "force", "keep_images", "crop")})
 
 
-def write_results(out, step, protocol, records, pictures, title):
+def write_results(out, step, protocol, records, pictures, title, *, show=True):
     """evaluation.json, pictures and evaluation.html in the folder ``out``; numbers on stdout."""
     from ddpm_jax import judge, metrics
     from ddpm_jax.evaluation import report, storage
@@ -98,6 +98,8 @@ def write_results(out, step, protocol, records, pictures, title):
                                *report.curve_sections(history),
                                *report.picture_sections(pictures)])
     storage.write_bytes(storage.join(out, "evaluation.html"), page.encode())
+    if not show:
+        return
     shown = {label: {k: v for k, v in values.items() if not isinstance(v, list) or len(v) < 20}
              for label, values, _ in records}
     print(json.dumps({str(step): {protocol: shown}}, indent=1))

@@ -1,0 +1,306 @@
+"""ddpm reproduce TARGET --workdir=FOLDER [--dry_run] [--config=NAME] [--inception_weights=FILE]
+
+TARGET: table1, table2, table4, fig5, fig7, fig8, fig10 or nearest.
+For each model of the target: the config, what it costs (FLOPs, hours on the paper's TPU v3-8 and on
+this machine), the paper's value and, where a run is in FOLDER/<model>, ours with PASS or FAIL.
+Without --dry_run it trains, samples and scores what is missing, going on from where it was cut off,
+and writes FOLDER/<target>.html, one file that opens without a network.
+
+  ddpm reproduce table1 --dry_run
+  ddpm reproduce fig10 --config=digits --workdir=runs/digits-figures
+
+--config puts another dataset's config under the same cells: then there is no value of the paper to
+compare with, and no verdict.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from ddpm_jax.cli import common
+from ddpm_jax.cli.evaluate import define, define_inception_flags, say, write_results
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import distributed
+
+FLAGS = flags.FLAGS
+MFU = 0.4       # of a chip's peak, where nothing was measured: an estimate, and called one
+CPU_SHARE = 0.5
+
+
+def define_flags():
+    common.define_workdir_flag()
+    define_inception_flags()
+    define("bool", "dry_run", False, "print configs, costs, the paper's values and what is there; "
+           "run nothing")
+    define("string", "config", None, "another config under the same cells, such as digits")
+    define("list", "set", [], "config fields for every cell: --set=train.steps=100,seed=1")
+    define("integer", "num", None, "generated images; default: 50,000")
+    define("integer", "bpd_num", None, "real images for bits/dim; default: all")
+    define("string", "classifier_dir", None, "where the small classifiers are kept")
+    distributed.define_flags()
+
+
+def cell_config(name: str):
+    """The config of one cell, under --config and --set. Raises UserError naming a wrong field."""
+    from ddpm_jax import experiment
+    from ddpm_jax.configs.cifar10_table2 import CELLS
+    config = experiment.load_config(FLAGS.config or "cifar10")
+    config.diffusion.update(CELLS[name])
+    for text in FLAGS.set:
+        field, equals, value = text.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        try:
+            config.update_from_flattened_dict({field: tuple(parsed) if isinstance(parsed, list)
+                                               else parsed})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"--set={text}: {error}") from None
+        if not equals:
+            raise UserError(f"--set={text}: expected FIELD=VALUE")
+    return config
+
+
+def forward_flops(config) -> float:
+    """One image through the network, by hand count."""
+    from ddpm_jax.compilation.roofline import unet_work
+    from ddpm_jax.diffusion.prediction import VARIANCES
+    m, d = config.model, config.data
+    return float(unet_work(
+        image_size=d.image_size, ch=m.ch, ch_mult=m.ch_mult, num_res_blocks=m.num_res_blocks,
+        attn_resolutions=m.attn_resolutions, in_channels=d.channels,
+        out_channels=d.channels * VARIANCES[config.diffusion.variance].channels,
+        space_to_depth=m.space_to_depth).forward_flops)
+
+
+def machine_rate() -> tuple[float, str]:
+    """(FLOP/s, how it is known) of all devices here."""
+    from ddpm_jax.compilation.hardware import chip_of
+    device = jax.devices()[0]
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        rate = chip.per_device(chip.bf16_flops) * jax.device_count() * MFU
+        return rate, f"{jax.device_count()} x {device.device_kind} at {MFU:.0%} of peak, estimated"
+    x = jax.device_put(np.ones((1024, 1024), np.float32))
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    started = time.perf_counter()
+    for _ in range(5):
+        multiply(x).block_until_ready()
+    rate = 5 * 2 * 1024 ** 3 / (time.perf_counter() - started)
+    return rate * CPU_SHARE, (f"{device.device_kind}, {CPU_SHARE:.0%} of a measured "
+                              f"{rate / 1e9:.0f} GFLOP/s, estimated")
+
+
+def costs(config, target, rate, num) -> list[tuple]:
+    """(part, FLOPs, hours on a v3-8 by the paper's speed or None, hours here)."""
+    from ddpm_jax.evaluation.paper_results import V3_8
+    one = forward_flops(config)
+    steps, batch, T = config.train.steps, config.train.batch_size, config.diffusion.num_timesteps
+    paper = V3_8.get(config.data.image_size)
+    rows = [("train", 3 * one * batch * steps,
+             paper and steps * batch / paper["batch"] / paper["steps_per_s"] / 3600)]
+    if target.metrics != ("bpd",):
+        count = num if target.metrics and target.metrics != ("nn",) else 200
+        rows.append(("sample", one * T * count,
+                     paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
+    if "bpd" in target.metrics:
+        count = FLAGS.bpd_num or (60_000 if config.data.name == "cifar10" else 1_797)
+        rows.append(("bits/dim", one * T * count,
+                     paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
+    return [(part, flops, hours, flops / rate / 3600) for part, flops, hours in rows]
+
+
+def existing(folder) -> dict:
+    from ddpm_jax.evaluation import storage
+    path = storage.join(folder, "evaluation.json")
+    return storage.read_json(path) if storage.exists(path) else {}
+
+
+def missing_metrics(target, values) -> tuple:
+    """Metrics of the target that the run has no value of."""
+    have = {"is": "is" in values, "fid": "fid_train" in values, "bpd": "bpd_test" in values,
+            "nn": "nn_pixels_exact_copies" in values}
+    return tuple(m for m in target.metrics if not have[m])
+
+
+def references_for(config, folder, stop):
+    """Reference statistics of both splits, made once into FOLDER/references."""
+    from ddpm_jax import judge
+    from ddpm_jax.evaluation import storage
+    found = {}
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    for split, source in judge.open_splits(config.data.name, config.data.dir, shape).items():
+        path = storage.join(folder, "references", f"{config.data.name}-{split}.npz")
+        if not storage.exists(path):
+            say(f"reference statistics of {config.data.name}, {split}")
+            judge.make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
+                                 say=say)
+        found[split] = path
+    return found
+
+
+def _options(metrics, reference=None):
+    from ddpm_jax import judge
+    return judge.Options(
+        metrics=metrics, protocol=FLAGS.protocol, num=FLAGS.num, bpd_num=FLAGS.bpd_num,
+        reference=reference, inception_weights=FLAGS.inception_weights,
+        allow_unknown_weights=FLAGS.allow_unknown_weights, classifier_dir=FLAGS.classifier_dir)
+
+
+def _with_weights(metrics) -> tuple:
+    """The metrics that can be had here: without Inception's weights, offline stands in for FID."""
+    from ddpm_jax import judge
+    if not {"fid", "is"} & set(metrics):
+        return metrics
+    try:
+        judge.load_weights(_options(("is",)))
+        return metrics
+    except UserError as error:
+        if FLAGS.inception_weights:
+            raise
+        say(f"no FID and IS here: {error}")
+        return (*(m for m in metrics if m not in ("fid", "is")), "offline")
+
+
+def run_cell(name, target, root, stop, watchdog):
+    """Train, then measure what is missing. -> values of the run, (experiment, params, sources)."""
+    from ddpm_jax import checkpoints, judge, run
+    from ddpm_jax.evaluation.paper_results import ours
+    folder = str(checkpoints.resolve(f"{root}/{name}"))
+    config = cell_config(name)
+    if not run.train(config, folder, stop=stop, watchdog=watchdog):
+        raise judge.StoppedError
+    watchdog.pause()
+    exp, params, step = run.load_run(folder)
+    values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
+    metrics = _with_weights(missing_metrics(target, values) if values.get("step") == step
+                            else target.metrics)
+    facts = {"workdir": folder, "step": step, "weights": "ema"}
+    wanted = [(metrics, None)]
+    if "fid" in metrics:
+        paths = references_for(config, root, stop)
+        wanted = [(metrics, paths["train"])]
+        if "test" in paths:
+            wanted.append((("fid",), paths["test"]))
+    for chosen, reference in wanted:
+        if chosen:
+            records, pictures = judge.evaluate_run(
+                exp, params, _options(chosen, reference), facts=facts,
+                folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+            if jax.process_index() == 0:
+                write_results(folder, step, FLAGS.protocol, records, pictures, f"{name}, {step}",
+                              show=False)
+    sources = judge.open_splits(config.data.name, config.data.dir, exp.image_shape)
+    return exp, params, sources
+
+
+def all_values(document) -> dict:
+    """Every value of the newest step, for the figures."""
+    found = {}
+    for step in sorted(document, key=lambda s: int(s) if s.isdigit() else -1):
+        for record in document[step].get("paper", {}).values():
+            found |= record["values"]
+    return found
+
+
+def table_rows(target, root, is_paper) -> list[list]:
+    """model, key, the paper's value, band, ours, verdict."""
+    from ddpm_jax.evaluation.paper_results import CELLS, ours, verdict
+    rows = []
+    for name in target.cells:
+        cell = CELLS[name]
+        found = ours(existing(f"{root}/{name}"), target.keys) if root else {}
+        keys = [k for k in target.keys if k in cell.values or k in found] or [""]
+        for key in keys:
+            paper = cell.values.get(key) if is_paper else None
+            band = cell.bands.get(key) if is_paper else None
+            value = found.get(key)
+            rows.append([
+                cell.title, key, "unstable" if is_paper and cell.unstable else paper,
+                "{:g} to {:g}".format(*band) if band else None, value,
+                verdict(key, value, cell) if is_paper else ""])
+    return rows
+
+
+HEADER = ("model", "value", "the paper's", "band", "ours", "verdict")
+
+
+def print_table(rows, header):
+    from ddpm_jax.evaluation.report import number
+    cells = [[number(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    for row in cells:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def cost_rows(target) -> tuple[list, str]:
+    rate, how = machine_rate()
+    rows = []
+    for name in target.cells:
+        config = cell_config(name)
+        for part, flops, hours, here in costs(config, target, rate, FLAGS.num or 50_000):
+            rows.append([f"{FLAGS.config or 'cifar10'} + {name}", part, config.train.steps
+                         if part == "train" else None, f"{flops:.2e}", hours, here])
+    return rows, how
+
+
+COST_HEADER = ("config", "part", "steps", "FLOPs", "hours, v3-8 (paper's speed)", "hours here")
+
+
+def main(argv):
+    from ddpm_jax.evaluation.paper_results import TARGETS
+    if len(argv) != 2 or argv[1] not in TARGETS:
+        raise UserError(f"reproduce {' '.join(argv[1:])}: expected one of {', '.join(TARGETS)}")
+    target, is_paper = TARGETS[argv[1]], not FLAGS.config and not FLAGS.set
+    if FLAGS.dry_run:
+        rows, how = cost_rows(target)
+        print(f"{target.text}\n")
+        print_table(rows, COST_HEADER)
+        print(f"\nhours here: {how}\n")
+        print_table(table_rows(target, FLAGS.workdir, is_paper), HEADER)
+        return 0
+    root = common.required("workdir")
+    stop, watchdog = common.join()
+    from ddpm_jax import figures, judge
+    from ddpm_jax.evaluation import report, storage
+    rows, how = cost_rows(target)
+    sections = []
+    try:
+        for name in target.cells:
+            exp, params, sources = run_cell(name, target, root, stop, watchdog)
+            if target.figure:
+                drawn = figures.FIGURES[target.figure](
+                    exp, params, sources, all_values(existing(f"{root}/{name}")))
+                sections += drawn.sections
+                if jax.process_index() == 0:
+                    for title, picture in drawn.pictures.items():
+                        storage.write_bytes(f"{root}/{argv[1]}-{title}.png", report.png(picture))
+            lines = f"{root}/{name}/metrics.jsonl"
+            if jax.process_index() == 0 and "://" not in lines and storage.exists(lines):
+                from ddpm_jax import metrics
+                sections += report.curve_sections(metrics.read_metrics(lines))
+            if jax.process_index() == 0:
+                sections += report.evaluation_sections(existing(f"{root}/{name}"))
+    except judge.StoppedError:
+        say("stopped; what is done is kept: the same command goes on")
+        return distributed.EXIT_RESTART
+    if jax.process_index() == 0:
+        found = table_rows(target, root, is_paper)
+        note = report.note(
+            "The paper's values are the paper's. Bands are this project's." if is_paper else
+            "Another config than the paper's: its values do not apply, so there is no verdict.")
+        page = report.page(target.text, [
+            report.section("Values", note, report.table(found, HEADER)), *sections,
+            report.section("Cost", report.note(f"hours here: {how}"),
+                           report.table(rows, COST_HEADER))])
+        path = f"{root}/{argv[1]}.html"
+        storage.write_bytes(path, page.encode())
+        print_table(found, HEADER)
+        print(f"wrote {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,115 @@
+"""What the paper reports (Ho, Jain & Abbeel 2020), and when a run counts as reproducing it.
+
+Values are the paper's own; bands are this project's, about the spread between retrainings and
+between published re-evaluations of the official weights (FID 3.21 to 3.25 against the training
+set, 5.27 to 5.33 against the test set).
+"""
+
+from typing import NamedTuple
+
+
+class Cell(NamedTuple):
+    """One trained model of a table. cell: of configs/cifar10_table2; values: {key: paper's number};
+    bands: {key: (low, high)}; unstable: the paper gives no numbers."""
+    name: str
+    title: str
+    values: dict
+    bands: dict
+    unstable: bool = False
+
+
+def _around(values, **share):
+    """A band of a relative width round each of the paper's values."""
+    widths = {"fid_train": 0.06, "fid_test": 0.06, "is": 0.025, "bpd_test": 0.012,
+              "bpd_train": 0.012} | share
+    return {k: (round(v * (1 - widths[k]), 4), round(v * (1 + widths[k]), 4))
+            for k, v in values.items()}
+
+
+SIMPLE = {"is": 9.46, "fid_train": 3.17, "fid_test": 5.24, "bpd_test": 3.75, "bpd_train": 3.72}
+FIXED = {"is": 7.67, "fid_train": 13.51, "bpd_test": 3.70, "bpd_train": 3.69}
+CELLS = {cell.name: cell for cell in (
+    Cell("mu_learned_l", "mean prediction, L, learned variance", {"is": 7.28, "fid_train": 23.69},
+         _around({"is": 7.28, "fid_train": 23.69})),
+    Cell("mu_fixed_l", "mean prediction, L, fixed variance", {"is": 8.06, "fid_train": 13.22},
+         _around({"is": 8.06, "fid_train": 13.22})),
+    Cell("mu_fixed_simple", "mean prediction, simplified objective", {}, {}, True),
+    Cell("eps_learned_l", "eps prediction, L, learned variance", {}, {}, True),
+    Cell("eps_fixed_l", "eps prediction, L, fixed variance", FIXED, _around(FIXED)),
+    Cell("eps_fixed_simple", "eps prediction, L_simple (the paper's model)", SIMPLE,
+         _around(SIMPLE) | {"is": (9.3, 9.6), "fid_train": (3.1, 3.35), "fid_test": (5.1, 5.4)}),
+)}
+
+# Table 4, CIFAR-10 test: reverse steps, rate in bits/dim, RMSE in [0,255].
+TABLE_4 = (
+    (1000, 1.77581, 0.95136), (900, 0.11994, 12.02277), (800, 0.05415, 18.47482),
+    (700, 0.02866, 24.43656), (600, 0.01507, 30.80948), (500, 0.00716, 38.03236),
+    (400, 0.00282, 46.12765), (300, 0.00081, 54.18826), (200, 0.00013, 60.97170),
+    (100, 0.00000, 67.60125),
+)
+
+
+class Target(NamedTuple):
+    """cells: of CELLS; metrics: of `ddpm evaluate`; keys: columns of the table; figure: a row of
+    figures.FIGURES or None."""
+    text: str
+    cells: tuple
+    metrics: tuple
+    keys: tuple
+    figure: str | None = None
+
+
+TABLE_KEYS = ("is", "fid_train", "fid_test", "bpd_test", "bpd_train")
+TARGETS = {
+    "table1": Target("Table 1, the two rows of this paper: CIFAR-10",
+                     ("eps_fixed_l", "eps_fixed_simple"), ("is", "fid", "bpd"), TABLE_KEYS),
+    "table2": Target("Table 2: parameterisation, objective and variance, CIFAR-10", tuple(CELLS),
+                     ("is", "fid"), ("is", "fid_train")),
+    "table4": Target("Table 4: rate and distortion of the progressive code, CIFAR-10 test",
+                     ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
+    "fig5": Target("Fig. 5: rate and distortion against reverse steps, CIFAR-10 test",
+                   ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
+    "fig7": Target("Fig. 7: samples that share a latent x_t", ("eps_fixed_simple",), (), (),
+                   "shared"),
+    "fig8": Target("Fig. 8: interpolation between two images at half of the chain",
+                   ("eps_fixed_simple",), (), (), "interpolation"),
+    "fig10": Target("Fig. 6 and 10: quality of the predicted x_0 along the way",
+                    ("eps_fixed_simple",), (), (), "progressive"),
+    "nearest": Target("Fig. 12 and 15: nearest training images of samples",
+                      ("eps_fixed_simple",), ("nn",), ("nn_pixels_exact_copies",)),
+}
+
+# What the paper says about speed on a TPU v3-8 (appendix B).
+V3_8 = {32: {"steps_per_s": 21.0, "batch": 128, "sample_s": 17.0, "samples": 256},
+        256: {"steps_per_s": 2.2, "batch": 64, "sample_s": 300.0, "samples": 128}}
+
+
+def verdict(key: str, value, cell: Cell) -> str:
+    """PASS or FAIL of our value against the band; '' where there is no value or no band."""
+    if value is None or key not in cell.bands:
+        return ""
+    low, high = cell.bands[key]
+    return "PASS" if low <= value <= high else "FAIL"
+
+
+def rate_verdict(rate, rmse, paper_rate, paper_rmse) -> str:
+    """Within 0.02 bits/dim or 10 % of the rate, and 3 % of the RMSE."""
+    close_rate = abs(rate - paper_rate) <= max(0.02 if paper_rate > 1 else 0.004, 0.1 * paper_rate)
+    return "PASS" if close_rate and abs(rmse / paper_rmse - 1) <= 0.03 else "FAIL"
+
+
+def ours(document: dict, keys) -> dict:
+    """{key: value} of the newest step in an evaluation.json, protocol `paper`, averaged weights."""
+    found = {}
+    for step in sorted(document, key=lambda s: int(s) if s.isdigit() else -1):
+        for label, record in sorted(document[step].get("paper", {}).items()):
+            if not label.startswith("ema"):
+                continue
+            values, split = record["values"], record["provenance"].get("reference", {}).get("split")
+            renamed = dict(values)
+            if "fid" in values:
+                renamed[f"fid_{split or 'foreign'}"] = values["fid"]
+            if "is_openai10" in values:
+                renamed["is"] = values["is_openai10"]
+            found |= {k: v for k, v in renamed.items() if k in keys} | {"step": int(step)}
+    return found
