@@ -74,14 +74,20 @@ def _weights_seed_index(exp, batch):
 
 
 def sample(exp, num_examples) -> Program:
+    """The whole chain as one program, as accelerators run it."""
     from ddpm_jax import experiment
+    from ddpm_jax.training.steps import to_uint8
 
     del num_examples
     batch = exp.config.sampler.batch_size
     chain = experiment.sampling_chain(exp)
+    jitted = exp.runner.compile(
+        lambda params, seed, index: to_uint8(
+            experiment.draw_images(exp, chain, params, seed, index)),
+        ("replicated", "replicated", "batch"), ("batch",))
     flops = batch * chain.num_steps * network_work(exp).forward_flops
-    return Program(experiment.sample_program(exp, chain), _weights_seed_index(exp, batch),
-                   flops=flops, images=batch, calls=math.ceil(50_000 / batch))
+    return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
+                   calls=math.ceil(50_000 / batch))
 
 
 def evaluate(exp, num_examples) -> Program:

@@ -1,0 +1,301 @@
+"""ddpm bench WHAT [flags]
+
+Measure this machine (step, sample, data, eval) or XLA's compiler (compile), in one format.
+
+  ddpm bench step --config=digits                  a training step: ms, images/s, MFU
+  ddpm bench step --config=cifar10 --compare=diffusers --config.model.dtype=bfloat16
+  ddpm bench step --config=digits --profile=trace  and the costliest kernels by class
+  ddpm bench sample --config=digits                a denoising step, images/s
+  ddpm bench data --config=digits                  the input pipeline
+  ddpm bench eval --config=digits                  Inception features
+  ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
+  ddpm bench page --results=benchmarks             BENCHMARKS.md and its plots from the JSON there
+
+Times are medians of rounds with the fastest and the slowest; MFU is n/a where the chip's peak is
+not in the table. --baseline ends with 1 and names what got worse.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+from absl import flags
+
+from ddpm_jax.cli import common
+from ddpm_jax.errors import UserError
+
+
+def define_flags():
+    common.define_config_flag()
+    flags.DEFINE_integer("repeats", 20, "rounds at most")
+    flags.DEFINE_float("seconds", 20.0, "stop after this long, but not before three rounds")
+    flags.DEFINE_string("out", None, "write the result as JSON into this new file")
+    flags.DEFINE_string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
+    flags.DEFINE_string("profile", None, "step, sample: new folder for a trace")
+    flags.DEFINE_string("matrix", "small", "compile: small, absent, programs or a JSON file of "
+                        "lists by program, config, runner, dtype, level, topology, set")
+    flags.DEFINE_string("baseline", None, "compile: an older result to compare with")
+    flags.DEFINE_string("export", None, "compile: folder for a corpus of StableHLO modules")
+    flags.DEFINE_string("results", "benchmarks", "page: folder of JSON results")
+    flags.DEFINE_string("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
+
+
+def _write(path, rows) -> None:
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _images(exp, count):
+    """Random images, the same each time: [count,H,W,C] uint8."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (count, *exp.image_shape), np.uint8)
+
+
+def _start():
+    """The experiment of --config on this machine, with the cache on. -> (Experiment, note)"""
+    from ddpm_jax import experiment
+    from ddpm_jax.compilation.cache import enable_compilation_cache
+
+    config = common.required("config")
+    folder = enable_compilation_cache()
+    print(f"compilation cache: {folder or 'off'}")
+    return experiment.build(config)
+
+
+def _about(exp) -> dict:
+    from ddpm_jax.cli import compile as programs
+
+    return {"config": programs.config_name(), "dtype": exp.config.model.dtype,
+            "runner": exp.config.parallel.runner}
+
+
+def _first_call(call) -> str:
+    """Run a program for the first time: what was compiled, in how long, hit or miss."""
+    from ddpm_jax.compilation.cache import count_compilations
+
+    before = time.perf_counter()
+    with count_compilations() as done:
+        call()
+    longest = f" ({max(done, key=lambda c: c.seconds)})" if done else ""
+    return f"{time.perf_counter() - before:.1f} s{longest}"
+
+
+def _profiled(call, lowered) -> None:
+    """Trace one call into --profile and print its kernels."""
+    import jax
+
+    from ddpm_jax.compilation import report, timing
+
+    folder = report.check_folder(flags.FLAGS.profile)
+    with jax.profiler.trace(str(folder)):
+        call()
+    found = timing.kernel_times(folder, lowered().compile().as_text())
+    _write(folder / "kernels.json", found)
+    for name, seconds in found["by_class"].items():
+        print(f"  {seconds * 1e3:10.2f} ms  {name}")
+    for row in found["kernels"][:15]:
+        print(f"  {row['seconds'] * 1e3:10.2f} ms  {row['count']:6d} x  {row['name']} "
+              f"({row['class']})")
+    print(f"trace: {folder} (TensorBoard or Perfetto)")
+
+
+def step() -> list[dict]:
+    """A training step on random images, and the same U-Net of another library in turn with it."""
+    import jax
+    import numpy as np
+
+    from ddpm_jax import experiment
+    from ddpm_jax.cli import peers
+    from ddpm_jax.cli.compile import network_work
+    from ddpm_jax.compilation import timing
+
+    FLAGS = flags.FLAGS
+    exp = _start()
+    config, runner = exp.config, exp.runner
+    batch = config.train.batch_size
+    most = config.train.steps_per_dispatch if runner.loops_on_device else 1
+    count = max(batch, 1024) if config.data.resident else None
+    program = experiment.train_program(exp, count, most=most)
+    shape = (count,) if count else (most, batch)
+    images = runner.put("replicated" if count else "steps", _images(exp, int(np.prod(shape)))
+                        .reshape(*shape, *exp.image_shape))
+    state, seed, steps = experiment.new_state(exp), np.uint32(config.seed), np.int32(most)
+
+    calls = -(-peers.STEPS // most)
+
+    def ours():
+        nonlocal state
+        for _ in range(calls):
+            state, metrics = program(state, images, seed, steps)
+        jax.block_until_ready(metrics)
+
+    first = _first_call(ours)
+    candidates, scale = {"ddpm_jax": ours}, {"ddpm_jax": most * calls}
+    if FLAGS.compare:
+        candidates[FLAGS.compare], scale[FLAGS.compare] = peers.training(FLAGS.compare, config)
+    times = timing.rounds(candidates, repeats=FLAGS.repeats, seconds=FLAGS.seconds)
+    if FLAGS.profile:
+        config.train.steps_per_dispatch = most
+        _profiled(ours, lambda: program.lower(*experiment.train_arguments(exp, count)))
+    per_step = {name: [t / scale[name] for t in seconds] for name, seconds in times.items()}
+    flops = batch * network_work(exp).train_flops
+    rows = [timing.result("step", name="ddpm_jax", times=timing.Times.of(per_step["ddpm_jax"]),
+                          images=batch, flops=flops, devices=jax.devices(), first_call=first,
+                          steps_per_dispatch=most, **_about(exp))]
+    if FLAGS.compare:
+        ratio = timing.ratios(per_step[FLAGS.compare], per_step["ddpm_jax"])
+        rows[0]["ratio"] = (f"{ratio.median:.2f} x {FLAGS.compare} "
+                            f"({ratio.low:.2f} ... {ratio.high:.2f})")
+        rows.append(timing.result(
+            "step", name=FLAGS.compare, times=timing.Times.of(per_step[FLAGS.compare]),
+            images=batch, flops=flops, devices=jax.devices(), **_about(exp)))
+    return rows
+
+
+def sample() -> list[dict]:
+    """One denoising step of the sampler, from whole chains."""
+    import jax
+    import numpy as np
+
+    from ddpm_jax import experiment
+    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.compilation import timing
+
+    FLAGS = flags.FLAGS
+    exp = _start()
+    batch = exp.config.sampler.batch_size
+    chain = experiment.sampling_chain(exp)
+    program = experiment.sample_program(exp, chain)
+    shapes = exp.abstract_state.params
+    params = exp.runner.put("replicated", jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), shapes))
+    index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
+
+    def run():
+        jax.block_until_ready(program(params, np.uint32(0), index))
+
+    first = _first_call(run)
+    times = timing.rounds({"ours": run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)["ours"]
+    if FLAGS.profile:
+        made = programs.sample(exp, None)
+        _profiled(run, lambda: made.jitted.lower(*made.args))
+    per_step = timing.Times.of([t / chain.num_steps for t in times])
+    row = timing.result("sample", name="ddpm_jax", times=per_step, images=batch,
+                        flops=batch * programs.network_work(exp).forward_flops,
+                        devices=jax.devices(), first_call=first, denoising_steps=chain.num_steps,
+                        finished_images_per_s=batch / (per_step.median * chain.num_steps),
+                        **_about(exp))
+    return [row]
+
+
+def data() -> list[dict]:
+    """A batch of the input pipeline as training reads it, without the device."""
+    from ddpm_jax.compilation import timing
+    from ddpm_jax.data import feed
+    from ddpm_jax.data.datasets import open_source
+
+    FLAGS = flags.FLAGS
+    config = common.required("config")
+    batch = config.train.batch_size
+    source = open_source(config.data.name, config.data.dir, "train",
+                         image_size=config.data.image_size, channels=config.data.channels)
+    stream = feed.stream(source, seed=config.seed, start_step=0, batch_size=batch,
+                         slots=range(batch), threads=config.data.threads)
+    candidates = {"streamed": lambda: next(stream)}
+    next(stream)
+    if feed.is_small(source):
+        array, position = source.array(), iter(range(1 << 30))
+        candidates["resident, by numpy"] = lambda: array[
+            feed.batch_indices(config.seed, next(position), batch, len(source))]
+    times = timing.rounds(candidates, repeats=FLAGS.repeats * 10, seconds=FLAGS.seconds)
+    from ddpm_jax.cli.compile import config_name
+
+    return [timing.result("data", name=name, times=timing.Times.of(t), images=batch,
+                          config=config_name(), threads=config.data.threads)
+            for name, t in times.items()]
+
+
+def evaluation() -> list[dict]:
+    """Inception features of one batch of images, with random weights."""
+    import jax
+    import numpy as np
+
+    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.compilation import timing
+
+    FLAGS = flags.FLAGS
+    exp = _start()
+    made = programs.inception(exp, None)
+    generator = np.random.default_rng(0)
+    params = exp.runner.put("replicated", jax.tree.map(
+        lambda s: generator.normal(0, 0.02, s.shape).astype(s.dtype), made.args[0]))
+    images = exp.runner.put("batch", _images(exp, made.images))
+
+    def run():
+        jax.block_until_ready(made.jitted(params, images))
+
+    first = _first_call(run)
+    times = timing.rounds({"ours": run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)["ours"]
+    return [timing.result("eval", name="Inception-2015", times=timing.Times.of(times),
+                          images=made.images, flops=made.flops, devices=jax.devices(),
+                          first_call=first, **_about(exp))]
+
+
+MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation}
+
+
+def _compile() -> int:
+    from ddpm_jax.compilation import matrix
+
+    FLAGS = flags.FLAGS
+    cells = matrix.cells(FLAGS.matrix)
+    old = matrix.read(FLAGS.baseline) if FLAGS.baseline else None
+    export = pathlib.Path(FLAGS.export) if FLAGS.export else None
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
+        rows.append(matrix.run_cell(cell, export))
+    print("\n" + matrix.table(rows))
+    if FLAGS.out:
+        _write(FLAGS.out, rows)
+    worse = matrix.regressions(rows, old) if old is not None else []
+    for line in worse:
+        print(f"REGRESSION {line}")
+    if old is not None and not worse:
+        print(f"no regression against {FLAGS.baseline}")
+    return 1 if worse or any("error" in r for r in rows) else 0
+
+
+def _page() -> int:
+    from ddpm_jax.compilation import page
+
+    files = page.write(flags.FLAGS.results, flags.FLAGS.page)
+    print(", ".join(files))
+    return 0
+
+
+OTHERS = {"compile": _compile, "page": _page}
+
+
+def main(argv):
+    known = [*MEASURED, *OTHERS]
+    if len(argv) != 2 or argv[1] not in known:
+        raise UserError(f"say what to measure: ddpm bench {'|'.join(known)}"
+                        + (f" (not {' '.join(argv[1:])})" if len(argv) > 1 else ""))
+    FLAGS = flags.FLAGS
+    if FLAGS.out and pathlib.Path(FLAGS.out).exists():
+        raise UserError(f"out: {FLAGS.out} exists; name another file")
+    if argv[1] in OTHERS:
+        return OTHERS[argv[1]]()
+    from ddpm_jax.compilation import report, timing
+
+    report.check_folder(FLAGS.profile)
+    rows = MEASURED[argv[1]]()
+    print(timing.render(rows))
+    if FLAGS.out:
+        _write(FLAGS.out, rows)
+    return 0

@@ -1,0 +1,140 @@
+"""BENCHMARKS.md from the JSON results that are committed: tables, and plots of cost as work grows."""
+
+import json
+import os
+import pathlib
+
+from ddpm_jax.compilation import report
+from ddpm_jax.errors import UserError
+
+HEAD = """# Benchmarks
+
+Written by `ddpm bench page` from the JSON in `{folder}`; do not edit. What was tried and why is in
+[NOTES.md]({folder}/NOTES.md).
+
+Rows of `ddpm bench compile` and `ddpm compile` are the compiler's own figures for machines that
+need not be there: instructions, kernels, collectives and memory are exact for the versions named,
+bytes moved and roofline times are **estimated**. Rows of `ddpm bench step|sample|data|eval` are
+measured on the machine named.
+"""
+SWEEPS = {"batch": "images a device", "image size": "pixels a side", "width": "channels (ch)",
+          "devices": "devices"}
+
+
+def _load(folder: pathlib.Path) -> dict[str, list[dict]]:
+    """{file name: rows} of every result in the folder; UserError where there is none."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        rows = json.loads(file.read_text())
+        found[file.stem] = rows if isinstance(rows, list) else [rows]
+    if not found:
+        raise UserError(f"results: no JSON in {folder}; write some with ddpm bench ... --out")
+    return found
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+                     for row in rows)
+
+
+def _compiled(rows: list[dict]) -> str:
+    """A table of compilations; those with a machine's chip also say whether they fit."""
+    lines = []
+    for r in rows:
+        name = r.get("cell") or " ".join(
+            str(r["about"][k]) for k in ("program", "config", "runner", "dtype", "topology"))
+        if "error" in r or "hlo" not in r:
+            lines.append([name, r.get("error") or r.get("why", ""), *[""] * 9])
+            continue
+        h, fit = r["hlo"], r.get("fit")
+        reduces = ", ".join(f"{n} {c['count']} ({report.size(c['bytes'])})"
+                            for n, c in h["collectives"].items()) or "none"
+        lines.append([
+            name, f"{sum(s['wall_s'] for s in r['seconds'].values()):.0f}",
+            f"{r['seconds']['compile']['cpu_s']:.0f}",
+            f"{r['stablehlo']['instructions']:,}", f"{h['instructions']:,}", f"{h['kernels']:,}",
+            report.size(h["bytes"]), report.size(r["cost"]["bytes"]), reduces,
+            report.size(r["memory"]["peak"]), f"{fit['free']:.0%}" if fit else "n/a"])
+    return _markdown(["program", "wall s", "compile CPU-s", "StableHLO", "HLO", "kernels",
+                      "moved (counted)", "moved (XLA)", "collectives", "peak memory", "HBM free"],
+                     lines)
+
+
+def _measured(rows: list[dict]) -> str:
+    lines = []
+    for r in rows:
+        s = r["seconds"]
+        lines.append([
+            r["bench"], r["name"], f"{r.get('config', '')} {r.get('dtype', '')}".strip(),
+            f"{r['devices']} x {r['device_kind']}" if r["device_kind"] else "host",
+            f"{s['median'] * 1e3:,.2f}", f"{s['low'] * 1e3:,.2f} to {s['high'] * 1e3:,.2f}",
+            f"{r['images_per_s']:,.1f}", "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}",
+            str(r.get("ratio", ""))])
+    return _markdown(["what", "by", "config", "machine", "median ms", "range", "images/s", "MFU",
+                      "ratio"], lines)
+
+
+def _plots(rows: list[dict], folder: pathlib.Path, name: str) -> list[str]:
+    """One figure for each sweep in the rows ('sweep': [axis, value]). -> file names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files = []
+    for axis, label in SWEEPS.items():
+        mine = sorted((r for r in rows if r.get("sweep", [None])[0] == axis and "hlo" in r),
+                      key=lambda r: r["sweep"][1])
+        if len(mine) < 2:
+            continue
+        x = [r["sweep"][1] for r in mine]
+        curves = {
+            "bytes moved a device, GB": [r["hlo"]["bytes"] / 1e9 for r in mine],
+            "peak memory a device, GB": [r["memory"]["peak"] / 1e9 for r in mine],
+            "roofline ms (estimated)": [r["roofline"]["seconds"] * 1e3 for r in mine],
+            "compile CPU-seconds": [r["seconds"]["compile"]["cpu_s"] for r in mine]}
+        figure, axes = pyplot.subplots(1, len(curves), figsize=(14, 3))
+        for panel, (title, y) in zip(axes, curves.items(), strict=True):
+            panel.plot(x, y, "o-")
+            panel.set(title=title, xlabel=label, ylim=(0, None))
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(x, [str(v) for v in x])
+            panel.grid(alpha=0.3)
+        about = mine[0]["about"]
+        figure.suptitle(f"{about['program']}, {about['dtype']}: {axis}")
+        figure.tight_layout()
+        file = f"{name}-{axis.replace(' ', '-')}.png"
+        figure.savefig(folder / file, dpi=80)
+        pyplot.close(figure)
+        files.append(file)
+    return files
+
+
+def _versions(rows: list[dict]) -> str:
+    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items() if v)
+                             for r in rows if "versions" in r}))
+
+
+def write(folder, target) -> list[str]:
+    """Write the page `target` from the results in `folder`, plots beside them. -> paths written.
+
+    A file holds rows of `ddpm bench`, or one report of `ddpm compile`. A file NAME.md beside
+    NAME.json is put above its table.
+    """
+    folder, target = pathlib.Path(folder), pathlib.Path(target)
+    text, written = [HEAD.format(folder=folder.name)], []
+    for name, rows in _load(folder).items():
+        about = folder / f"{name}.md"
+        text.append(f"\n## {name.replace('_', ' ')}\n")
+        if about.exists():
+            text.append(about.read_text().strip() + "\n")
+        text.append((_measured if "bench" in rows[0] else _compiled)(rows) + "\n")
+        for file in _plots(rows, folder, name):
+            text.append(f"\n![{file}]({folder.name}/{file})\n")
+            written.append(str(folder / file))
+        text.append(f"\nVersions: {_versions(rows)}\n")
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text("\n".join(text))
+    os.replace(partial, target)
+    return [str(target), *written]

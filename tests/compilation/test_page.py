@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from ddpm_jax.compilation import page
+from ddpm_jax.errors import UserError
+
+
+def compiled(batch):
+    return {
+        "about": {"program": "train_step", "config": "cifar10", "runner": "jit",
+                  "dtype": "bfloat16", "topology": "v3-8"},
+        "sweep": ["batch", batch], "jaxpr_equations": 1, "stablehlo": {"instructions": 20},
+        "seconds": {"compile": {"wall_s": 7.0, "cpu_s": 9.0}}, "cost": {"bytes": None},
+        "hlo": {"instructions": 49_029, "kernels": 30, "bytes": batch * 1e9, "collectives": {
+            "all-reduce": {"count": 2, "bytes": 143e6}}},
+        "memory": {"peak": 2e9}, "fit": {"free": 0.875}, "roofline": {"seconds": batch * 1e-3},
+        "versions": {"jax": "0.10.2"}}
+
+
+def test_the_page_is_made_of_the_results(tmp_path):
+    results = tmp_path / "benchmarks"
+    results.mkdir()
+    with pytest.raises(UserError, match="no JSON"):
+        page.write(results, tmp_path / "BENCHMARKS.md")
+    (results / "sweep.json").write_text(json.dumps([compiled(1), compiled(4)]))
+    (results / "sweep.md").write_text("What it is.")
+    (results / "failed.json").write_text(json.dumps([{"cell": "a|b", "error": "no"}]))
+    (results / "step.json").write_text(json.dumps([{
+        "bench": "step", "name": "ddpm_jax", "config": "digits", "dtype": "float32",
+        "seconds": {"median": 0.25, "low": 0.2, "high": 0.3, "repeats": 3}, "images_per_s": 512.0,
+        "mfu": None, "device_kind": "cpu", "devices": 1, "versions": {"jax": "0.10.2"}}]))
+    files = page.write(results, tmp_path / "BENCHMARKS.md")
+    text = (tmp_path / "BENCHMARKS.md").read_text()
+    assert files == [str(tmp_path / "BENCHMARKS.md"), str(results / "sweep-batch.png")]
+    assert (results / "sweep-batch.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 49,029 |" in text and "all-reduce 2 (143 MB)" in text and "88%" in text
+    assert "What it is." in text and "a\\|b" in text and "sweep-batch.png" in text
+    assert "250.00" in text and "n/a" in text and "jax 0.10.2" in text
+    # Deterministic: a second run changes nothing.
+    page.write(results, tmp_path / "BENCHMARKS.md")
+    assert (tmp_path / "BENCHMARKS.md").read_text() == text
