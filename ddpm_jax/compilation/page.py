@@ -1,4 +1,4 @@
-"""BENCHMARKS.md from the JSON results that are committed: tables, and plots of cost as work grows."""
+"""BENCHMARKS.md from the committed JSON results: tables, and plots of cost as work grows."""
 
 import json
 import os
