@@ -56,9 +56,16 @@ def export_diffusers(workdir, out, *, step=None, ema=True) -> int:
     exp, params, step, facts = _load(workdir, step, ema)
     diffusers.write_folder(
         out, params, checkpoints.read_config(workdir), exp.betas, step=step,
-        ema=ema and facts.get("averaged", True), version=__version__,
+        weights=_which(exp, step, ema, facts), version=__version__,
         origin=facts.get("origin", ""))
     return step
+
+
+def _which(exp, step, ema, facts) -> str:
+    if facts and facts["step"] == step and not facts["averaged"]:
+        return "as they were imported (one set, averaged or not)"
+    return (f"exponential moving average (decay {exp.config.ema.decay})" if ema
+            else "raw, not averaged")
 
 
 def export_safetensors(workdir, out, *, step=None, ema=True) -> int:

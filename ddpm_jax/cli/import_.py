@@ -79,11 +79,14 @@ def import_official(checkpoint, config, *, workdir, verify=True):
     found = official.open_official(checkpoint)
     for note in found.notes:
         _say(f"note: {note}")
-    ema_params = names.params_from_variables(found.ema_params, stored)
+
+    def convert(part):
+        return _on_host(names.params_from_variables(part, stored))
+
+    ema_params = convert(found.ema_params)
     result = _verdict(exp, stored, ema_params, verify)
-    params = (ema_params if found.params is found.ema_params
-              else names.params_from_variables(found.params, stored))
-    moments = {name: names.params_from_variables(part, stored) if part else None
+    params = ema_params if found.params is found.ema_params else convert(found.params)
+    moments = {name: convert(part) if part else None
                for name, part in (("mu", found.mu), ("nu", found.nu))}
     _write(exp, stored, workdir, found.step, params, ema_params, moments, result,
            origin=f"the official checkpoint {os.path.basename(found.prefix)}",
@@ -108,7 +111,7 @@ def import_diffusers(path, config=None, *, workdir, verify=True):
     config = with_fields(config, model.fields)
     exp = _build(config)
     stored = experiment.to_json(config)
-    params = names.params_from_state_dict(model.state_dict, stored)
+    params = _on_host(names.params_from_state_dict(model.state_dict, stored))
     result = _verdict(exp, stored, params, verify, model)
     _write(exp, stored, workdir, 0, params, params, {"mu": None, "nu": None}, result,
            origin=path, source=path if path.startswith("hf://") else os.path.abspath(path))
@@ -131,6 +134,20 @@ def _base(path, data):
         if word in words and all(config.data[k] == v for k, v in data.items()):
             return name, config
     return "default", with_fields(experiment.load_config("default"), {"data": {"name": "folder"}})
+
+
+def _on_host(tree):
+    """``tree`` with its numpy leaves replaced, one by one, by JAX arrays on the CPU: Orbax writes
+    those without a copy of its own. Left as it is where JAX was told to have no CPU backend."""
+    import jax
+
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return tree
+    for key, node in tree.items():
+        tree[key] = _on_host(node) if isinstance(node, dict) else jax.device_put(node, cpu)
+    return tree
 
 
 def with_fields(config, fields):
@@ -230,7 +247,7 @@ def _leaf(tree, keys):
 
 def optimizer_state(abstract, step, moments):
     """optax's state filled from imported numbers: every ``count`` is ``step``; ``mu`` and ``nu``
-    are the trees of ``moments``, zeros where None. numpy leaves."""
+    are the trees of ``moments``, zeros where None."""
     import jax
 
     def fill(path, shape):

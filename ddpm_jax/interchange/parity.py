@@ -78,8 +78,8 @@ def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, fold
     else:
         keywords = {k: v for k, v in unet_config.items() if not k.startswith("_")}
         net = diffusers.UNet2DModel(**keywords)
-        net.load_state_dict({k: torch.from_numpy(np.ascontiguousarray(v))
-                             for k, v in state_dict.items()})
+        net.load_state_dict({k: torch.from_numpy(np.array(v, np.float32, order="C"))
+                             for k, v in state_dict.items()}, assign=True)
     net.eval()
 
     def eps(x, t):

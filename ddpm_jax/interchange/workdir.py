@@ -1,7 +1,7 @@
 """Writes an imported model as a run's folder, as ddpm_jax.checkpoints lays it out.
 
-``Checkpoints.save`` copies a live training state on the device first; here nobody trains on, the
-arrays are numpy, and a second copy of a large model is what this avoids.
+``Checkpoints.save`` copies a live training state on the device first, because training goes on
+while it is written. Here nothing goes on, and a second copy of a large model is what this avoids.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ IMPORT_FACTS = "import.json"
 def write_run(workdir, *, step, params, ema_params, opt_state, config: dict, facts: dict) -> None:
     """Make ``workdir`` a run with one checkpoint, at ``step``; it appears whole or not at all.
 
-    Trees of numpy arrays; opt_state as the optimizer of ``config`` has it; facts: where the weights
+    Trees of arrays (Orbax copies numpy's before it writes, JAX's on the CPU it does not);
+    opt_state as the optimizer of ``config`` has it; facts: where the weights
     came from, kept as import.json. Raises UserError where the folder holds something already.
     """
     workdir = checkpoints.resolve(workdir)

@@ -256,13 +256,13 @@ def test_exported_folder(tmp_path):
     config = experiment.to_json(small_config())
     params = random_params(SMALL)
     out = tmp_path / "out"
-    diffusers.write_folder(out, params, config, [], step=1234, ema=True, version="9.9",
+    diffusers.write_folder(out, params, config, [], step=1234, weights="averaged", version="9.9",
                            origin="somewhere else")
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     assert files == ["README.md", "model_index.json", "scheduler/scheduler_config.json",
                      "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     card = (out / "README.md").read_text()
-    for word in ("1,234 steps", "somewhere else", "moving average", "DDPMPipeline", "9.9",
+    for word in ("1,234 steps", "somewhere else", "averaged", "DDPMPipeline", "9.9",
                  '"num_timesteps": 50', "num_inference_steps=50"):
         assert word in card
     model = diffusers.open_diffusers(out)
@@ -270,7 +270,7 @@ def test_exported_folder(tmp_path):
     _, metadata = open_safetensors(model.weights)
     assert metadata == {"format": "pt"}
     with pytest.raises(UserError, match="not an empty folder"):
-        diffusers.write_folder(out, params, config, [], step=1, ema=True, version="9.9")
+        diffusers.write_folder(out, params, config, [], step=1, weights="averaged", version="9.9")
     assert "1,234" in (out / "README.md").read_text()
 
 
@@ -327,8 +327,8 @@ def test_bin_files_and_folders_that_real_diffusers_wrote(tmp_path, older):
 def test_real_pipeline_loads_and_runs_an_exported_folder(tmp_path):
     lib = pytest.importorskip("diffusers")
     config = experiment.to_json(small_config())
-    diffusers.write_folder(tmp_path / "out", random_params(SMALL), config, [], step=1, ema=True,
-                           version="0")
+    diffusers.write_folder(tmp_path / "out", random_params(SMALL), config, [], step=1,
+                           weights="averaged", version="0")
     pipeline = lib.DDPMPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images

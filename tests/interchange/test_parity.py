@@ -235,7 +235,7 @@ def test_fifty_steps_on_the_same_noise_give_the_same_images(tmp_path, monkeypatc
         "first_log_variance": {"fixed_large": "next", "fixed_small": "floor"}[variance]})
     exp, params = build(config), random_params(SMALL)
     diffusers.write_folder(tmp_path / "out", params, experiment.to_json(config), exp.betas, step=0,
-                           ema=True, version="0")
+                           weights="averaged", version="0")
     chain = experiment.sampling_chain(exp)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(experiment.sample_program(exp, chain)(

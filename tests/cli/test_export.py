@@ -1,0 +1,82 @@
+"""`ddpm export`: what leaves, from which checkpoint, and what is refused."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "interchange"))
+
+from made_up import SMALL, assert_bit_equal, flat, random_params, small_config  # noqa: E402
+
+from ddpm_jax import experiment  # noqa: E402
+from ddpm_jax.cli import export  # noqa: E402
+from ddpm_jax.errors import UserError  # noqa: E402
+from ddpm_jax.interchange import diffusers, names  # noqa: E402
+from ddpm_jax.interchange.safetensors_file import open_safetensors  # noqa: E402
+from ddpm_jax.interchange.workdir import write_run  # noqa: E402
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(facts, **sections):
+        config = small_config(**sections)
+        exp = experiment.build(config, jax.devices()[:1])
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.opt_state)
+        arch = names.architecture(experiment.to_json(config))
+        write_run(tmp_path / "run", step=41, params=random_params(arch),
+                  ema_params=random_params(arch, 1), opt_state=zeros,
+                  config=experiment.to_json(config), facts=facts)
+        return tmp_path / "run"
+
+    return make
+
+
+def test_diffusers_folder_holds_the_averaged_or_the_raw_weights(tmp_path, make_run):
+    folder = make_run({"origin": "a friend", "step": 41, "averaged": True})
+    assert export.export_diffusers(folder, tmp_path / "ema") == 41
+    assert export.export_diffusers(folder, tmp_path / "raw", step=41, ema=False) == 41
+    for name, seed, word in (("ema", 1, "moving average"), ("raw", 0, "raw, not averaged")):
+        model = diffusers.open_diffusers(tmp_path / name)
+        assert_bit_equal(names.params_from_state_dict(model.state_dict, SMALL),
+                         random_params(SMALL, seed))
+        card = (tmp_path / name / "README.md").read_text()
+        assert word in card and "41 steps" in card and "a friend" in card
+
+
+def test_card_of_weights_that_came_as_one_set(tmp_path, make_run):
+    folder = make_run({"origin": "hf://a/b", "step": 41, "averaged": False})
+    export.export_diffusers(folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "as they were imported (one set" in card and "Weights imported from hf://a/b." in card
+
+
+def test_safetensors_file_carries_our_names_and_the_config(tmp_path, make_run):
+    out = tmp_path / "x.safetensors"
+    assert export.export_safetensors(make_run({}), out) == 41
+    arrays, metadata = open_safetensors(out)
+    expected = flat(random_params(SMALL, 1))
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name].read(), array)
+    assert metadata["step"] == "41" and metadata["weights"] == "averaged"
+    assert json.loads(metadata["config"])["model"]["ch"] == 32
+    with pytest.raises(UserError, match="exists"):
+        export.export_safetensors(tmp_path / "run", out)
+
+
+def test_what_cannot_be_exported_leaves_nothing(tmp_path, make_run):
+    folder = make_run({}, diffusion={"predict": "x_prev"})
+    with pytest.raises(UserError, match="predict=x_prev"):
+        export.export_diffusers(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="no such checkpoint.*there are 41"):
+        export.export_diffusers(folder, tmp_path / "out", step=7)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_no_run_there(tmp_path):
+    with pytest.raises(UserError, match="no run here"):
+        export.export_diffusers(tmp_path, tmp_path / "out")
