@@ -64,29 +64,42 @@ def upsample_nearest(x):
 # group, and the barriers stop XLA from sharing a float32 copy of it between the two reads.
 
 
-def _group_sum(x, groups):
-    """[B,C] -> [B,C]: every channel gets its group's sum."""
-    b, c = x.shape
-    total = x.reshape(b, groups, c // groups).sum(axis=2, keepdims=True)
-    return jnp.broadcast_to(total, (b, groups, c // groups)).reshape(b, c)
+def _spread(v, channels):
+    """[B,groups] -> [B,C]: every channel gets its group's value."""
+    b, groups = v.shape
+    return jnp.broadcast_to(v[:, :, None], (b, groups, channels // groups)).reshape(b, channels)
+
+
+def _group_mean(v, groups):
+    """[B,C] -> [B,groups]."""
+    return v.reshape(v.shape[0], groups, -1).mean(axis=2)
+
+
+def _channel_sums(x):
+    """Sums over the pixels of x [B,H,W,C], float32 [B,C] each: of x, x - s and (x - s)^2, where s
+    is the channel's first pixel. Unlike sums of x and x^2, the last two do not cancel where the
+    mean is large beside the deviation."""
+    x = x.astype(jnp.float32)
+    centred = x - x[:, :1, :1, :]
+    return x.sum(axis=(1, 2)), centred.sum(axis=(1, 2)), jnp.square(centred).sum(axis=(1, 2))
+
+
+def _join_channels(sums, pixels, groups):
+    """Mean and variance of each group, [B,groups] each: its channels' moments joined as in Chan et
+    al. (1983), about the first channel's mean."""
+    total, first, second = (s / pixels for s in sums)
+    mean = total.reshape(total.shape[0], groups, -1)
+    apart = mean - mean[:, :, :1]
+    within = _group_mean(second - jnp.square(first), groups)
+    between = jnp.square(apart).mean(axis=2) - jnp.square(apart.mean(axis=2))
+    return mean.mean(axis=2), jnp.maximum(within + between, 0.0)
 
 
 def group_moments(x, groups):
-    """Mean and variance of each (image, group) of x [B,H,W,C], spread to float32 [B,C] each.
-
-    One read: per channel, the first two moments about that channel's first pixel; channels are
-    then joined as in Chan et al. (1983). Unlike E[x^2] - E[x]^2 this does not cancel where the
-    mean is large beside the deviation.
-    """
-    per_group = x.shape[3] // groups
-    shift = x[:, 0, 0, :].astype(jnp.float32)
-    centred = x.astype(jnp.float32) - shift[:, None, None, :]
-    first = centred.mean(axis=(1, 2))
-    second = jnp.square(centred).mean(axis=(1, 2))
-    channel_mean = shift + first
-    mean = _group_sum(channel_mean, groups) / per_group
-    spread = second - jnp.square(first) + jnp.square(channel_mean - mean)
-    return mean, jnp.maximum(_group_sum(spread, groups) / per_group, 0.0)
+    """Mean and variance of each (image, group) of x [B,H,W,C], spread to float32 [B,C] each."""
+    b, height, width, channels = x.shape
+    moments = _join_channels(_channel_sums(x), height * width, groups)
+    return tuple(_spread(m, channels) for m in moments)
 
 
 def _keep(bits, rate):
@@ -109,11 +122,13 @@ def group_norm_act(x, scale, bias, bits, groups, eps, silu, rate):
 
 
 def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
-    mean, variance = group_moments(x, groups)
+    # Without it XLA joins the sums over pixels and channels and reads x once more for each.
+    x, sums = lax.optimization_barrier((x, _channel_sums(x)))
+    mean, variance = _join_channels(sums, x.shape[1] * x.shape[2], groups)
     inverse = lax.rsqrt(variance + eps)
-    x, mean, inverse = lax.optimization_barrier((x, mean, inverse))
-    factor = inverse * scale[None, :]
-    y = x.astype(jnp.float32) * _pixels(factor) + _pixels(bias[None, :] - mean * factor)
+    factor = _spread(inverse, x.shape[3]) * scale[None, :]
+    offset = bias[None, :] - _spread(mean, x.shape[3]) * factor
+    y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
     if silu:
         y = y * jax.nn.sigmoid(y)
     if bits is not None:
@@ -123,6 +138,8 @@ def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
 
 def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
     x, scale, bias, bits, mean, inverse = saved
+    channels = x.shape[3]
+    mean, inverse = _spread(mean, channels), _spread(inverse, channels)
 
     def normalised_and_gradient(x, g):
         xhat = (x.astype(jnp.float32) - _pixels(mean)) * _pixels(inverse)
@@ -136,12 +153,12 @@ def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
         return xhat, dy
 
     xhat, dy = normalised_and_gradient(x, g)
-    sum_dy = dy.sum(axis=(1, 2))
-    sum_dy_xhat = (dy * xhat).sum(axis=(1, 2))
-    count = x.shape[1] * x.shape[2] * (x.shape[3] // groups)
-    mean_dy = _group_sum(sum_dy * scale[None, :], groups) / count
-    mean_dy_xhat = _group_sum(sum_dy_xhat * scale[None, :], groups) / count
-    x, g, mean_dy, mean_dy_xhat = lax.optimization_barrier((x, g, mean_dy, mean_dy_xhat))
+    sum_dy, sum_dy_xhat = dy.sum(axis=(1, 2)), (dy * xhat).sum(axis=(1, 2))
+    # Without it XLA reads x and g again for the sums over the batch, and keeps a float32 dy.
+    x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
+    pixels = x.shape[1] * x.shape[2]
+    mean_dy = _spread(_group_mean(sum_dy * scale[None, :], groups), channels) / pixels
+    mean_dy_xhat = _spread(_group_mean(sum_dy_xhat * scale[None, :], groups), channels) / pixels
     xhat, dy = normalised_and_gradient(x, g)
     dx = _pixels(inverse) * (
         dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
