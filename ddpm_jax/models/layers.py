@@ -263,6 +263,9 @@ class ResBlock(nn.Module):
     def __call__(self, x, projection, bits=None):
         """x [B,H,W,in]; projection [B,out] = temb_proj of the embedding, made by the U-Net for
         all blocks in one product; bits uint16 [B,H,W,out] or None. -> [B,H,W,out]"""
+        if self.features_in != self.features:
+            # x has three readers; where it is a concatenation XLA would write it twice.
+            x = lax.optimization_barrier(x)
         h = self.conv1(self.norm1(x))
         h = h + projection[:, None, None, :]
         h = self.conv2(self.norm2(h, bits))
