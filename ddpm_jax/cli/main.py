@@ -63,7 +63,19 @@ def main(argv: list[str]) -> int:
         return module.main(_parse(name, rest)) or 0
     except (UserError, flags.Error) as error:
         print(f"ddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _leave_pod(error)
+
+
+def _leave_pod(error: BaseException) -> int:
+    """Exit status of bad input; in a pod, ends the process rather than wait 300 s for the others,
+    and tells a save that failed for a lost peer (restart) from one that a user must mend."""
+    distributed = sys.modules.get("ddpm_jax.parallel.distributed")
+    if distributed is None:
         return USER_ERROR
+    lost = error.__cause__ is not None and distributed.is_lost_peer(error.__cause__)
+    code = distributed.EXIT_LOST if lost and distributed.in_pod() else USER_ERROR
+    distributed.leave(code)
+    return code
 
 
 def _parse(name: str, rest: list[str]) -> list[str]:

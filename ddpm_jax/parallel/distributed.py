@@ -266,13 +266,18 @@ def leave(code: int):
     os._exit(code)
 
 
+def in_pod() -> bool:
+    """Whether `initialize` has joined other processes."""
+    return _state().client is not None
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because the other end is gone: the peer tells why, not we.
 
     JAX usually aborts by itself in this case; Gloo and NCCL sometimes raise first.
     """
     return re.search(r"gloo|nccl|\bUNAVAILABLE\b|connection (reset|closed|refused)|heartbeat|"
-                     r"broken pipe", str(error), re.IGNORECASE) is not None
+                     r"broken pipe|barrier", str(error), re.IGNORECASE) is not None
 
 
 class Stop:
