@@ -8,6 +8,7 @@ dataset appears complete in its folder or not at all, and an existing one is nev
 import contextlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -179,7 +180,7 @@ def _build(name, data_dir, generate, parent, *, config=None):
                     try:
                         return dl_manager.download(url)
                     except Exception as error:  # requests', urllib's, TFDS's own
-                        reason = " ".join(str(error).split())[:200] or type(error).__name__
+                        reason = " ".join(str(error).split())[:120] or type(error).__name__
                         raise UserError(f"cannot download {url} ({reason}); fetch it elsewhere "
                                         "and give it with --from=") from error
                 return generate(self, download)
@@ -187,6 +188,7 @@ def _build(name, data_dir, generate, parent, *, config=None):
             def _generate_examples(self):
                 raise NotImplementedError
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its ten retries are not the user's news
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     with _appearing(data_dir, name) as temp:

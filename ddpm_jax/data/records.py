@@ -128,8 +128,11 @@ def lmdb_items(path):
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
         count = env.stat()["entries"]
+        need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     except lmdb.Error as error:
         raise UserError(f"{path}: not a readable LMDB folder ({error})") from error
+    if (pathlib.Path(path) / "data.mdb").stat().st_size < need:  # reading on would be a SIGBUS
+        raise UserError(f"{path}: data.mdb is cut short; unpack the archive again")
 
     def items():
         try:

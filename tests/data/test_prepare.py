@@ -1,0 +1,279 @@
+import gzip
+import io
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.data import prepare
+from ddpm_jax.data.datasets import open_source
+from ddpm_jax.errors import UserError
+
+RNG = np.random.default_rng(2)
+
+
+def pixels(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(array):
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, "PNG")
+    return data.getvalue()
+
+
+def make_tar(path, files):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def nothing_left(folder):
+    return not folder.exists() or not list(folder.iterdir())
+
+
+def class_folders(make, root, shape=(8, 8, 3)):
+    made = {}
+    for name in ("train/a/0.png", "train/a/1.png", "train/b/0.png", "test/b/0.png"):
+        made[name] = pixels(*shape)
+        make.save(root / name, made[name])
+    return made
+
+
+def test_folder_with_classes(tmp_path, make):
+    made = class_folders(make, tmp_path / "in")
+    prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+    train = open_source("folder", tmp_path / "out", "train", image_size=8, channels=3)
+    np.testing.assert_array_equal(train.array(), list(made.values())[:3])
+    assert train.labels.tolist() == [0, 0, 1] and train.class_names == ("a", "b")
+    test = open_source("folder", tmp_path / "out", "test")
+    np.testing.assert_array_equal(test[0], made["test/b/0.png"])
+    live = open_source("folder", tmp_path / "in", "train")
+    assert live.fingerprint == train.fingerprint != test.fingerprint
+    assert live.labels.tolist() == train.labels.tolist()
+    with pytest.raises(UserError, match="has no split 'val'; it has train, test"):
+        open_source("folder", tmp_path / "out", "val")
+    with pytest.raises(UserError, match=r"is 8x8 .*not 16"):
+        open_source("folder", tmp_path / "out", "train", image_size=16)
+    with pytest.raises(UserError, match="there already"):
+        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+
+
+def test_folder_crops_and_resizes(tmp_path, make):
+    for i, shape in enumerate([(10, 14), (8, 8, 3), (30, 9, 3)]):
+        make.save(tmp_path / f"in/{i}.png", pixels(*shape))
+    source = [str(tmp_path / "in")]
+    with pytest.raises(UserError, match="0.png is 14x10, not square; give an image size"):
+        prepare.folder("folder", tmp_path / "out", source)
+    with pytest.raises(UserError, match="1.png: a colour image where grey"):
+        prepare.folder("folder", tmp_path / "out", source, image_size=8)
+    assert nothing_left(tmp_path / "out")
+    prepare.folder("folder", tmp_path / "out", source, image_size=8, channels=3)
+    assert open_source("folder", tmp_path / "out", "train").array().shape == (3, 8, 8, 3)
+    shutil.rmtree(tmp_path / "in")
+    make.save(tmp_path / "in/0.png", pixels(8, 8))
+    make.save(tmp_path / "in/1.png", pixels(8, 12))
+    with pytest.raises(UserError, match="1.png is 12x8, the first image is 8x8"):
+        prepare.folder("folder", tmp_path / "out2", source)
+
+
+def test_a_truncated_image_leaves_nothing_behind(tmp_path, make):
+    class_folders(make, tmp_path / "in", (40, 40, 3))
+    broken = tmp_path / "in/train/b/0.png"
+    broken.write_bytes(broken.read_bytes()[:-900])
+    with pytest.raises(UserError, match=r"train/b/0.png: not a readable image"):
+        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+    assert nothing_left(tmp_path / "out")
+    live = open_source("folder", tmp_path / "in", "train")
+    with pytest.raises(UserError, match=r"train/b/0.png: not a readable image"):
+        live.array()
+
+
+def test_sources_given_badly(tmp_path):
+    for sources in ([], ["a", "b"]):
+        with pytest.raises(UserError, match="give one folder of images"):
+            prepare.folder("folder", tmp_path, sources)
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        prepare.folder("folder", tmp_path, [str(tmp_path / "nowhere")])
+
+
+def test_no_place_to_write(tmp_path, make):
+    class_folders(make, tmp_path / "in")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot write there"):
+        prepare.folder("folder", tmp_path / "file", [str(tmp_path / "in")])
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    if os.access(tmp_path / "locked", os.W_OK):
+        return  # root may write anywhere
+    with pytest.raises(UserError, match="locked: cannot write there"):
+        prepare.folder("folder", tmp_path / "locked", [str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("free", [10, 10**9])
+def test_a_full_disk(tmp_path, monkeypatch, free, make):
+    """Too little room is said before the work; room that vanishes meanwhile, after it."""
+    class_folders(make, tmp_path / "in")
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+    if free > 10:
+        def full(*args):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(prepare.np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(UserError, match="GB are free|No space left"):
+        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+    assert nothing_left(tmp_path / "out")
+
+
+def test_lsun_from_lmdb(tmp_path, make):
+    made = {f"{i:02}": pixels(20 + i, 24, 3) for i in range(3)}
+    train = make.lmdb(tmp_path / "church_outdoor_train_lmdb", {k: png(v) for k, v in made.items()})
+    val = make.lmdb(tmp_path / "church_outdoor_val_lmdb", {"0": png(made["01"])})
+    prepare.lsun("lsun_church", tmp_path / "out", [str(train), str(val)], image_size=16)
+    source = open_source("lsun_church", tmp_path / "out", "train", image_size=16)
+    assert len(source) == 3 and source.labels is None
+    top = (21 - 21) // 2, (24 - 21) // 2
+    square = Image.fromarray(made["01"][top[0]:, top[1]:top[1] + 21])
+    expected = np.asarray(square.resize((16, 16), Image.LANCZOS))
+    np.testing.assert_array_equal(source[1], expected)
+    np.testing.assert_array_equal(open_source("lsun_church", tmp_path / "out", "validation")[0],
+                                  expected)
+    bad = make.lmdb(tmp_path / "bad", {"00": png(made["00"]), "01": png(made["01"])[:-300]})
+    with pytest.raises(UserError, match="bad, key 01: not a readable image"):
+        prepare.lsun("lsun_church", tmp_path / "out2", [str(bad)])
+    with pytest.raises(UserError, match="second source of the train split"):
+        prepare.lsun("lsun_church", tmp_path / "out2", [str(train), str(bad)])
+
+
+def test_lsun_from_tfrecord(tmp_path, make):
+    made = pixels(3, 16, 16, 3)
+    path = make.tfrecord(tmp_path / "cat-r04.tfrecords", made)
+    prepare.lsun("lsun_cat", tmp_path / "out", [str(path)], image_size=16)
+    np.testing.assert_array_equal(open_source("lsun_cat", tmp_path / "out", "train").array(), made)
+    with pytest.raises(UserError, match=r"record 0: \(16, 16, 3\) where \(256, 256, 3\)"):
+        prepare.lsun("lsun_cat", tmp_path / "out2", [str(path)])
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="r04.tfrecords, record 2: wrong checksum of the data"):
+        prepare.lsun("lsun_cat", tmp_path / "out2", [str(path)], image_size=16)
+    assert nothing_left(tmp_path / "out2")
+    with pytest.raises(UserError, match="unpacked LMDB"):
+        prepare.lsun("lsun_cat", tmp_path / "out2", [])
+
+
+def cifar_files(per_file=4):
+    made, files = {}, {}
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        made[name] = pixels(per_file, 32, 32, 3), RNG.integers(0, 10, per_file, dtype=np.uint8)
+        files[f"cifar-10-batches-bin/{name}"] = b"".join(
+            bytes([label]) + image.transpose(2, 0, 1).tobytes()
+            for image, label in zip(*made[name], strict=True))
+    files["cifar-10-batches-bin/batches.meta.txt"] = "\n".join(
+        f"class{i}" for i in range(10)).encode() + b"\n\n"
+    return made, files
+
+
+def test_cifar10_from_its_tarball(tmp_path):
+    made, files = cifar_files()
+    path = make_tar(tmp_path / "cifar-10-binary.tar.gz", files)
+    prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["cifar10"]
+    train = open_source("cifar10", tmp_path / "out", "train")
+    expected = {i.tobytes(): int(y) for n, pair in made.items() if n.startswith("data")
+                for i, y in zip(*pair, strict=True)}
+    assert {i.tobytes(): int(y) for i, y in zip(train.array(), train.labels, strict=True)
+            } == expected
+    np.testing.assert_array_equal(train.array(), [train[i] for i in range(20)])
+    test = open_source("cifar10", tmp_path / "out", "test", image_size=32, channels=3)
+    assert len(test) == 4 and test.class_names[3] == "class3"
+    with pytest.raises(UserError, match="cifar10 has 3"):
+        open_source("cifar10", tmp_path / "out", "train", channels=1)
+    damage_pngs(tmp_path / "out/cifar10")
+    with pytest.raises(UserError, match="record"):
+        open_source("cifar10", tmp_path / "out", "train").array()
+
+
+def damage_pngs(folder):
+    """Zero a stretch in the middle of every record file."""
+    for path in folder.rglob("*.array_record*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 4:len(data) // 4 + 2000] = bytes(2000)
+        path.write_bytes(data)
+
+
+def test_cifar10_with_a_file_missing_or_cut(tmp_path):
+    _, files = cifar_files(1)
+    whole = dict(files)
+    del files["cifar-10-batches-bin/data_batch_3.bin"]
+    path = make_tar(tmp_path / "a.tar.gz", files)
+    with pytest.raises(UserError, match="data_batch_3.bin is not in it"):
+        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+    whole["cifar-10-batches-bin/data_batch_3.bin"] = b"\x01" * 3000
+    path = make_tar(tmp_path / "b.tar.gz", whole)
+    with pytest.raises(UserError, match="data_batch_3.bin: not a batch"):
+        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="b.tar.gz: missing, damaged"):
+        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+    assert nothing_left(tmp_path / "out")
+
+
+def fashion_files(make, folder):
+    folder.mkdir()
+    made = {}
+    for stem, n in (("train", 6), ("t10k", 3)):
+        made[stem] = pixels(n, 28, 28), RNG.integers(0, 10, n, dtype=np.uint8)
+        for kind, array in zip(("images-idx3", "labels-idx1"), made[stem], strict=True):
+            (folder / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(make.idx(array)))
+    return made
+
+
+def test_fashion_mnist(tmp_path, make):
+    made = fashion_files(make, tmp_path / "in")
+    prepare.fashion_mnist("fashion_mnist", tmp_path / "out", [str(tmp_path / "in")])
+    source = open_source("fashion_mnist", tmp_path / "out", "train", image_size=32)
+    assert source.shape == (32, 32, 1)
+    everything = source.array()
+    np.testing.assert_array_equal(everything, [source[i] for i in range(6)])
+    inside = everything[:, 2:30, 2:30, 0]
+    assert everything.sum(dtype=int) == inside.sum(dtype=int)  # the border is black
+    assert {i.tobytes(): y for i, y in zip(inside, source.labels.tolist(), strict=True)} == {
+        i.tobytes(): y for i, y in zip(made["train"][0], made["train"][1].tolist(), strict=True)}
+    with pytest.raises(UserError, match="not 16"):
+        open_source("fashion_mnist", tmp_path / "out", "train", image_size=16)
+    (tmp_path / "in/t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz is not in it"):
+        prepare.fashion_mnist("fashion_mnist", tmp_path / "out2", [str(tmp_path / "in")])
+
+
+def test_celeb_a_hq(tmp_path):
+    made = {f"data256x256/{i:05}.png": pixels(256, 256, 3) for i in range(2)}
+    path = make_tar(tmp_path / "data256x256.tar", {k: png(v) for k, v in made.items()})
+    prepare.celeb_a_hq("celeb_a_hq", tmp_path / "out", [str(path)])
+    source = open_source("celeb_a_hq", tmp_path / "out", "train", image_size=256)
+    assert source.labels is None and source.splits == ("train",)
+    assert {i.tobytes() for i in source.array()} == {i.tobytes() for i in made.values()}
+    with pytest.raises(UserError, match="has no split 'test'"):
+        open_source("celeb_a_hq", tmp_path / "out", "test")
+    path = make_tar(tmp_path / "small.tar", {"a.png": png(pixels(8, 8, 3))})
+    with pytest.raises(UserError, match=r"small.tar, a.png: \(8, 8, 3\), not"):
+        prepare.celeb_a_hq("celeb_a_hq", tmp_path / "out2", [str(path)])
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def unreachable(self, url):
+        raise OSError("no route to host")
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", unreachable)
+    with pytest.raises(UserError, match=r"cannot download https://\S+cifar-10-binary.tar.gz \(no "
+                                        r"route to host\); fetch it elsewhere .* --from="):
+        prepare.cifar10("cifar10", tmp_path / "out", [])
+    assert nothing_left(tmp_path / "out")
