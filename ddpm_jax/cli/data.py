@@ -19,6 +19,7 @@ import pathlib
 from absl import flags
 
 from ddpm_jax.data import datasets
+from ddpm_jax.data.prepare import refuse_existing
 from ddpm_jax.errors import UserError
 
 
@@ -62,6 +63,7 @@ def prepare(name, folder, sources, image_size, channels):
     row = datasets.DATASETS[name]
     if row.prepare is None:
         raise UserError(f"{name} needs no preparation: it is {row.about}")
+    refuse_existing(folder, name)  # before hours of reading, not after
     row.prepare(name, folder, sources, image_size=image_size, channels=channels)
 
 

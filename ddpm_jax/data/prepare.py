@@ -32,12 +32,17 @@ def as_file(data):
     return io.BytesIO(data) if isinstance(data, bytes) else data
 
 
+def refuse_existing(folder, name):
+    """UserError if `folder/name` is there: nothing is overwritten."""
+    if (folder / name).exists():
+        raise UserError(f"{folder / name} is there already; remove it first, or give another --dir")
+
+
 @contextlib.contextmanager
 def _appearing(folder, name):
     """A temporary folder that becomes `folder/name` when the block ends well, else vanishes."""
+    refuse_existing(folder, name)
     target = folder / name
-    if target.exists():
-        raise UserError(f"{target} is there already; remove it first, or give another --dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temp = pathlib.Path(tempfile.mkdtemp(prefix=f".preparing-{name}-", dir=folder))
