@@ -576,6 +576,9 @@ def evaluate_run(exp, params, options: Options, *, facts, folder=None, stop=None
                  f" seed {options.seed}, {provenance['num']} images")
         if options.quantise:
             label += f", quantise {options.quantise}"
+        if "reference" in provenance:
+            r = provenance["reference"]
+            label += f", against {r['dataset'] or 'foreign'} {r['split'] or r['path']}"
         records.append((label, values, provenance))
         pictures |= drawn
     if BOUND in options.metrics:

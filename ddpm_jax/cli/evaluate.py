@@ -26,24 +26,30 @@ from ddpm_jax.parallel import distributed
 FLAGS = flags.FLAGS
 
 
-def define(kind, name, default, text):
-    """A flag that another subcommand may have defined with the same meaning."""
-    if name not in FLAGS:
-        getattr(flags, f"DEFINE_{kind}")(name, default, text)
+def definer(owner):
+    """-> define(kind, name, default, text) of flags that belong to the module ``owner``, in place
+    of what another subcommand may have defined in the same process."""
+    def define(kind, name, default, text):
+        if name in FLAGS:
+            delattr(FLAGS, name)
+        getattr(flags, f"DEFINE_{kind}")(name, default, text, module_name=owner)
+
+    return define
 
 
-def define_inception_flags():
+def define_inception_flags(define):
     define("string", "inception_weights", None, "converted weights (.npz) or their source")
     define("bool", "allow_unknown_weights", False,
            "accept Inception weights whose sha256 is not known")
-    define("string", "protocol", "paper", "paper or monitor: see above")
+    define("string", "protocol", "paper", "paper (to report) or monitor (to watch)")
     define("bool", "overwrite", False, "replace a file that is there")
 
 
 def define_flags():
     common.define_workdir_flag()
     common.define_weights_flags()
-    define_inception_flags()
+    define = definer(__name__)
+    define_inception_flags(define)
     define("string", "samples", None, "judge these images instead: a folder of PNG, or an .npz "
            "with arr_0 uint8 [N,H,W,C]")
     define("string", "metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")

@@ -16,11 +16,11 @@ USAGE = "usage: ddpm inception convert IN OUT.npz | ddpm inception check [FILE]"
 
 
 def define_flags():
-    if "allow_unknown_weights" not in FLAGS:
-        flags.DEFINE_bool("allow_unknown_weights", False,
-                          "accept Inception weights whose sha256 is not known")
-    if "overwrite" not in FLAGS:
-        flags.DEFINE_bool("overwrite", False, "replace a file that is there")
+    from ddpm_jax.cli.evaluate import definer
+    define = definer(__name__)
+    define("bool", "allow_unknown_weights", False,
+           "accept Inception weights whose sha256 is not known")
+    define("bool", "overwrite", False, "replace a file that is there")
 
 
 def _convert(source, target):

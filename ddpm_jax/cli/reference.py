@@ -12,7 +12,7 @@ import jax
 from absl import flags
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define, define_inception_flags, say
+from ddpm_jax.cli.evaluate import define_inception_flags, definer, say
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import distributed
 
@@ -20,7 +20,8 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-    define_inception_flags()
+    define = definer(__name__)
+    define_inception_flags(define)
     define("string", "dataset", None, "a row of `ddpm data`")
     define("string", "data_dir", None, "where `ddpm data prepare` put the dataset")
     define("string", "split", "train", "train or test")

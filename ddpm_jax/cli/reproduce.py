@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define, define_inception_flags, say, write_results
+from ddpm_jax.cli.evaluate import define_inception_flags, definer, say, write_results
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import distributed
 
@@ -33,7 +33,8 @@ CPU_SHARE = 0.5
 
 def define_flags():
     common.define_workdir_flag()
-    define_inception_flags()
+    define = definer(__name__)
+    define_inception_flags(define)
     define("bool", "dry_run", False, "print configs, costs, the paper's values and what is there; "
            "run nothing")
     define("string", "config", None, "another config under the same cells, such as digits")
@@ -46,12 +47,16 @@ def define_flags():
 
 def cell_config(name: str):
     """The config of one cell, under --config and --set. Raises UserError naming a wrong field."""
-    from ddpm_jax import experiment
+    from ddpm_jax import checkpoints, experiment
     from ddpm_jax.configs.cifar10_table2 import CELLS
     config = experiment.load_config(FLAGS.config or "cifar10")
     config.diffusion.update(CELLS[name])
+    known = checkpoints.flatten(experiment.to_json(config))
     for text in FLAGS.set:
         field, equals, value = text.partition("=")
+        if not equals or field not in known:
+            raise UserError(f"--set={text}: expected FIELD=VALUE with a field of the config, "
+                            "such as train.steps=100")
         try:
             parsed = json.loads(value)
         except ValueError:
@@ -61,8 +66,6 @@ def cell_config(name: str):
                                                else parsed})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"--set={text}: {error}") from None
-        if not equals:
-            raise UserError(f"--set={text}: expected FIELD=VALUE")
     return config
 
 

@@ -1,0 +1,75 @@
+"""Figures of an untrained model: what must hold whatever it has learned."""
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import experiment, figures, judge
+from ddpm_jax.evaluation.paper_results import TARGETS
+
+
+@pytest.fixture(scope="module")
+def run():
+    config = experiment.load_config("digits")
+    config.update_from_flattened_dict({
+        "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
+        "model.attn_resolutions": (), "diffusion.num_timesteps": 8,
+        "diffusion.schedule.beta_end": 0.5, "train.batch_size": 8, "sampler.batch_size": 8})
+    exp = experiment.build(config, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
+                          exp.abstract_state.params)
+    return exp, params, judge.open_splits("digits", "", exp.image_shape)
+
+
+def cells(picture, rows):
+    """[rows, columns, 8, 8] of a tiled picture of digits."""
+    size = picture.shape[0] // rows
+    grid = picture.reshape(rows, size, -1, size, 1).swapaxes(1, 2)
+    return grid[:, :, :8, :8, 0].astype(float)
+
+
+def test_a_later_fork_shares_more(run):
+    drawn = figures.shared_latents(*run, {})
+    rows = cells(drawn.pictures["shared_latents"], figures.ROWS)
+    assert rows.shape == (figures.ROWS, figures.COLUMNS, 8, 8)
+    spread = [row.std(axis=0).mean() for row in rows]
+    assert spread[-1] < spread[0] and spread == pytest.approx(list(drawn.numbers.values()))
+
+
+def test_interpolation_starts_and_ends_with_the_images(run):
+    drawn = figures.interpolation(*run, {})
+    rows = cells(drawn.pictures["interpolation"], figures.ROWS)
+    source = run[2]["test"]
+    assert rows.shape[1] == figures.COLUMNS + 3
+    for k in range(figures.ROWS):
+        np.testing.assert_array_equal(rows[k, 0], source[2 * k][..., 0])
+        np.testing.assert_array_equal(rows[k, -1], source[2 * k + 1][..., 0])
+        ends = np.abs(rows[k, 1] - rows[k, -2]).mean()
+        neighbours = np.abs(np.diff(rows[k, 1:-1], axis=0)).mean()
+        assert neighbours < ends
+
+
+def test_progressive_has_a_frame_and_a_distance_a_step(run, monkeypatch):
+    monkeypatch.setattr(figures, "IMAGES", 32)
+    drawn = figures.progressive(*run, {})
+    assert len(drawn.numbers) == 8 and list(drawn.numbers)[-1] == "FD-rand@0 after 8"
+    page = "".join(drawn.sections)
+    assert page.count('class="frame"') == 8 and "after 1 of 8 reverse steps" in page
+
+
+def test_rate_has_the_rows_of_table_4_and_a_verdict_only_for_the_paper(run):
+    exp, params, sources = run
+    values = {"terms_test": [1.0] * 1000, "prior_test": 0.0, "mse_test": [0.25] * 1000}
+    drawn = figures.rate(exp, params, sources, values)
+    assert drawn.numbers["after 1000"] == [999.0, 63.75] and "verdict" not in "".join(
+        drawn.sections)
+    config = exp.config.copy_and_resolve_references()
+    config.data.name = "cifar10"
+    drawn = figures.rate(exp._replace(config=config), params, sources, values)
+    assert "".join(drawn.sections).count(">FAIL<") == 10
+    assert "no bound" in "".join(figures.rate(exp, params, sources, {}).sections)
+
+
+def test_every_target_names_a_figure_that_exists():
+    assert {t.figure for t in TARGETS.values() if t.figure} == set(figures.FIGURES)
