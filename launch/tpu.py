@@ -613,7 +613,8 @@ def simple(o):
         rc, _, _ = yield from run_all(ssh_cmds(o, host(o, "logs", o.name, o.lines),
                                                worker=o.worker, vms=vms))
         return rc
-    words = ["run", "--", "ddpm", "doctor"] + ([f"--workdir={o.workdir}"] if o.workdir else [])
+    words = ["run", "--", "ddpm", "doctor", "--pod"]
+    words += [f"--workdir={o.workdir}"] if o.workdir else []
     rc, _, _ = yield from run_all(ssh_cmds(o, host(o, *words), vms=vms))
     return rc
 
