@@ -1,0 +1,70 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def ddpm(*words):
+    return subprocess.run([sys.executable, "-m", "ddpm_jax", "bench", *words],
+                          capture_output=True, text=True, check=False)
+
+
+def test_help_and_bad_input(tmp_path):
+    assert "ddpm bench compile --matrix" in ddpm("--help").stdout
+    done = ddpm("stp", "--config=digits")
+    assert done.returncode == 2
+    assert "ddpm: error: say what to measure: ddpm bench step|sample|data|eval|compile|page" in (
+        done.stderr)
+    (tmp_path / "there.json").write_text("[]")
+    done = ddpm("data", "--config=digits", f"--out={tmp_path}/there.json")
+    assert done.returncode == 2 and "exists; name another file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_in_the_common_format(tmp_path):
+    done = ddpm("data", "--config=digits", "--seconds=0", f"--out={tmp_path}/data.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "data.json").read_text())
+    assert {r["name"] for r in rows} == {"streamed", "resident, by numpy"}
+    assert all(r["bench"] == "data" and r["images"] == 128 and r["mfu"] is None for r in rows)
+    assert all(r["seconds"]["low"] <= r["seconds"]["median"] <= r["seconds"]["high"] for r in rows)
+    assert "images/s" in done.stdout
+
+
+@pytest.mark.slow
+def test_compile_matrix_baseline_and_corpus(tmp_path):
+    matrix = {"config": ["digits"], "topology": ["cpu:1"], "runner": ["jit"], "set": [
+        "model.ch=8", "model.ch_mult=(1,)", "model.num_groups=4", "model.attn_resolutions=()",
+        "train.clip_replicas=1", "train.steps_per_dispatch=1"]}
+    (tmp_path / "m.json").write_text(json.dumps(matrix))
+    words = ["compile", f"--matrix={tmp_path}/m.json"]
+    first = ddpm(*words, f"--out={tmp_path}/a.json", f"--export={tmp_path}/corpus")
+    assert first.returncode == 0, first.stdout + first.stderr
+    [row] = json.loads((tmp_path / "a.json").read_text())
+    assert row["warm"]["compile"]["cpu_s"] < row["seconds"]["compile"]["cpu_s"]
+    [entry] = json.loads((tmp_path / "corpus/manifest.json").read_text())
+    assert (tmp_path / "corpus" / entry["files"][0]).read_text().startswith("module")
+    # A baseline that had fewer instructions: what is measured now must be called a regression.
+    row["hlo"]["instructions"] //= 2
+    (tmp_path / "b.json").write_text(json.dumps([row]))
+    second = ddpm(*words, f"--baseline={tmp_path}/b.json")
+    assert second.returncode == 1 and "REGRESSION" in second.stdout
+    assert "HLO instructions" in second.stdout
+
+
+@pytest.mark.peer
+def test_the_peer_is_the_same_network():
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    import jax
+
+    from ddpm_jax import experiment
+    from ddpm_jax.cli import peers
+
+    for name in ("digits", "cifar10"):
+        config = experiment.load_config(name)
+        config.train.clip_replicas = 1
+        ours = experiment.build(config, jax.devices()[:1]).abstract_state.params
+        theirs = peers.unet(config)
+        assert sum(p.numel() for p in theirs.parameters()) == sum(
+            leaf.size for leaf in jax.tree.leaves(ours))
