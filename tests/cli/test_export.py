@@ -80,3 +80,40 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, make_run):
 def test_no_run_there(tmp_path):
     with pytest.raises(UserError, match="no run here"):
         export.export_diffusers(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.peer
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_real_pipeline_draws_what_ddpm_sample_draws(tmp_path, make_run, monkeypatch):
+    """One workdir, two programs, the same noise: at most one level of 255 apart."""
+    lib = pytest.importorskip("diffusers")
+    import diffusers.pipelines.ddpm.pipeline_ddpm as pipeline_module
+    import diffusers.schedulers.scheduling_ddpm as scheduler_module
+    import jax.numpy as jnp
+    import torch
+
+    from ddpm_jax import run
+    from ddpm_jax.training import rng
+
+    steps, seed, count = 10, 3, 8
+    folder = make_run({}, diffusion={"num_timesteps": steps})
+    export.export_diffusers(folder, tmp_path / "out")
+    assert run.sample(folder, tmp_path / "images", num=count, seed=seed)
+    with np.load(tmp_path / "images" / "samples.npz") as images:
+        ours = images["arr_0"].astype(np.int16)
+
+    def noise(t):
+        x = rng.image_noise(rng.run_key(np.uint32(seed)), jnp.arange(count), jnp.int32(t),
+                            (SMALL.image_size, SMALL.image_size, 3))
+        return torch.from_numpy(np.array(x).transpose(0, 3, 1, 2).copy())
+
+    waiting = iter([noise(-1), *(noise(t) for t in range(steps - 1, 0, -1))])
+    for module in (pipeline_module, scheduler_module):
+        monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(waiting))
+    pipeline = lib.DDPMPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(batch_size=count, num_inference_steps=steps, output_type="np").images
+    difference = np.abs(ours - np.round(theirs * 255).astype(np.int16))
+    assert next(waiting, None) is None and ours.std() > 20
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01

@@ -87,6 +87,18 @@ def test_a_failed_verdict_leaves_nothing(tmp_path, checkpoint, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_diffusers_cannot_express_is_imported_but_not_compared(tmp_path, monkeypatch):
+    arch = SMALL._replace(out_channels=6)
+    weights = {k: lazy(v) for k, v in names.variables_from_params(
+        random_params(arch), arch).items()}
+    found = official.Checkpoint("/x/model.ckpt-1", 1, weights, weights, {}, {}, notes=[])
+    monkeypatch.setattr(official, "open_official", lambda path: found)
+    config = small_config(diffusion={"variance": "learned", "loss": "kl"})
+    result = import_.import_official("x", config, workdir=tmp_path / "run")
+    assert result.result == "not compared" and "variance=learned" in str(result)
+    assert_bit_equal(restore(tmp_path / "run", config).ema_params, random_params(arch))
+
+
 def test_another_architecture_is_refused_before_anything_is_written(tmp_path, checkpoint):
     config = small_config(model={"num_res_blocks": 2})
     with pytest.raises(UserError, match="do not fit the model of this config"):
