@@ -209,13 +209,14 @@ def _peer_of_params(stored, params):
 
 
 def _peer_of_file(model):
-    """diffusers reading the file itself where it can, else handed the file's arrays."""
+    """diffusers reading the file itself where that is safe, else handed the file's arrays: a .bin
+    is a pickle, and whether its loader runs code depends on the versions installed."""
     from ddpm_jax.interchange import diffusers, names, parity
     from ddpm_jax.interchange.lazy import load
 
     if model.config is None:
         raise UserError("no config.json beside the weights for diffusers to build the model from")
-    if os.path.splitext(os.path.basename(model.weights))[0] == diffusers.WEIGHTS:
+    if os.path.basename(model.weights) == f"{diffusers.WEIGHTS}.safetensors":
         return parity.diffusers_peer(model.config, folder=model.folder)
     state = names.current_names(model.state_dict)
     return parity.diffusers_peer(model.config, {k: load(v) for k, v in state.items()})

@@ -64,7 +64,7 @@ def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, fold
     """(function (x [1,H,W,C], t) -> eps, name) of diffusers' UNet2DModel; None where it or PyTorch
     is not installed.
 
-    folder: let diffusers read its own weights there (nothing of ours in between); else state_dict,
+    folder: let diffusers read its .safetensors there (nothing of ours in between); else state_dict,
     {current key: array}, is loaded.
     """
     try:
@@ -74,6 +74,7 @@ def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, fold
         return None
     if folder is not None:
         net = diffusers.UNet2DModel.from_pretrained(folder, local_files_only=True,
+                                                    use_safetensors=True,
                                                     torch_dtype=torch.float32)
     else:
         keywords = {k: v for k, v in unet_config.items() if not k.startswith("_")}

@@ -157,6 +157,21 @@ def test_given_config_keeps_what_the_json_does_not_say(tmp_path):
     assert config.model.ch == 64  # the caller's own is not touched
 
 
+@pytest.mark.parametrize("ending, reads_itself", [(".safetensors", True), (".bin", False)])
+def test_a_pickle_is_never_handed_to_another_loader(monkeypatch, ending, reads_itself):
+    from ddpm_jax.interchange import parity
+
+    seen = {}
+    monkeypatch.setattr(parity, "diffusers_peer",
+                        lambda config, state=None, folder=None: seen.update(f=folder, s=state))
+    state = names.older_names({k: lazy(v) for k, v in names.state_dict_from_params(
+        random_params(SMALL), SMALL).items()})
+    model = diffusers.Model(f"/x/diffusion_pytorch_model{ending}", state, {}, {}, "/x")
+    import_._peer_of_file(model)
+    assert (seen["f"] == "/x") == reads_itself and (seen["s"] is None) == reads_itself
+    assert reads_itself or "mid_block.attentions.0.to_q.weight" in seen["s"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_imported_runs_sample_and_train_on(tmp_path, checkpoint, monkeypatch):
