@@ -14,7 +14,7 @@ def get_config():
                         num_groups=8)
     config.diffusion.num_timesteps = 200
     config.diffusion.schedule.beta_end = 0.1
-    config.train.update(steps=6000, batch_size=128, steps_per_dispatch=100, clip_replicas=1)
+    config.train.update(steps=6000, batch_size=128, steps_per_dispatch=100, clip_scope="global")
     config.optimizer.update(learning_rate=1e-3, warmup_steps=200)
     config.ema.decay = 0.999
     config.checkpoint.update(every=2000, keep=2, keep_every=0)

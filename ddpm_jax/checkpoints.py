@@ -111,7 +111,8 @@ class Checkpoints:
         best: metric whose lowest value's checkpoint is kept too ('' = none)."""
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # A failed save is told in one line, by ``_failures``; Orbax logs pages before it raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(n=max(keep, 1))]
         if keep_every:

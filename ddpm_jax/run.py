@@ -188,7 +188,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
     evaluated = {}
 
     def on_checkpoint(step, state):
-        save(step, state, evaluated if config.eval.best in evaluated else None)
+        save(step, state, dict(evaluated) if config.eval.best in evaluated else None)
 
     sampler = _GridSampler(exp, writer, folder)
 
@@ -223,7 +223,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
     store.wait()
     stop.unsaved(False)
     local = _local_folder(folder)
-    if writer.folder is not None:
+    if writer.folder is not None and (writer.folder / "metrics.jsonl").exists():
         metrics.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
     say(f"{'stopped at' if outcome.stopped else 'done:'} step {outcome.step}; checkpoints "
         f"{store.steps()}; {local or folder}/loss.png, metrics.jsonl, samples/")

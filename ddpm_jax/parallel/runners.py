@@ -144,6 +144,9 @@ def pmap_runner(devices) -> Runner:
         return np.moveaxis(np.asarray(x).reshape(shape), axis, 0)
 
     def put(kind, tree):
+        if axes[kind] is None:
+            local_mesh = Mesh(np.array(ours), (AXIS,), axis_types=(AxisType.Auto,))
+            return jax.device_put(tree, NamedSharding(local_mesh, P()))
         return jax.tree.map(lambda x: cut(kind, x), tree)
 
     def abstract(kind, tree):
@@ -158,14 +161,23 @@ def pmap_runner(devices) -> Runner:
         return jax.tree.map(one, tree)
 
     def compile(fn, args, results, donate=()):
-        return jax.pmap(
-            fn,
+        # pmap wants at least one argument that is cut: give it one that nobody reads.
+        mapped = jax.pmap(
+            lambda _, *rest: fn(*rest),
             axis_name=AXIS,
-            in_axes=tuple(axes[k] for k in args),
+            in_axes=(0, *(axes[k] for k in args)),
             out_axes=_single(results, tuple(axes[k] for k in results)),
-            donate_argnums=donate,
+            donate_argnums=tuple(i + 1 for i in donate),
             devices=list(mesh.devices.flat),
         )
+        unread = np.zeros(count, np.int32)
+
+        def run(*rest):
+            return mapped(unread, *rest)
+
+        run.lower = lambda *rest: mapped.lower(unread, *rest)
+        run.trace = lambda *rest: mapped.trace(unread, *rest)
+        return run
 
     def to_global(tree):
         if jax.process_count() == 1:

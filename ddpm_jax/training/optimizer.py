@@ -31,7 +31,7 @@ def warmup(learning_rate, warmup_steps):
     (utils.py:145). Constant where warmup_steps is 0."""
     if not warmup_steps:
         return optax.constant_schedule(learning_rate)
-    return optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return lambda count: learning_rate * jnp.minimum(count / warmup_steps, 1.0)
 
 
 def make_optimizer(*, learning_rate, warmup_steps, b1, b2, eps, eps_rule):

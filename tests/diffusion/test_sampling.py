@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.diffusion import sampling as S
+from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
+from ddpm_jax.diffusion.process import q_sample
+from ddpm_jax.diffusion.schedule import evenly_spaced, linear, make_schedule, respace
+
+BETAS = linear(50, 1e-4, 0.3)
+SCHEDULE = make_schedule(BETAS)
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.uniform(-1, 1, (3, 4, 4, 1)), jnp.float32)
+X_T = jnp.asarray(RNG.standard_normal(X.shape), jnp.float32)
+
+
+def noise_fn(t):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(7), t), X.shape)
+
+
+def predict_fn(denoise_fn, schedule=SCHEDULE, predict="x_start"):
+    def predict_fn(x_t, t):
+        return p_mean_variance(
+            schedule, denoise_fn(x_t, schedule.timesteps[t]), x_t, t,
+            predict=PARAMETERIZATIONS[predict], variance=VARIANCES["fixed_large"],
+            clip_denoised=True)
+
+    return predict_fn
+
+
+def step_fn(name, schedule=SCHEDULE):
+    return lambda *a: S.SAMPLERS[name](schedule, *a)
+
+
+@pytest.mark.parametrize("name", S.SAMPLERS)
+@pytest.mark.parametrize("steps", [50, 7, 1])
+def test_a_perfect_denoiser_gets_its_image_back(name, steps):
+    visited = evenly_spaced(50, steps)
+    schedule = make_schedule(respace(BETAS, visited), visited)
+    x_0 = S.sample_loop(
+        predict_fn(lambda x, t: X, schedule), step_fn(name, schedule), noise_fn, X_T, steps)
+    np.testing.assert_allclose(x_0, X, atol=1e-6)
+
+
+def test_the_loop_equals_algorithm_2_written_out():
+    denoise_fn = lambda x, t: jnp.tanh(x) * 0.5 + 0.01 * t[:, None, None, None]  # noqa: E731
+    x = np.asarray(X_T, np.float64)
+    betas = BETAS
+    bar = np.cumprod(1 - betas)
+    for t in range(49, -1, -1):
+        eps = np.tanh(x) * 0.5 + 0.01 * t
+        x_0 = np.clip((x - np.sqrt(1 - bar[t]) * eps) / np.sqrt(bar[t]), -1, 1)
+        before = bar[t - 1] if t else 1.0
+        mean = (betas[t] * np.sqrt(before) * x_0
+                + (1 - before) * np.sqrt(1 - betas[t]) * x) / (1 - bar[t])
+        x = mean + (np.sqrt(betas[t]) * np.asarray(noise_fn(t), np.float64) if t else 0)
+    got = S.sample_loop(predict_fn(denoise_fn, predict="eps"), step_fn("ancestral"), noise_fn,
+                        X_T, 50)
+    np.testing.assert_allclose(got, x, atol=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 50, 99])
+def test_progressive_sampling_ends_where_plain_sampling_does(every):
+    args = (predict_fn(lambda x, t: 0.9 * x), step_fn("ancestral"), noise_fn, X_T, 50)
+    x_0, kept, ts = S.sample_progressive(*args, every)
+    np.testing.assert_allclose(x_0, S.sample_loop(*args), atol=1e-6)
+    np.testing.assert_array_equal(ts, [t for t in range(49, -1, -1) if t % every == 0])
+    assert kept.shape == (len(ts), *X.shape)
+    np.testing.assert_allclose(kept[-1], x_0, atol=1e-6)  # at t = 0 the mean is the predicted x_0
+
+
+def test_respaced_and_full_chains_agree_for_a_gaussian():
+    """With the exact denoiser of N(0, 1) data, both chains leave N(0, 1) alone (DDIM: exactly)."""
+    def denoise(schedule):
+        return lambda x, t: jnp.sqrt(
+            1 - SCHEDULE.alphas_cumprod[t])[:, None, None, None] * x
+
+    for steps in (50, 10):
+        visited = evenly_spaced(50, steps)
+        schedule = make_schedule(respace(BETAS, visited), visited)
+
+        def no_clip(x_t, t, schedule=schedule):
+            return p_mean_variance(
+                schedule, denoise(schedule)(x_t, schedule.timesteps[t]), x_t, t,
+                predict=PARAMETERIZATIONS["eps"], variance=VARIANCES["fixed_large"],
+                clip_denoised=False)
+
+        x_0 = S.sample_loop(no_clip, step_fn("ddim", schedule), noise_fn, X_T, steps)
+        # the DDIM map scales by a product of cosines of angle steps: 1 in the limit
+        ratio = np.asarray(x_0 / X_T)
+        assert np.ptp(ratio) < 1e-3 and 0.7 < ratio.mean() <= 1.001, (steps, ratio.mean())
+
+
+def test_interpolation_mixes_noised_images():
+    a, b, n1, n2 = X[0], X[1], X_T[0], X_T[1]
+    weights = jnp.array([0.0, 0.25, 1.0])
+    got = S.interpolate(SCHEDULE, a, b, 20, weights, n1, n2)
+    ends = q_sample(SCHEDULE, jnp.stack([a, b]), jnp.full(2, 20), jnp.stack([n1, n2]))
+    np.testing.assert_allclose(got[0], ends[0], atol=1e-6)
+    np.testing.assert_allclose(got[2], ends[1], atol=1e-6)
+    np.testing.assert_allclose(got[1], 0.75 * ends[0] + 0.25 * ends[1], atol=1e-6)
+
+
+def test_shared_latents_start_in_the_middle():
+    """Decoding from x_t needs t+1 steps only; the perfect denoiser still gets its image."""
+    x_t = q_sample(SCHEDULE, X, jnp.full(3, 20), X_T)
+    x_0 = S.sample_loop(predict_fn(lambda x, t: X), step_fn("ancestral"), noise_fn, x_t, 21)
+    np.testing.assert_allclose(x_0, X, atol=1e-6)

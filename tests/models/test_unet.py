@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models.unet import UNet, count_parameters, layout
+
+SMALL = dict(image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1, 2), num_res_blocks=1,
+             attn_resolutions=(4,), num_groups=4, dropout=0.5)
+
+
+def shapes(**kwargs):
+    model = UNet(**kwargs)
+    s = model.image_size
+    return model, jax.eval_shape(lambda: model.init(
+        jax.random.key(0), jnp.zeros((1, s, s, model.in_channels)), jnp.zeros(1, jnp.int32)
+    )["params"])
+
+
+def made(**kwargs):
+    """A model whose weights are all of order one, so that no layer's output vanishes."""
+    model, like = shapes(**{**SMALL, **kwargs})
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.3, jnp.float32), like)
+
+
+@pytest.mark.parametrize("kwargs, count", [
+    (dict(), 35_746_307),
+    (dict(image_size=256, ch_mult=(1, 1, 2, 2, 4, 4)), 113_673_219),
+    (dict(image_size=256, ch=192, ch_mult=(1, 1, 2, 2, 4, 4)), 255_677_955),
+])
+def test_parameter_counts_of_the_paper(kwargs, count):
+    assert count_parameters(shapes(**kwargs)[1]) == count
+
+
+def test_attention_follows_every_block_at_16_also_on_the_way_up():
+    names = [s.name for s in layout(image_size=32, ch=128, ch_mult=(1, 2, 2, 2), num_res_blocks=2,
+                                    attn_resolutions=(16,)) if s.kind == "attention"]
+    assert names == ["down_1_attn_0", "down_1_attn_1", "mid_attn",
+                     "up_1_attn_0", "up_1_attn_1", "up_1_attn_2"]
+
+
+def test_output_starts_near_zero_and_is_float32():
+    model = UNet(**SMALL, dtype=jnp.bfloat16)
+    x, t = jnp.ones((2, 8, 8, 1)), jnp.array([0, 999])
+    params = jax.jit(model.init)(jax.random.key(0), x, t)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    y = jax.jit(model.apply)(params, x, t)
+    assert y.shape == (2, 8, 8, 1) and y.dtype == jnp.float32
+    assert float(jnp.abs(y).max()) < 1e-3
+
+
+def test_every_parameter_matters():
+    model, params = made(dropout=0.0)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 8, 1)), jnp.float32)
+    weight = jnp.asarray(np.random.default_rng(2).standard_normal((2, 8, 8, 1)), jnp.float32)
+    grads = jax.jit(jax.grad(
+        lambda p: (model.apply({"params": p}, x, jnp.array([3, 70])) * weight).sum()))(params)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        if "'k'" in name and "bias" in name:
+            continue  # softmax does not see what is added to every key
+        assert float(jnp.abs(g).max()) > 1e-5, name
+
+
+def test_an_example_does_not_see_its_batch():
+    model, params = made()
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 8, 1)), jnp.float32)
+    t = jnp.array([0, 10, 500, 999])
+    bits = jax.random.bits(jax.random.key(1), (4, model.num_dropout_bits()), jnp.uint16)
+    apply = jax.jit(lambda *a: model.apply({"params": params}, *a))
+    whole = apply(x, t, bits)
+    for i in (0, 3):
+        alone = apply(x[i:i + 1], t[i:i + 1], bits[i:i + 1])
+        np.testing.assert_allclose(alone[0], whole[i], rtol=2e-4, atol=2e-4)
+    assert not np.allclose(whole, apply(x, t, jnp.full_like(bits, 65535)), atol=1e-2)
+
+
+def test_remat_changes_nothing():
+    model, params = made()
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 8, 1)), jnp.float32)
+    bits = jax.random.bits(jax.random.key(1), (2, model.num_dropout_bits()), jnp.uint16)
+    t = jnp.array([3, 70])
+
+    def grads(model):
+        return jax.jit(jax.grad(
+            lambda p: (model.apply({"params": p}, x, t, bits) ** 2).sum()))(params)
+
+    for a, b in zip(jax.tree.leaves(grads(model)), jax.tree.leaves(grads(model.clone(remat=True))),
+                    strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max()) + 1e-5)
+
+
+def test_space_to_depth_halves_the_network_and_keeps_the_shape():
+    model, like = shapes(**{**SMALL, "space_to_depth": 2, "attn_resolutions": (2,)})
+    assert like["conv_in"]["kernel"].shape == (8, 3, 3, 4)
+    x = jnp.zeros((1, 8, 8, 1))
+    y = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), x, jnp.zeros(1, jnp.int32))[0])
+    assert y.shape == x.shape
+
+
+def test_bad_input_is_refused():
+    model, params = made()
+    for shape in [(1, 8, 8, 3), (1, 16, 16, 1)]:
+        with pytest.raises(ValueError, match="takes images"):
+            model.apply({"params": params}, jnp.zeros(shape), jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match="not divisible by 2"):
+        shapes(**{**SMALL, "image_size": 9})
+    with pytest.raises(ValueError, match="groups"):
+        shapes(**{**SMALL, "num_groups": 3})

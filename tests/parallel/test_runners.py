@@ -1,0 +1,122 @@
+"""One training step, three runners, one and eight devices: the same gradients.
+
+Plain SGD and unclipped gradients are compared: Adam and the clip hide a wrong scale.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax import experiment as E
+from ddpm_jax.parallel.runners import RUNNERS, fetch
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
+
+
+def config(runner, **fields):
+    c = E.load_config("digits")
+    c.data.image_size = 4
+    c.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2, dropout=0.3)
+    c.train.update(batch_size=16, clip_norm=0.0, clip_scope="global", clip_replicas=8,
+                   steps_per_dispatch=1)
+    c.data.flip = True
+    c.parallel.runner = runner
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+@functools.cache
+def one_step(runner, devices, fields=()):
+    """Parameters moved by one SGD step of rate 1, and the metrics."""
+    exp = E.build(config(runner, **dict(fields)), jax.devices()[:devices])
+    tx = optax.sgd(1.0)
+    state = E.init_state(E._init_params(exp.model, 0), tx)
+    # Weights of order one: at the initial ones the last layers' gradients nearly vanish.
+    params = jax.tree.map(
+        lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), state.params)
+    state = exp.runner.put("replicated", jax.tree.map(np.asarray, E.init_state(params, tx)))
+    exp = exp._replace(train_step=sgd_step(exp, tx))
+    program = E.train_program(exp, len(IMAGES))
+    images = exp.runner.put("replicated", IMAGES)
+    new, metrics = program(state, images, np.uint32(0), np.int32(1))
+    new, metrics = fetch((new, metrics))
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, params, new.params)
+    return moved, {k: float(v[0]) for k, v in metrics.items()}
+
+
+def sgd_step(exp, tx):
+    c = exp.config
+    shards = max(1, c.train.clip_replicas // (
+        1 if exp.runner.spread > 1 else exp.runner.num_devices))
+    return lambda state, images, key: E.train_step(
+        state, images, key, loss_fn=exp.loss_fn, tx=tx, ema_decay=0.9, num_timesteps=200,
+        num_dropout_bits=exp.model.num_dropout_bits(), flip=True,
+        clip=E.CLIP_SCOPES[c.train.clip_scope](c.train, shards),
+        accumulation=c.train.accumulation, axis_name=exp.runner.axis_name,
+        spread=exp.runner.spread)
+
+
+def assert_same(got, want):
+    scale = optax.tree.norm(want[0]).item()
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got[0]),
+                            jax.tree.leaves(want[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+    for name, value in want[1].items():
+        assert got[1][name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("runner, devices", [
+    ("jit", 8), ("pmap", 8), ("shard_map", 8), ("shard_map", 1), ("pmap", 1)])
+def test_unclipped_gradients_agree(runner, devices):
+    assert_same(one_step(runner, devices), one_step("jit", 1))
+
+
+PER_REPLICA = (("train.clip_scope", "per_replica"), ("train.clip_norm", 2.0))
+
+
+@pytest.mark.parametrize("runner, devices", [("jit", 8), ("pmap", 8), ("shard_map", 4)])
+def test_replicas_are_clipped_alike_whatever_the_devices(runner, devices):
+    want = one_step("jit", 1, PER_REPLICA)
+    assert 0 < want[1]["clip_fraction"]
+    assert_same(one_step(runner, devices, PER_REPLICA), want)
+    plain = one_step("jit", 1)
+    assert optax.tree.norm(jax.tree.map(lambda a, b: a - b, plain[0], want[0])) > 1e-2
+
+
+def test_accumulation_on_many_devices():
+    fields = (("train.accumulation", 2),)
+    for runner in ("jit", "shard_map"):
+        assert_same(one_step(runner, 4, fields), one_step("jit", 1))
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_kinds_round_trip(name):
+    runner = RUNNERS[name](jax.devices())
+    batch = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    steps = np.stack([batch, batch + 100])
+    double = runner.compile(lambda a, x: a * x, ("replicated", "batch"), ("batch",))
+    out = double(runner.put("replicated", np.float32(2)), runner.put("batch", batch))
+    np.testing.assert_array_equal(runner.local(out), 2 * batch)
+    last = runner.compile(lambda x: x[1], ("steps",), ("batch",))
+    np.testing.assert_array_equal(runner.local(last(runner.put("steps", steps))), steps[1])
+    total = runner.compile(
+        lambda x: jax.lax.psum(x.sum(), runner.axis_name) if runner.axis_name else x.sum(),
+        ("batch",), ("replicated",))
+    assert fetch(total(runner.put("batch", batch))) == batch.sum()
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_abstract_arguments_lower_to_one_program_for_all_devices(name):
+    runner = RUNNERS[name](jax.devices())
+    fn = runner.compile(lambda x: x * jnp.float32(2), ("batch",), ("batch",))
+    lowered = fn.lower(runner.abstract("batch", jax.ShapeDtypeStruct((16, 3), jnp.float32)))
+    assert lowered.compile() is not None
+
+
+def test_devices_of_a_process_lie_side_by_side():
+    mesh = RUNNERS["shard_map"](jax.devices()[::-1]).mesh
+    assert [d.id for d in mesh.devices.flat] == sorted(d.id for d in jax.devices())

@@ -1,0 +1,159 @@
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import checkpoints as C
+from ddpm_jax.errors import UserError
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.steps import TrainState, init_state
+
+TX = make_optimizer(learning_rate=1e-3, warmup_steps=2, b1=0.9, b2=0.999, eps=1e-8,
+                    eps_rule="tensorflow")
+
+
+def state(seed=0):
+    rng = np.random.default_rng(seed)
+    s = init_state({"a": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32),
+                    "b": {"c": jnp.asarray(rng.standard_normal(2), jnp.float32)}}, TX)
+    return s._replace(step=jnp.int32(seed), ema_params=jax.tree.map(lambda x: x + 1, s.params))
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def saved(folder, steps, **kwargs):
+    store = C.Checkpoints(folder, **kwargs)
+    for step in steps:
+        store.save(step, state(step), {"step": step})
+    store.wait()
+    return store
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    store = saved(tmp_path, [5])
+    restored = store.restore(5, jax.eval_shape(state))
+    assert isinstance(restored, TrainState)
+    equal(restored, state(5))
+    for ema in (True, False):
+        params, step = store.restore_weights(None, jax.eval_shape(state).params, ema=ema)
+        equal(params, state(5).ema_params if ema else state(5).params)
+        assert step == 5
+    store.close()
+
+
+def test_a_save_survives_what_the_next_step_does_to_the_buffers(tmp_path):
+    store = C.Checkpoints(tmp_path)
+    s = state(1)
+    store.save(1, s, {})
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    for _ in range(3):
+        s = overwrite(s)
+    store.wait()
+    equal(store.restore(1, jax.eval_shape(state)), state(1))
+    store.close()
+
+
+def test_latest_multiples_and_best_are_kept(tmp_path):
+    store = C.Checkpoints(tmp_path, keep=2, keep_every=4, best="bpd")
+    for step, bpd in zip(range(1, 8), [9, 8, 1, 7, 6, 5, 4], strict=True):
+        store.save(step, state(step), {}, {"bpd": bpd})
+    store.wait()
+    assert store.steps() == [3, 4, 6, 7] and store.latest() == 7
+    store.close()
+
+
+def test_another_device_count_reads_it(tmp_path):
+    sharding = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.sharding.PartitionSpec())
+    saved(tmp_path, [3]).close()
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+                        jax.eval_shape(state))
+    store = C.Checkpoints(tmp_path, read_only=True)
+    restored = store.restore(3, like)
+    assert len(restored.params["a"].devices()) == 8
+    equal(restored, state(3))
+    store.close()
+
+
+def test_no_checkpoint_and_no_such_step(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        C.Checkpoints(tmp_path).find(None)
+    store = saved(tmp_path, [2, 4])
+    with pytest.raises(UserError, match="--step=3: no such checkpoint .* there are 2, 4"):
+        store.find(3)
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    saved(tmp_path, [2, 4]).close()
+    for file in (tmp_path / "checkpoints" / "4" / "ema_params").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.unlink() if damage == "delete" else os.truncate(file, 10)
+    store = C.Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(UserError, match=r"checkpoint 4 .* cannot be read.*there are: \[2\]"):
+        store.restore_weights(None, jax.eval_shape(state).params, ema=True)
+    equal(store.restore_weights(2, jax.eval_shape(state).params, ema=True)[0], state(2).ema_params)
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("a small disk needs root and mount")
+    import subprocess
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        big = lambda step: state(step)._replace(  # noqa: E731
+            params={"a": jnp.asarray(np.random.default_rng(step).standard_normal(500_000),
+                                     jnp.float32)})
+        store = C.Checkpoints(disk, keep=5)
+        store.save(1, big(1), {})
+        store.wait()
+        with pytest.raises(UserError, match="No space left.*last good checkpoint is step"):
+            for step in (2, 3, 4):
+                store.save(step, big(step), {})
+                store.wait()
+        again = C.Checkpoints(disk, read_only=True)
+        assert again.latest() == step - 1
+        equal(again.restore(step - 1, jax.eval_shape(lambda: big(1))), big(step - 1))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+CONFIG = {"seed": 0, "train": {"steps": 10, "batch_size": 4}, "model": {"ch_mult": [1, 2]},
+          "parallel": {"runner": "jit"}}
+
+
+def test_claim_refuses_another_config_and_names_the_fields(tmp_path):
+    C.claim(tmp_path / "run", CONFIG)
+    assert C.read_config(tmp_path / "run") == CONFIG
+    C.claim(tmp_path / "run", CONFIG | {"train": {"steps": 99, "batch_size": 4},
+                                        "parallel": {"runner": "pmap"}})
+    assert C.read_config(tmp_path / "run")["train"]["steps"] == 99
+    with pytest.raises(UserError, match=r"seed: 0 -> 1; train.batch_size: 4 -> 8"):
+        C.claim(tmp_path / "run", CONFIG | {"seed": 1, "train": {"steps": 1, "batch_size": 8}})
+    assert C.read_config(tmp_path / "run")["train"]["steps"] == 99
+
+
+def test_claim_refuses_foreign_folders(tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="has checkpoints but no config.json"):
+        C.claim(tmp_path, CONFIG)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot write to --workdir"):
+        C.claim(file / "run", CONFIG)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(json.dumps(CONFIG)[:20])
+    with pytest.raises(UserError, match="config.json is damaged"):
+        C.claim(tmp_path / "broken", CONFIG)

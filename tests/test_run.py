@@ -1,0 +1,194 @@
+"""Whole runs on the embedded digits: train, be cut off, go on, sample."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import checkpoints, experiment, run
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import read_metrics
+
+FIELDS = {
+    "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),
+    "model.num_groups": 2, "train.batch_size": 8, "train.clip_replicas": 8, "train.steps": 12,
+    "train.log_every": 2, "train.steps_per_dispatch": 5, "checkpoint.every": 4,
+    "diffusion.num_timesteps": 10, "eval.sample_every": 0,
+}
+
+
+def config(**fields):
+    c = experiment.load_config("digits")
+    c.update_from_flattened_dict({**FIELDS, **fields})
+    return c
+
+
+class Stop:
+    """The stop object of a process that gets its signal after ``at`` steps."""
+
+    def __init__(self, at=None):
+        self.at, self.history = at, []
+
+    def requested(self, step):
+        return self.at is not None and step >= self.at
+
+    def unsaved(self, value):
+        self.history.append(value)
+
+
+class Watchdog:
+    def beat(self, step=None):
+        pass
+
+    def pause(self):
+        pass
+
+
+def train(workdir, at=None, **fields):
+    return run.train(config(**fields), workdir, stop=Stop(at), watchdog=Watchdog())
+
+
+def final(workdir):
+    exp = experiment.build(config())
+    store = checkpoints.Checkpoints(workdir, read_only=True)
+    state = store.restore(store.latest(), exp.abstract_state)
+    store.close()
+    return jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder)
+    return folder
+
+
+def test_a_run_leaves_what_a_person_looks_for(straight):
+    lines = read_metrics(straight / "metrics.jsonl")
+    assert [r["step"] for r in lines] == [2, 4, 6, 8, 10, 12]
+    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= set(lines[0])
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 1 / 200)
+    assert (straight / "loss.png").stat().st_size > 1000
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["12", "8"]
+
+
+@pytest.mark.parametrize("cut", [1, 7])
+def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsys):
+    assert train(tmp_path, at=cut) is False
+    assert train(tmp_path) is True
+    assert f"resuming {tmp_path} from step {cut}" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
+    steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+@pytest.mark.parametrize("fields", [
+    {"parallel.runner": "jit"}, {"parallel.runner": "pmap"}, {"data.resident": False},
+])
+def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fields):
+    train(tmp_path, **fields)
+    ours, theirs = (read_metrics(p / "metrics.jsonl") for p in (tmp_path, straight))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+
+
+def test_extending_is_allowed_changing_is_not(straight, tmp_path):
+    train(tmp_path, **{"train.steps": 4})
+    with pytest.raises(UserError, match="model.ch: 4 -> 8"):
+        train(tmp_path, **{"model.ch": 8})
+    train(tmp_path, **{"train.steps": 12, "checkpoint.every": 6, "parallel.runner": "shard_map"})
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
+
+
+def test_nothing_left_to_train(straight, capsys):
+    assert train(straight)
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_data_that_does_not_fit(tmp_path):
+    with pytest.raises(UserError, match="ddpm data prepare --name=cifar10"):
+        train(tmp_path / "a", **{"data.name": "cifar10", "data.dir": str(tmp_path)})
+    with pytest.raises(UserError):
+        train(tmp_path / "b", **{"data.channels": 3})
+
+
+def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"(loss|grad_norm) is (nan|inf) at step"):
+        train(tmp_path, **{"optimizer.learning_rate": 1e36, "optimizer.warmup_steps": 0,
+                           "train.clip_norm": 0.0, "checkpoint.every": 1})
+    store = checkpoints.Checkpoints(tmp_path, read_only=True)
+    if store.steps():
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(final(tmp_path).params))
+    store.close()
+
+
+def sample(straight, out, **kwargs):
+    return run.sample(straight, out, **{"num": 11, "batch_size": 8, **kwargs})
+
+
+def test_sampling_writes_numbered_images_and_pictures(straight, tmp_path):
+    sample(straight, tmp_path / "a", png=True)
+    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
+    assert images.shape == (11, 8, 8, 1) and images.dtype == np.uint8
+    for name in ("grid.png", "progressive.png", "png/000010.png"):
+        assert (tmp_path / "a" / name).exists()
+    sample(straight, tmp_path / "b", num=3, batch_size=16)
+    np.testing.assert_array_equal(np.load(tmp_path / "b" / "samples.npz")["arr_0"], images[:3])
+    sample(straight, tmp_path / "c", num=3, ema=False, seed=1)
+    assert not np.array_equal(np.load(tmp_path / "c" / "samples.npz")["arr_0"], images[:3])
+
+
+def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
+    assert sample(straight, tmp_path / "a", stop=Stop(at=1)) is False
+    shard = tmp_path / "a" / "shards" / "00000.npy"
+    kept = np.load(shard)
+    np.save(shard, kept * 0 + 7)  # would be overwritten if it were drawn again
+    assert sample(straight, tmp_path / "a") is True
+    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
+    assert (images[:8] == 7).all() and (images[8:] != 7).any()
+    with pytest.raises(UserError, match="another request .num: 11 -> 12"):
+        sample(straight, tmp_path / "a", num=12)
+
+
+def test_sampling_refuses(straight, tmp_path):
+    with pytest.raises(UserError, match="no run here"):
+        sample(tmp_path / "nothing", tmp_path / "out")
+    checkpoints.claim(tmp_path / "empty", experiment.to_json(config()))
+    with pytest.raises(UserError, match="no checkpoint in"):
+        sample(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="--step=5: no such checkpoint"):
+        sample(straight, tmp_path / "out", step=5)
+    with pytest.raises(UserError, match="sampler.steps=11 is not in"):
+        sample(straight, tmp_path / "out", steps=11)
+    with pytest.raises(UserError, match="--num=0"):
+        sample(straight, tmp_path / "out", num=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        sample(straight, tmp_path / "full")
+
+
+def test_the_loop_compiles_once(tmp_path):
+    from ddpm_jax.compilation.cache import count_compilations
+
+    train(tmp_path, **{"train.steps": 4})
+    with count_compilations() as programs:
+        train(tmp_path, **{"train.steps": 12, "checkpoint.every": 3})
+    steps = [p for p in programs if "program" in p.name]
+    assert len(steps) == 1, steps
+
+
+def test_best_checkpoint_by_metric(tmp_path):
+    scores = iter([3.0, 1.0, 2.0])
+
+    def evaluate(exp, params, step):
+        return {"bpd": next(scores)}
+
+    c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.keep": 1})
+    run.train(c, tmp_path, stop=Stop(), watchdog=Watchdog(), evaluate=evaluate)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "bpd" in r]
+    assert [r["bpd"] for r in rows] == [3.0, 1.0, 2.0]
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["eval"]["best"] == "bpd"

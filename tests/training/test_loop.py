@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.training.loop import Hook, check_finite, fit, next_stop
+
+
+def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0):
+    """fit over a state that is the number of updates; records what happened, in order."""
+    events, seen = [], []
+
+    def dispatch(state, step, n):
+        assert state == step and 1 <= n <= most
+        events.append(("dispatch", step, n))
+        return state + n, {"loss": [loss(step + i) for i in range(n)] + [0.0] * (most - n)}
+
+    def on_metrics(step, values):
+        events.append(("metrics", step))
+        seen.extend(range(step, step + len(values["loss"])))
+
+    hooks = [Hook(every, lambda s, state, n=name: events.append((n, s)) or None, last=True)
+             for name, every in hooks]
+    out = fit(step, step=step, last=last, most=most, dispatch=dispatch, hooks=hooks,
+              on_metrics=on_metrics, should_stop=lambda s: stop_at is not None and s >= stop_at,
+              fetch=lambda m: m, last_good=lambda: 7)
+    return out, events, seen
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 50), st.integers(1, 80), st.integers(1, 20), st.integers(0, 13),
+       st.integers(0, 17))
+def test_every_step_runs_once_and_every_hook_fires_on_its_multiples(start, more, most, a, b):
+    last = start + more
+    out, events, seen = run(start, last, most, [("a", a), ("b", b)])
+    assert out == (last, last, False)
+    assert seen == list(range(start, last))
+    for name, every in (("a", a), ("b", b)):
+        want = [s for s in range(start + 1, last + 1) if (every and s % every == 0) or s == last]
+        assert [e[1] for e in events if e[0] == name] == want
+
+
+def test_metrics_are_read_one_dispatch_late_but_before_a_hook():
+    _, events, _ = run(0, 6, 2, [("save", 4)])
+    assert events == [
+        ("dispatch", 0, 2), ("dispatch", 2, 2), ("metrics", 0), ("metrics", 2), ("save", 4),
+        ("dispatch", 4, 2), ("metrics", 4), ("save", 6)]
+
+
+def test_a_signal_stops_at_a_dispatch_with_everything_read():
+    out, _, seen = run(0, 100, 8, stop_at=20)
+    assert out == (24, 24, True) and seen == list(range(24))
+    assert not run(0, 8, 8, stop_at=8)[0].stopped  # done is done
+
+
+def test_a_nan_stops_before_the_checkpoint_and_names_step_metric_and_last_good():
+    with pytest.raises(UserError, match=r"loss is nan at step 4: .*last good checkpoint: step 7"):
+        run(0, 100, 2, [("save", 4)], loss=lambda s: np.nan if s == 3 else 1.0)
+
+
+def test_check_finite_names_the_earliest():
+    with pytest.raises(UserError, match="grad_norm is inf at step 12"):
+        check_finite(10, {"loss": np.array([1, 1, np.nan]),
+                          "grad_norm": np.array([1, np.inf, 1])}, None)
+    check_finite(10, {"loss": np.ones(3)}, None)
+
+
+def test_next_stop():
+    assert next_stop(0, 100, [10, 0, 25]) == 10
+    assert next_stop(20, 100, [10, 25]) == 25
+    assert next_stop(95, 98, [10]) == 98
