@@ -9,6 +9,8 @@ Measure this machine (step, sample, data, eval) or XLA's compiler (compile), in 
   ddpm bench data --config=digits                  the input pipeline
   ddpm bench eval --config=digits                  Inception features
   ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
+  ddpm bench sweep --config=cifar10 --topology=h100 --out=sweep.json
+                                                   cost as batch, image, width, devices grow
   ddpm bench page --results=benchmarks             BENCHMARKS.md and its plots from the JSON there
 
 Times are medians of rounds with the fastest and the slowest; MFU is n/a where the chip's peak is
@@ -37,6 +39,7 @@ def define_flags():
                         "lists by program, config, runner, dtype, level, topology, set")
     flags.DEFINE_string("baseline", None, "compile: an older result to compare with")
     flags.DEFINE_string("export", None, "compile: folder for a corpus of StableHLO modules")
+    flags.DEFINE_string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: h100, v5e")
     flags.DEFINE_string("results", "benchmarks", "page: folder of JSON results")
     flags.DEFINE_string("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
 
@@ -270,6 +273,48 @@ def _compile() -> int:
     return 1 if worse or any("error" in r for r in rows) else 0
 
 
+SWEEPS = {
+    "batch": ((16, 64, 256), lambda value: {"train.batch_size": value}),
+    "image size": ((16, 32, 64), lambda value: {"data.image_size": value}),
+    "width": ((64, 128, 256), lambda value: {"model.ch": value}),
+    "devices": ((1, 2, 8), lambda value: {"train.batch_size": 64 * value}),
+}
+
+
+def _sweep() -> int:
+    """The training step of --config at growing sizes, 64 images a device where not swept, clipped
+    by its global norm, one step a dispatch."""
+    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.compilation import report
+
+    FLAGS = flags.FLAGS
+    config = common.required("config")
+    programs.prepare_host()
+    joint = ":" if FLAGS.topology in ("h100", "cpu") else "-"
+    options = report.compiler_options(None if joint == ":" else "O0")
+    rows, seen = [], {}
+    for axis, (values, change) in SWEEPS.items():
+        for value in values:
+            devices = value if axis == "devices" else 1
+            mine = config.copy_and_resolve_references()
+            changes = {"train.batch_size": 64, "train.clip_scope": "global",
+                       "train.steps_per_dispatch": 1, **change(value)}
+            with mine.unlocked():
+                mine.update_from_flattened_dict(changes)
+            key = (devices, mine.to_json())
+            if key not in seen:
+                topology = f"{FLAGS.topology}{joint}{devices}"
+                print(f"{axis} {value} on {topology}", flush=True)
+                seen[key] = programs.measure(
+                    mine, topology=topology, program="train_step", options=options,
+                    num_examples=50_000, name=programs.config_name()).report
+            rows.append({**seen[key], "sweep": [axis, value],
+                         "cell": f"{axis} {value} on {seen[key]['about']['topology']}"})
+    if FLAGS.out:
+        _write(FLAGS.out, rows)
+    return 0
+
+
 def _page() -> int:
     from ddpm_jax.compilation import page
 
@@ -278,7 +323,7 @@ def _page() -> int:
     return 0
 
 
-OTHERS = {"compile": _compile, "page": _page}
+OTHERS = {"compile": _compile, "sweep": _sweep, "page": _page}
 
 
 def main(argv):
