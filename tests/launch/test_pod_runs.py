@@ -1,0 +1,222 @@
+"""The real `ddpm train` and `ddpm sample` as pods: equal on any shape, and back after any death."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+LOCAL = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
+TINY = ["--config=digits", "--config.model.ch=8", "--config.model.ch_mult=(1,)",
+        "--config.model.num_res_blocks=1", "--config.model.attn_resolutions=()",
+        "--config.model.num_groups=4", "--config.diffusion.num_timesteps=20",
+        "--config.train.batch_size=16", "--config.eval.sample_every=0",
+        "--config.train.log_every=1", "--config.train.steps_per_dispatch=1"]
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+
+def train_command(workdir, *, steps, every=1000, devices, extra=()):
+    return [sys.executable, "-m", "ddpm_jax", "train", *TINY, f"--workdir={workdir}",
+            f"--config.train.steps={steps}", f"--config.checkpoint.every={every}",
+            f"--config.train.clip_replicas={devices}", *extra]
+
+
+def start(logs, processes, devices, command):
+    return subprocess.Popen(
+        [sys.executable, LOCAL, f"--processes={processes}", f"--devices={devices}",
+         f"--logdir={logs}", "--grace=20", "--", *command],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def run(logs, processes, devices, command, code=0):
+    assert start(logs, processes, devices, command).wait(200) == code, texts(logs)
+    return texts(logs)
+
+
+def texts(logs):
+    return "\n".join(f"--- {p}\n{p.read_text(errors='replace')[-3000:]}"
+                     for p in sorted(pathlib.Path(logs).glob("process_*.log")))
+
+
+def losses(workdir):
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r}
+
+
+def wait_for_step(process, workdir, step):
+    """Until metrics.jsonl has a line of this step."""
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    deadline = time.time() + 150
+    while not (file.exists() and max(losses(workdir), default=0) >= step):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+
+
+def children(process):
+    """Processes that a local.py started, in order."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def assert_same(a, b, steps):
+    assert sorted(a) == sorted(b) == list(range(1, steps + 1))
+    for step in a:
+        np.testing.assert_allclose(a[step], b[step], rtol=2e-5, err_msg=f"step {step}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """12 steps, 2 processes x 1 device: what interrupted runs must equal."""
+    d = tmp_path_factory.mktemp("uninterrupted")
+    run(d / "logs", 2, 1, train_command(d / "run", steps=12, devices=2))
+    return d
+
+
+def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, uninterrupted):
+    """1x2 and 2x1 agree; a run that starts as one and goes on as the other does too."""
+    alone, changed = tmp_path / "alone", tmp_path / "changed"
+    run(tmp_path / "a", 1, 2, train_command(alone, steps=12, devices=2))
+    assert_same(losses(alone), losses(uninterrupted / "run"), 12)
+    run(tmp_path / "b", 1, 2, train_command(changed, steps=6, devices=2))
+    text = run(tmp_path / "c", 2, 1, train_command(changed, steps=12, devices=2))
+    assert "from step 6" in text
+    assert_same(losses(changed), losses(alone), 12)
+    import jax
+
+    from ddpm_jax import run as jobs
+    one, two = (jobs.load_run(path)[1] for path in (alone, changed))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, who):
+    work = tmp_path / "run"
+    command = train_command(work, steps=100_000, devices=2)
+    process = start(tmp_path / "logs", 2, 1, command)
+    wait_for_step(process, work, 4)
+    os.kill(children(process)[who], signal.SIGTERM)
+    assert process.wait(60) == 42, texts(tmp_path / "logs")
+    stopped = [int(x) for x in re.findall(r"stopping at step (\d+)", texts(tmp_path / "logs"))]
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+    assert [p.name for p in (work / "checkpoints").iterdir()] == [str(stopped[0])]
+    steps = max(12, stopped[0] + 2)
+    text = run(tmp_path / "again", 2, 1, train_command(work, steps=steps, devices=2))
+    assert f"from step {stopped[0]}" in text
+    got, expected = losses(work), losses(uninterrupted / "run")
+    assert sorted(got) == list(range(1, steps + 1))  # nothing twice, nothing left out
+    for step in expected:
+        np.testing.assert_allclose(got[step], expected[step], rtol=1e-6, err_msg=f"step {step}")
+
+
+def test_single_process_stops_and_continues(tmp_path):
+    work = tmp_path / "run"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu",
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    process = subprocess.Popen(train_command(work, steps=100_000, devices=1), env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(process, work, 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # a second one leaves the save alone
+    assert process.wait(60) == 42
+    [saved] = [int(p.name) for p in (work / "checkpoints").iterdir()]
+    done = subprocess.run(train_command(work, steps=saved + 2, devices=1), env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and f"from step {saved}" in done.stderr
+    assert sorted(losses(work)) == list(range(1, saved + 3))
+
+
+def test_sigterm_during_the_compilation(tmp_path):
+    """A program that no cache holds; no Python handler can run in the meantime."""
+    work = tmp_path / "run"
+    command = train_command(work, steps=100, devices=2,
+                            extra=["--config.model.ch=16", "--config.model.num_res_blocks=4"])
+    env_cache = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    try:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+        process = start(tmp_path / "logs", 2, 1, command)
+    finally:
+        if env_cache is not None:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = env_cache
+    deadline = time.time() + 100
+    while "training digits" not in texts(tmp_path / "logs"):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(children(process)[1], signal.SIGTERM)
+    started = time.time()
+    assert process.wait(30) == 42, texts(tmp_path / "logs")
+    assert time.time() - started < 25
+    assert "nothing unsaved" in texts(tmp_path / "logs")
+
+
+def test_ten_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
+    """kill -9 of worker or coordinator at random moments, saves at every second step."""
+    work, rng, reached = tmp_path / "run", random.Random(0), 0
+    command = train_command(work, steps=100_000, every=2, devices=2, extra=["--heartbeat=5"])
+    for attempt in range(10):
+        logs = tmp_path / f"logs{attempt}"
+        process = start(logs, 2, 1, command)
+        wait_for_step(process, work, reached + 1)
+        time.sleep(rng.random() * 0.4)
+        os.kill(children(process)[rng.randrange(2)], signal.SIGKILL)
+        assert process.wait(60) >= 128, texts(logs)
+        complete = [int(p.name) for p in (work / "checkpoints").iterdir() if p.name.isdigit()]
+        newest = max(complete, default=0)
+        assert newest >= reached  # never behind what was complete before
+        if attempt:
+            # The restart took up the newest complete checkpoint.
+            assert f"from step {reached}" in texts(logs) or reached == 0, texts(logs)
+        reached = newest
+    assert reached >= 4
+    steps = max(12, reached + 1)
+    text = run(tmp_path / "end", 2, 1, train_command(work, steps=steps, every=2, devices=2))
+    assert f"from step {reached}" in text
+    got, expected = losses(work), losses(uninterrupted / "run")
+    assert sorted(got) == list(range(1, steps + 1))
+    for step in expected:
+        np.testing.assert_allclose(got[step], expected[step], rtol=1e-6)
+
+
+def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninterrupted):
+    def command(out):
+        return [sys.executable, "-m", "ddpm_jax", "sample", f"--workdir={uninterrupted}/run",
+                "--num=10", "--batch_size=2", f"--out={out}"]
+
+    run(tmp_path / "a", 1, 2, command(tmp_path / "one"))
+    process = start(tmp_path / "b", 2, 1, command(tmp_path / "two"))
+    shards = tmp_path / "two" / "shards"
+    deadline = time.time() + 100
+    while not list(shards.glob("*.npy")):
+        assert process.poll() is None and time.time() < deadline, texts(tmp_path / "b")
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGTERM)
+    code = process.wait(60)
+    assert code in (0, 42), texts(tmp_path / "b")  # 0: it was quicker
+    before = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.npy")}
+    if code == 42:
+        assert before
+        process = start(tmp_path / "c", 2, 1, command(tmp_path / "two"))
+        assert process.wait(150) == 0, texts(tmp_path / "c")
+    images = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two")]
+    assert images[0].shape == (10, 8, 8, 1)
+    assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
+
+
+@pytest.mark.skipif(os.environ.get("DDPM_ALL_SHAPES") != "1",
+                    reason="two minutes of compilation: DDPM_ALL_SHAPES=1 runs it")
+def test_eight_devices_as_one_two_and_four_processes(tmp_path):
+    for processes in (1, 2, 4):
+        run(tmp_path / f"logs{processes}", processes, 8 // processes,
+            train_command(tmp_path / str(processes), steps=6, devices=8))
+    one = losses(tmp_path / "1")
+    for processes in (2, 4):
+        assert_same(losses(tmp_path / str(processes)), one, 6)
