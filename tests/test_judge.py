@@ -323,3 +323,93 @@ def test_every_protocol_is_described_by_what_references_store():
     for name in protocols.PROTOCOLS:
         assert judge.check_options(judge.Options(protocol=name)).name == name
     assert judge.check_options(judge.Options(quantise="truncate")).quantise == "truncate"
+
+
+# --- beside torch-fidelity -------------------------------------------------------------------
+
+def stub_torchvision(monkeypatch):
+    """torch-fidelity imports torchvision, which does not import beside PyTorch's CPU build; what
+    is used here (network, FID, IS) needs nothing of it."""
+    import sys
+    import types
+
+    class Anything(types.ModuleType):
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional",
+                 "torchvision.models", "torchvision.datasets"):
+        module = Anything(name)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    sys.modules["torchvision"].__version__ = "0.21.0"
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+def test_fid_and_is_of_the_same_pngs_are_torch_fidelitys(seeded_weights, tmp_path, monkeypatch):
+    """Its own network (TF1 grid, bias-free logits), FID and IS on the same files and weights.
+
+    By hand, with the real weights and torchvision:
+    fidelity --isc --fid --samples-shuffle off --input1 A --input2 B
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    stub_torchvision(monkeypatch)
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    from PIL import Image
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    from ddpm_jax.evaluation import files
+    state = {k: torch.from_numpy(np.array(v)) for k, v in np.load(seeded_weights).items()
+             if k in inception.state_shapes()}
+    torch.save(state, tmp_path / "w.pth")
+    rng = np.random.default_rng(4)
+    y, x = np.mgrid[0:32, 0:32] / 31
+    for name in ("real", "fake"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            a, b, c = rng.random(3) * 9
+            wave = np.stack([np.sin(a * x + b * y), np.cos(b * x - c * y), np.sin(c * x * y)], -1)
+            image = np.clip(127 + 100 * wave + 15 * rng.standard_normal((32, 32, 3)), 0, 255)
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / name / f"{i:02d}.png")
+
+    pngs = {n: files.open_images(tmp_path / n) for n in ("real", "fake")}
+    batches = {n: np.stack([p.read(i) for i in range(p.size)]) for n, p in pngs.items()}
+
+    def theirs():
+        network = fidelity.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=str(tmp_path / "w.pth"))
+        with torch.no_grad():
+            return {n: network(torch.from_numpy(b).permute(0, 3, 1, 2))
+                    for n, b in batches.items()}
+
+    # Features of made-up weights are nearly the same for all images: a last layer that looks at
+    # what differs makes classes, and an inception score, of them.
+    pool_3 = theirs()["fake"][0]
+    directions = torch.linalg.svd(pool_3 - pool_3.mean(0), full_matrices=False)
+    state["fc.weight"] = (60 / directions.S[0]) * (
+        torch.randn(1008, 12, generator=torch.Generator().manual_seed(0)) @ directions.Vh)
+    torch.save(state, tmp_path / "w.pth")
+    found = theirs()
+    their_fid = fid_statistics_to_metric(*(fid_features_to_statistics(found[n][0])
+                                           for n in ("fake", "real")), False)
+    their_is = isc_features_to_metric(found["fake"][1], splits=10, shuffle=False)
+
+    out = tmp_path / "ref.npz"
+    options = judge.Options(metrics=("fid", "is"), reference=str(out), batch_size=2,
+                            inception_weights=str(tmp_path / "w.pth"), allow_unknown_weights=True)
+    judge.make_reference(Pictures(batches["real"]), options, out, features=0)
+    ours, _, _ = judge.evaluate_images(image_subject(batches["fake"], 2), options)
+    assert ours["fid"] == pytest.approx(their_fid["frechet_inception_distance"], rel=1e-3)
+    assert their_is["inception_score_mean"] > 1.05
+    assert ours["is_openai10"] == pytest.approx(their_is["inception_score_mean"], rel=1e-3)
+    assert ours["is_openai10_std"] == pytest.approx(their_is["inception_score_std"], rel=1e-3)
