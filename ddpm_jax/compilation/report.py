@@ -138,9 +138,10 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
     """
     seconds: dict[str, dict[str, float]] = {}
     with _clock(seconds, "trace"):
-        # What jax.pmap returns has no trace of its own.
-        traced = jitted.trace(*args) if hasattr(jitted, "trace") else None
-        jaxpr = traced.jaxpr if traced else jax.make_jaxpr(jitted)(*args)
+        traced = None
+        with contextlib.suppress(AttributeError):  # what jax.pmap returns has no trace
+            traced = jitted.trace(*args)
+        jaxpr = traced.jaxpr if traced else jax.make_jaxpr(lambda *a: jitted(*a))(*args)
     with _clock(seconds, "lower"):
         lowered = traced.lower() if traced else jitted.lower(*args)
     text = lowered.as_text()
