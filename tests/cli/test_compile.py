@@ -15,8 +15,10 @@ def tiny(**changes):
     config = experiment.load_config("digits")
     config.model.update(ch=8, ch_mult=(1, 2), num_groups=4, attn_resolutions=())
     config.diffusion.num_timesteps = 4
-    config.train.update(batch_size=16, steps_per_dispatch=1, clip_replicas=8)
+    config.train.update(batch_size=16, steps_per_dispatch=1, clip_scope="per_replica",
+                        clip_replicas=8)
     config.sampler.batch_size = 16
+    config.ema.decay = 0.999
     config.update_from_flattened_dict(changes)
     return config
 
