@@ -11,13 +11,13 @@ def get_config():
     config = default.get_config()
     config.data.update(name="digits", image_size=8, channels=1, flip=False)
     config.model.update(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,),
-                        num_groups=8)
-    config.diffusion.num_timesteps = 200
-    config.diffusion.schedule.beta_end = 0.1
-    config.train.update(steps=6000, batch_size=128, steps_per_dispatch=100, clip_scope="global")
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=200)
-    config.ema.decay = 0.999
-    config.checkpoint.update(every=2000, keep=2, keep_every=0)
-    config.eval.update(sample_every=2000, sample_num=64)
+                        num_groups=8, dropout=0.05)
+    config.diffusion.update(num_timesteps=100, variance="fixed_small")
+    config.diffusion.schedule.beta_end = 0.2
+    config.train.update(steps=1600, batch_size=64, steps_per_dispatch=100, clip_scope="global")
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=100)
+    config.ema.decay = 0.995
+    config.checkpoint.update(every=800, keep=2, keep_every=0)
+    config.eval.update(sample_every=800, sample_num=64)
     config.sampler.batch_size = 500
     return config

@@ -68,7 +68,7 @@ def test_a_run_leaves_what_a_person_looks_for(straight):
     lines = read_metrics(straight / "metrics.jsonl")
     assert [r["step"] for r in lines] == [2, 4, 6, 8, 10, 12]
     assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= set(lines[0])
-    assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 1 / 200)
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 1 / 100)
     assert (straight / "loss.png").stat().st_size > 1000
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["12", "8"]
 

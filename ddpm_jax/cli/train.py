@@ -21,7 +21,7 @@ def main(argv):
     common.no_positionals(argv)
     config, workdir = common.required("config"), common.required("workdir")
     stop, watchdog = common.join(config)
-    from ddpm_jax import run
+    from ddpm_jax import judge, run
 
-    done = run.train(config, workdir, stop=stop, watchdog=watchdog)
+    done = run.train(config, workdir, stop=stop, watchdog=watchdog, evaluate=judge.periodic())
     return 0 if done else distributed.EXIT_RESTART

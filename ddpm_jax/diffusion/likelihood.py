@@ -67,16 +67,3 @@ def bpd_loop(denoise_fn, schedule, x_start, noise_fn, *, predict, variance, clip
     _, (terms, mse, eps_mse) = jax.lax.scan(body, None, jnp.arange(num_timesteps))
     prior = prior_bpd(schedule, x_start)
     return Bound(terms.sum(axis=0) + prior, terms.T, prior, mse.T, eps_mse.T)
-
-
-def progressive_code(terms, prior, mse):
-    """Rate and distortion after each number of reverse steps (Table 4, Fig. 5).
-
-    terms [T], prior [], mse [T] are averages over images. Row k (k = 1 ... T reverse steps): the
-    bits/dim sent so far and the RMSE in [0, 255] of the x_0 predicted at t = T-k.
-    -> (rate [T], rmse [T])
-    """
-    # At t the receiver holds x_{t+1}-level information: all terms above t and the prior.
-    reverse = terms[::-1]
-    rate = prior + jnp.concatenate([jnp.zeros(1, terms.dtype), jnp.cumsum(reverse)[:-1]])
-    return rate, 127.5 * jnp.sqrt(mse[::-1])

@@ -69,11 +69,3 @@ def test_gaussian_data_with_the_exact_denoiser():
         q, p = betas[t] * (1 - bar[t - 1]) / (1 - bar[t]), betas[t]
         kl = 0.5 * (np.log(p / q) - 1 + (q + coef**2 * left) / p)
         np.testing.assert_allclose(got.mean(), kl / np.log(2), rtol=2e-2)
-
-
-def test_progressive_code_rows():
-    terms, mse = jnp.array([2.0, 1.0, 0.5, 0.25]), jnp.array([0.01, 0.04, 0.09, 0.16])
-    rate, rmse = L.progressive_code(terms, 0.125, mse)
-    # after 4 reverse steps everything but the decoder's own term has been sent
-    np.testing.assert_allclose(rate, [0.125, 0.375, 0.875, 1.875])
-    np.testing.assert_allclose(rmse, 127.5 * np.array([0.4, 0.3, 0.2, 0.1]), rtol=1e-6)
