@@ -581,7 +581,7 @@ def evaluate_run(exp, params, options: Options, *, facts, folder=None, stop=None
             label += f", against {r['dataset'] or 'foreign'} {r['split'] or r['path']}"
         records.append((label, values, provenance))
         pictures |= drawn
-    if BOUND in options.metrics:
+    if {BOUND, "offline"} & set(options.metrics):      # offline: all that needs no download
         values, provenance = evaluate_bound(
             exp, params, subject.sources, options, facts=facts | {"seed": options.seed},
             batch=subject.batch, folder=folder, stop=stop, say=say, memory=memory)
@@ -632,6 +632,8 @@ def periodic(options: Options | None = None, *, classifier_dir=None):
                                   facts={"step": step, "weights": "ema"})
         numbers = {name: float(v) for _, values, _ in records for name, v in values.items()
                    if isinstance(v, int | float) and not name.endswith("_n")}
+        numbers |= {f"{name}_{i}": b for _, values, _ in records for name, v in values.items()
+                    if name.startswith("eps_loss") for i, b in enumerate(v)}
         if "classifier" in memory and memory["classifier"] and jax.process_index() == 0:
             numbers["FD-cnn"] = numbers[memory["classifier"].key]      # a name known beforehand
         return _same_everywhere(numbers)

@@ -4,10 +4,10 @@
 Measures a run, or anybody's images, and writes evaluation.json (keyed by checkpoint step and
 protocol, with the provenance of every number) and a page to look at, evaluation.html.
 
-Without any download: bpd (bits/dim of real images) and offline (distances in the features of a
-small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID). With Inception's weights: fid, is, kid,
-pr. A command that was cut off goes on where it stopped; the result does not depend on the number
-of devices or hosts.
+Without any download: bpd (bits/dim of real images) and offline (bpd, the eps-loss by timestep, and
+distances in the features of a small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID). With
+Inception's weights: fid, is, kid, pr. A command that was cut off goes on where it stopped; the
+result does not depend on the number of devices or hosts.
 
 --protocol=paper: integers, float32 convolutions, OpenAI's IS over 10 splits (to report).
 --protocol=monitor: as the official training program (to watch).

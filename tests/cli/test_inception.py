@@ -19,6 +19,7 @@ def handmade(name):
     return getattr(module, name)(module.state())
 
 
+@pytest.mark.slow
 def test_convert_and_check(tmp_path, capsys):
     source, target = tmp_path / "graph.tgz", tmp_path / "w.npz"
     source.write_bytes(handmade("graph_file"))
