@@ -6,6 +6,7 @@ WORKDIR/config.json is the run's resolved config; WORKDIR/checkpoints/<step>/ ho
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -57,12 +58,28 @@ def differing_fields(old: dict, new: dict) -> list[str]:
     ]
 
 
-def write_json(path, value) -> None:
-    """Write, then rename: a reader sees the old file or the new one, whole."""
+@contextlib.contextmanager
+def whole_file(path):
+    """Open for writing bytes so that a reader sees the old file or the new one, whole.
+
+    A bucket's objects appear whole anyway, and a rename there is a copy.
+    """
     path = epath.Path(path)
+    if "://" in str(path):
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())
+        return
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    with temporary.open("wb") as file:
+        yield file
     temporary.replace(path)
+
+
+def write_json(path, value) -> None:
+    """A JSON file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_config(workdir) -> dict | None:

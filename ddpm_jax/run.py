@@ -7,7 +7,6 @@ import time
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from ddpm_jax import checkpoints, experiment, metrics
@@ -194,7 +193,12 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
 
     def on_samples(step, state):
         watchdog.pause()
+        if step in store.steps():
+            # Saved at this very step: a signal need not wait for the pictures.
+            store.wait()
+            stop.unsaved(False)
         sampler(step, state)
+        stop.unsaved(True)
 
     def on_evaluation(step, state):
         watchdog.pause()
@@ -388,10 +392,8 @@ def _look_at_samples(out, request, done):
 
 
 def _write_npy(path, array):
-    temporary = epath.Path(f"{path}.tmp")
-    with temporary.open("wb") as file:
+    with checkpoints.whole_file(path) as file:
         np.save(file, array)
-    temporary.replace(path)
 
 
 def _progressive(exp, chain, params, seed, images=8, frames=10):
@@ -411,10 +413,8 @@ def _finish(out, shards, progressive, png):
             with _shard(out, k).open("rb") as file:
                 parts.append(np.load(file))
         images = np.concatenate(parts)
-        temporary = out / "samples.tmp.npz"
-        with temporary.open("wb") as file:
+        with checkpoints.whole_file(final) as file:
             np.savez(file, images)
-        temporary.replace(final)
         (out / "shards").rmtree()
     with final.open("rb") as file:
         images = np.load(file)["arr_0"]
