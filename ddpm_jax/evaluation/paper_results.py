@@ -95,7 +95,8 @@ def verdict(key: str, value, cell: Cell) -> str:
 def rate_verdict(rate, rmse, paper_rate, paper_rmse) -> str:
     """Within 3 % of a rate above 1 bit/dim, 10 % or 0.004 of a smaller one; 3 % of the RMSE."""
     room = 0.03 * paper_rate if paper_rate > 1 else max(0.004, 0.1 * paper_rate)
-    return "PASS" if abs(rate - paper_rate) <= room and abs(rmse / paper_rmse - 1) <= 0.03 else "FAIL"
+    close = abs(rate - paper_rate) <= room and abs(rmse / paper_rmse - 1) <= 0.03
+    return "PASS" if close else "FAIL"
 
 
 def ours(document: dict, keys) -> dict:
@@ -105,7 +106,8 @@ def ours(document: dict, keys) -> dict:
         for label, record in sorted(document[step].get("paper", {}).items()):
             if not label.startswith("ema"):
                 continue
-            values, split = record["values"], record["provenance"].get("reference", {}).get("split")
+            values = record["values"]
+            split = record["provenance"].get("reference", {}).get("split")
             renamed = dict(values)
             if "fid" in values:
                 renamed[f"fid_{split or 'foreign'}"] = values["fid"]
