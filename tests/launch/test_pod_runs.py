@@ -6,6 +6,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,11 +30,27 @@ def train_command(workdir, *, steps, every=1000, devices, extra=()):
             f"--config.train.clip_replicas={devices}", *extra]
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            for pid in children(process):
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+
+
 def start(logs, processes, devices, command):
-    return subprocess.Popen(
+    STARTED.append(subprocess.Popen(
         [sys.executable, LOCAL, f"--processes={processes}", f"--devices={devices}",
          f"--logdir={logs}", "--grace=20", "--", *command],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return STARTED[-1]
 
 
 def run(logs, processes, devices, command, code=0):
@@ -47,7 +64,8 @@ def texts(logs):
 
 
 def losses(workdir):
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    lines = text[:text.rfind("\n") + 1].splitlines()  # a kill may cut the last one
     return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r}
 
 
@@ -58,6 +76,13 @@ def wait_for_step(process, workdir, step):
     while not (file.exists() and max(losses(workdir), default=0) >= step):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
+
+
+def wait_for_text(process, logs, words):
+    deadline = time.time() + 150
+    while words not in texts(logs):
+        assert process.poll() is None and time.time() < deadline, texts(logs)
+        time.sleep(0.05)
 
 
 def children(process):
@@ -146,10 +171,7 @@ def test_sigterm_during_the_compilation(tmp_path):
     finally:
         if env_cache is not None:
             os.environ["JAX_COMPILATION_CACHE_DIR"] = env_cache
-    deadline = time.time() + 100
-    while "training digits" not in texts(tmp_path / "logs"):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_text(process, tmp_path / "logs", "training digits")
     time.sleep(1)
     os.kill(children(process)[1], signal.SIGTERM)
     started = time.time()
@@ -165,6 +187,7 @@ def test_ten_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
     for attempt in range(10):
         logs = tmp_path / f"logs{attempt}"
         process = start(logs, 2, 1, command)
+        wait_for_text(process, logs, "training digits")  # metrics of lost steps are gone by then
         wait_for_step(process, work, reached + 1)
         time.sleep(rng.random() * 0.4)
         os.kill(children(process)[rng.randrange(2)], signal.SIGKILL)
@@ -220,3 +243,41 @@ def test_eight_devices_as_one_two_and_four_processes(tmp_path):
     one = losses(tmp_path / "1")
     for processes in (2, 4):
         assert_same(losses(tmp_path / str(processes)), one, 6)
+
+
+def test_run_on_a_bucket(tmp_path, monkeypatch):
+    """Two hosts train, continue and sample on gs://; metrics are uploaded by the first."""
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator")
+    pytest.importorskip("gcsfs", reason="gcsfs (the extra [gcs])")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
+    emulator = subprocess.Popen(
+        [sys.executable, pathlib.Path(__file__).parent / "storage_emulator.py", str(port), "ddpm"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert emulator.stdout.readline() == "ready\n"
+        for steps, first in ((4, 0), (8, 4)):
+            text = run(tmp_path / f"to{steps}", 2, 1,
+                       train_command("gs://ddpm/run", steps=steps, devices=2))
+            assert f"steps {first} to {steps}" in text
+        run(tmp_path / "sample", 2, 1, [
+            sys.executable, "-m", "ddpm_jax", "sample", "--workdir=gs://ddpm/run", "--num=4",
+            "--batch_size=4", "--out=gs://ddpm/samples"])
+        done = subprocess.run(
+            [sys.executable, "-c", "import gcsfs, json, io, numpy as np\n"
+             "fs = gcsfs.GCSFileSystem()\n"
+             "lines = fs.cat('ddpm/run/metrics.jsonl').decode().splitlines()\n"
+             "images = np.load(io.BytesIO(fs.cat('ddpm/samples/samples.npz')))['arr_0']\n"
+             "print(json.dumps([[json.loads(x)['step'] for x in lines], images.shape,\n"
+             "      sorted(int(p.split('/')[-1]) for p in fs.ls('ddpm/run/checkpoints'))]))"],
+            capture_output=True, text=True, timeout=60)
+        steps, shape, checkpoints = json.loads(done.stdout)
+        assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
+    finally:
+        emulator.kill()
+        emulator.wait()
+        emulator.stdout.close()

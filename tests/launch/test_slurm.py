@@ -54,8 +54,8 @@ def free_ports(count):
     return ports
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+@pytest.fixture
+def cluster(tmp_path):
     """Starts slurmctld and two slurmd; yields (environment, folder)."""
     if os.geteuid() != 0:
         pytest.skip("slurmd needs root")
@@ -75,7 +75,8 @@ def cluster(tmp_path_factory):
             hosts.write_text(before.rstrip("\n") + "\n127.0.0.1 n1 n2\n")
         except OSError as error:
             pytest.skip(f"/etc/hosts cannot be written: {error}")
-    d = tmp_path_factory.mktemp("slurm")
+    d = tmp_path / "slurm"
+    d.mkdir()
     (d / "state").mkdir()
     port, port1, port2 = free_ports(3)
     conf = d / "slurm.conf"
@@ -133,8 +134,14 @@ def state(env, job):
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_run_sigterm_requeue_resume(cluster):
-    env, d = cluster
+def test_train_sbatch(cluster):
+    """One test, so that parallel test runners make one cluster."""
+    run_sigterm_requeue_resume(*cluster)
+    bug_ends_the_job_with_its_code(*cluster)
+    impossible_request_is_refused(*cluster)
+
+
+def run_sigterm_requeue_resume(env, d):
     log, work = d / "job.log", d / "work"
     job = run(env, "sbatch", "--parsable", "--nodes=2", f"--output={log}", SBATCH, sys.executable,
               HERE / "trainer.py", work, "60", "--delay=0.1").strip()
@@ -155,10 +162,7 @@ def test_run_sigterm_requeue_resume(cluster):
     assert float((work / "total").read_text()) == sum(range(devices)) + devices * sum(range(steps))
 
 
-@pytest.mark.root
-@pytest.mark.slow
-def test_bug_ends_the_job_with_its_code(cluster):
-    env, d = cluster
+def bug_ends_the_job_with_its_code(env, d):
     log = d / "bug.log"
     job = run(env, "sbatch", "--parsable", f"--output={log}", SBATCH, "sh", "-c",
               "echo ddpm: error: x; exit 2").strip()
@@ -166,10 +170,7 @@ def test_bug_ends_the_job_with_its_code(cluster):
     assert state(env, job)["ExitCode"] == "2:0" and "exit 2" in log.read_text()
 
 
-@pytest.mark.root
-@pytest.mark.slow
-def test_impossible_request_is_refused(cluster):
-    env, _ = cluster
+def impossible_request_is_refused(env, d):
     out = subprocess.run(["sbatch", "--test-only", "--nodes=3", SBATCH, "true"], env=env,
                          capture_output=True, text=True)
     assert out.returncode != 0

@@ -223,6 +223,7 @@ def test_bug_stops_at_once_with_its_code_and_log(cloud):
     assert not any("state=running" in x for x in cloud("status").stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_crash_loop_without_progress_is_stopped(cloud):
     out = cloud("supervise", command=["sh", "-c", "exit 134"])
     assert out.returncode == 1 and "3 restarts without a new checkpoint" in out.stderr
@@ -245,6 +246,7 @@ def test_already_exists_means_look_again(cloud):
     assert out.returncode == 0 and cloud.count("create") == 1
 
 
+@pytest.mark.slow
 def test_ssh_flake_is_tried_again_and_machines_stay(cloud):
     out = cloud("supervise", command=["true"], ssh_fail=2)
     assert out.returncode == 0, out.stderr
@@ -267,6 +269,7 @@ def test_name_of_another_run_is_refused(cloud):
     assert out.returncode == 1 and "is taken: it has a v6e-8" in out.stderr
 
 
+@pytest.mark.slow
 def test_each_subcommand_can_be_repeated(cloud):
     assert cloud("create").returncode == 0
     for _ in range(2):
