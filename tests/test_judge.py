@@ -412,6 +412,6 @@ def test_fid_and_is_of_the_same_pngs_are_torch_fidelitys(seeded_weights, tmp_pat
     judge.make_reference(Pictures(batches["real"]), options, out, features=0)
     ours, _, _ = judge.evaluate_images(image_subject(batches["fake"], 2), options)
     assert ours["fid"] == pytest.approx(their_fid["frechet_inception_distance"], rel=1e-3)
-    assert their_is["inception_score_mean"] > 1.05
+    assert their_is["inception_score_mean"] > 1.04
     assert ours["is_openai10"] == pytest.approx(their_is["inception_score_mean"], rel=1e-3)
     assert ours["is_openai10_std"] == pytest.approx(their_is["inception_score_std"], rel=1e-3)
