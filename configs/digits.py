@@ -14,10 +14,10 @@ def get_config():
                         num_groups=8, dropout=0.05)
     config.diffusion.update(num_timesteps=100, variance="fixed_small")
     config.diffusion.schedule.beta_end = 0.2
-    config.train.update(steps=2000, batch_size=64, steps_per_dispatch=100, clip_scope="global")
+    config.train.update(steps=1600, batch_size=64, steps_per_dispatch=100, clip_scope="global")
     config.optimizer.update(learning_rate=1e-3, warmup_steps=100)
     config.ema.decay = 0.995
-    config.checkpoint.update(every=1000, keep=2, keep_every=0)
-    config.eval.update(sample_every=1000, sample_num=64)
+    config.checkpoint.update(every=800, keep=2, keep_every=0)
+    config.eval.update(sample_every=800, sample_num=64)
     config.sampler.batch_size = 500
     return config

@@ -63,7 +63,9 @@ def _save(folder, step, config, items) -> None:
     items["training"]["step"] = np.asarray(step, np.int32)
     args = ocp.args
     folder.mkdir(parents=True, exist_ok=True)
-    with ocp.CheckpointManager(folder) as manager:
+    # Not in the background: that would copy every array before it writes the first.
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         manager.save(step, args=args.Composite(
             config=args.JsonSave(config),
             **{name: args.StandardSave(tree) for name, tree in items.items()}))

@@ -60,12 +60,12 @@ def test_a_report_from_a_config():
                              options=report.compiler_options("O0"), num_examples=64)
     found = result.report
     assert found["about"]["step"] == {
-        "dropout": "0.1", "clip": "1.0 per_replica", "EMA": "0.999",
+        "dropout": "0.05", "clip": "1.0 per_replica", "EMA": "0.999",
         "optimizer": "Adam, eps as tensorflow", "random": "unsafe_rbg"}
     gradients = 4 * found["work"]["parameters"]
     assert found["hlo"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(gradients, rel=0.01)
     text = report.render(found)
-    assert "dropout 0.1" in text and "[estimated]" in text and "all-reduce" in text
+    assert "dropout 0.05" in text and "[estimated]" in text and "all-reduce" in text
     assert "fit" not in found and "roofline" not in found  # a CPU is not in the table of chips
     json.dumps(found)
 
