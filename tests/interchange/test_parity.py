@@ -183,6 +183,19 @@ def test_256_net_agrees():
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_256_nets_gradients_agree_on_smaller_images():
+    """The six levels of the 256x256 network on 64x64 images: their gradients fit the memory."""
+    pytest.importorskip("diffusers")
+    config = experiment.load_config(LSUN)
+    config.data.image_size = 64
+    errors = forward_and_gradients(config, 1, [500])
+    print("lsun_church, 64x64", errors)
+    assert errors["eps"] < 1e-4 and errors["grad"] < 1e-4 and errors["least"] > 1e-5
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
 def test_the_verdict_passes_and_a_changed_weight_fails():
     pytest.importorskip("diffusers")
     config = small_config()
