@@ -104,7 +104,6 @@ def _need(module: str, name: str, command: str) -> None:
 
 
 def _describe_tpu(name: str, generation: Generation, joint: str, size: str, slices: int):
-    _need("libtpu", name, f'pip install "jax[tpu]=={jax.__version__}"')
     if joint == "-":
         chips, rest = divmod(int(size), generation.cores)
         shape = None if rest or "x" in size else torus(chips, generation.dimensions)
@@ -114,6 +113,7 @@ def _describe_tpu(name: str, generation: Generation, joint: str, size: str, slic
         sides = "x".join("NNN"[:generation.dimensions])
         raise _unknown(name, f" (a {generation.platform_name} slice is a power of two of chips, "
                              f"or {generation.platform_name}:{sides})")
+    _need("libtpu", name, f'pip install "jax[tpu]=={jax.__version__}"')
     options = dict(generation.options)
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -125,9 +125,6 @@ def _describe_tpu(name: str, generation: Generation, joint: str, size: str, slic
 
 
 def _describe_gpu(name: str, gpu: str, size: str, hosts: int):
-    version = jax.__version__
-    _need("jax_plugins.xla_cuda12", name,
-          f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}")
     if "x" in size:
         raise _unknown(name)
     count = int(size)
@@ -136,6 +133,9 @@ def _describe_gpu(name: str, gpu: str, size: str, hosts: int):
         if rest:
             raise _unknown(name, f" (more than one host: a multiple of {GPUS_PER_HOST} GPUs)")
         count, hosts = GPUS_PER_HOST, hosts * more
+    version = jax.__version__
+    _need("jax_plugins.xla_cuda12", name,
+          f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}")
     target = pathlib.Path(__file__).with_name(GPU_TARGETS[gpu]).read_text()
     options = {"topology": f"1x{hosts}x{count}", "target_config": target}
     return (name, "cuda"), options, hosts
