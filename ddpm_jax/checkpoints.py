@@ -11,8 +11,6 @@ import json
 import logging
 import os
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from ddpm_jax.errors import UserError
@@ -159,14 +157,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state, config: dict, metrics: dict | None = None) -> None:
-        """Start saving TrainState ``state`` (global arrays); ``wait`` ends it.
-
-        The state is copied on the device first: the next step may overwrite its buffers.
-        """
+        """Start saving TrainState ``state`` (global arrays that nobody gives away to a program
+        before the end); ``wait`` ends it."""
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
-        state = jax.tree.map(jnp.copy, state)
         with self._failures(f"saving step {step}"):
             self._manager.save(
                 step,

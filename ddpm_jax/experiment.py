@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from ddpm_jax.diffusion.schedule import (
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.runners import RUNNERS, Runner
-from ddpm_jax.training import rng
+from ddpm_jax.training import packing, rng
 from ddpm_jax.training.optimizer import EPS_RULES, make_optimizer
 from ddpm_jax.training.steps import (
     Clip,
@@ -50,7 +51,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 class Experiment(NamedTuple):
     """What a config describes, ready to run. config: frozen; abstract_state: TrainState of
-    ShapeDtypeStructs; loss_fn(params, x_start, Draws) -> [B]; train_step(state, images, key)."""
+    ShapeDtypeStructs; loss_fn(params, x_start, Draws) -> [B]; train_step(state, images, key), which
+    takes params as a tree or packed (training/packing.py)."""
 
     config: ConfigDict
     image_shape: tuple[int, int, int]
@@ -231,6 +233,9 @@ def build(config: ConfigDict, devices=None) -> Experiment:
     image_shape = (data.image_size, data.image_size, data.channels)
 
     def loss_fn(params, x_start, draws):
+        if isinstance(params, packing.Packed):
+            params = packing.unpack(packing.kernels_as(params, model.dtype), abstract_params)
+
         def denoise_fn(x_t, t):
             return model.apply({"params": params}, x_t, t, draws.dropout_bits)
 
@@ -267,6 +272,20 @@ def new_state(experiment: Experiment) -> TrainState:
     return experiment.runner.put("replicated", jax.tree.map(np.asarray, state))
 
 
+def pack_program(experiment: Experiment):
+    """TrainState on the devices -> the same packed, as ``train_program`` takes it."""
+    like = experiment.abstract_state.params
+    return experiment.runner.compile(
+        lambda state: packing.pack_state(state, like), ("replicated",), ("replicated",))
+
+
+def unpack_program(experiment: Experiment):
+    """A packed state, or a part of one, on the devices -> the named trees, in new arrays."""
+    like = experiment.abstract_state.params
+    return experiment.runner.compile(
+        lambda state: packing.unpack_state(state, like), ("replicated",), ("replicated",))
+
+
 # ---- programs ----
 
 
@@ -279,7 +298,7 @@ def train_program(experiment: Experiment, num_examples: int | None, *, most: int
     """The compiled dispatch of up to ``most`` updates (default: train.steps_per_dispatch).
 
     num_examples: a data set that lives on the device; the program is then
-    (state, images uint8 [N,H,W,C], seed, num_steps) -> (state, metrics, each [most]). None: images
+    (state, images uint8 [N,H*W*C], seed, num_steps) -> (state, metrics, each [most]). None: images
     are streamed, uint8 [most,B,H,W,C]. The state's buffers are given away.
     """
     config, runner = experiment.config, experiment.runner
@@ -291,7 +310,8 @@ def train_program(experiment: Experiment, num_examples: int | None, *, most: int
         del i
         start = step.astype(jnp.uint32) * jnp.uint32(batch)
         mine = (_position(runner, share) + jnp.arange(share)).astype(jnp.uint32)
-        return images[shuffled_index(seed, start + mine, num_examples, jnp)]
+        rows = images[shuffled_index(seed, start + mine, num_examples, jnp)]
+        return rows.reshape(share, *experiment.image_shape)
 
     def streamed(images, seed, step, i):
         del seed, step
@@ -317,11 +337,14 @@ def train_arguments(experiment: Experiment, num_examples: int | None) -> tuple:
     config, runner = experiment.config, experiment.runner
     if num_examples is None:
         kind, lead = "steps", (config.train.steps_per_dispatch, config.train.batch_size)
+        images = jax.ShapeDtypeStruct((*lead, *experiment.image_shape), jnp.uint8)
     else:
-        kind, lead = "replicated", (num_examples,)
-    images = jax.ShapeDtypeStruct((*lead, *experiment.image_shape), jnp.uint8)
+        kind = "replicated"
+        images = jax.ShapeDtypeStruct((num_examples, math.prod(experiment.image_shape)), jnp.uint8)
+    like = experiment.abstract_state
+    state = jax.eval_shape(lambda s: packing.pack_state(s, like.params), like)
     return (
-        runner.abstract("replicated", experiment.abstract_state),
+        runner.abstract("replicated", state),
         runner.abstract(kind, images),
         runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.uint32)),
         runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.int32)),

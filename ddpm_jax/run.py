@@ -59,7 +59,7 @@ def _feeder(exp, source, step):
         if not feed.is_small(source):
             raise UserError(f"config.data.resident=True: {config.data.name} is too large to keep "
                             "on the device; set data.resident=False")
-        images = runner.put("replicated", source.array())
+        images = runner.put("replicated", source.array().reshape(len(source), -1))
         return len(source), lambda n: images
     batch, most = config.train.batch_size, _most(exp)
     share = batch // jax.process_count()
@@ -144,6 +144,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
         else:
             say(f"resuming {folder} from step {step}")
             state = _on_devices(exp, store.restore(step, _abstract_global(exp)))
+        state = experiment.pack_program(exp)(state)
         writer.truncate_after(step)
         return _train(exp, state, step, folder=folder, source=source, store=store, writer=writer,
                       stop=stop, watchdog=watchdog, evaluate=evaluate)
@@ -166,6 +167,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
         f"{runner.num_devices} x {jax.devices()[0].device_kind} ({runner.name}), "
         f"{sum(x.size for x in jax.tree.leaves(exp.abstract_state.params)):,} parameters, "
         f"steps {step:,} to {last:,} -> {folder}")
+    named = experiment.unpack_program(exp)
     compiled = [False]
 
     def dispatch(state, step, n):
@@ -182,7 +184,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
         return program(state, data, np.uint32(config.seed), np.int32(n))
 
     def save(step, state, values=None):
-        store.save(step, runner.to_global(state), stored, values)
+        store.save(step, runner.to_global(named(state)), stored, values)
 
     evaluated = {}
 
@@ -197,13 +199,13 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
             # Saved at this very step: a signal need not wait for the pictures.
             store.wait()
             stop.unsaved(False)
-        sampler(step, state)
+        sampler(step, named(state.ema_params))
         stop.unsaved(True)
 
     def on_evaluation(step, state):
         watchdog.pause()
         evaluated.clear()
-        evaluated.update(evaluate(exp, state.ema_params, step))
+        evaluated.update(evaluate(exp, named(state.ema_params), step))
         writer.scalars(step, evaluated)
         missing = config.eval.best and config.eval.best not in evaluated
         if missing:
@@ -241,14 +243,14 @@ class _GridSampler:
         self._exp, self._writer, self._folder = exp, writer, folder
         self._program = None
 
-    def __call__(self, step, state):
+    def __call__(self, step, params):
         exp, runner = self._exp, self._exp.runner
         if self._program is None:
             chain = experiment.sampling_chain(exp)
             self._program = experiment.sample_program(exp, chain)
         wanted = exp.config.eval.sample_num
         index = _padded_index(runner, 0, wanted)
-        images = self._program(state.ema_params, np.uint32(exp.config.seed), index)
+        images = self._program(params, np.uint32(exp.config.seed), index)
         images = _gather(runner, images)[:wanted]
         if self._writer.folder is not None:
             self._writer.images(step, "samples", images)

@@ -123,10 +123,11 @@ def step() -> list[dict]:
     most = config.train.steps_per_dispatch if runner.loops_on_device else 1
     count = max(batch, 1024) if config.data.resident else None
     program = experiment.train_program(exp, count, most=most)
-    shape = (count,) if count else (most, batch)
-    images = runner.put("replicated" if count else "steps", _images(exp, int(np.prod(shape)))
-                        .reshape(*shape, *exp.image_shape))
-    state, seed, steps = experiment.new_state(exp), np.uint32(config.seed), np.int32(most)
+    images = (runner.put("replicated", _images(exp, count).reshape(count, -1)) if count else
+              runner.put("steps", _images(exp, most * batch).reshape(
+                  most, batch, *exp.image_shape)))
+    state = experiment.pack_program(exp)(experiment.new_state(exp))
+    seed, steps = np.uint32(config.seed), np.int32(most)
 
     calls = -(-peers.STEPS // most)
 

@@ -153,7 +153,9 @@ def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
         return xhat, dy
 
     xhat, dy = normalised_and_gradient(x, g)
-    sum_dy, sum_dy_xhat = dy.sum(axis=(1, 2)), (dy * xhat).sum(axis=(1, 2))
+    # Rows first: asked for both axes at once, XLA writes a float32 dy and reads it back.
+    sums = lax.optimization_barrier((dy.sum(axis=1), (dy * xhat).sum(axis=1)))
+    sum_dy, sum_dy_xhat = (v.sum(axis=1) for v in sums)
     # Without it XLA reads x and g again for the sums over the batch, and keeps a float32 dy.
     x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
     pixels = x.shape[1] * x.shape[2]
@@ -293,7 +295,7 @@ class AttentionBlock(nn.Module):
         h = self.norm(x).reshape(b, height * width, c)
         # Joined, q, k and v would be cut apart again by copies that cost more than two more reads.
         q, k, v = self.q(h), self.k(h), self.v(h)
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32)
         weights = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(self.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v)
         return x + self.proj_out(h).reshape(x.shape)

@@ -78,23 +78,12 @@ def _mean_over(function, pieces, batch, spread=1):
     return jax.tree.map(lambda x: x / pieces, total)
 
 
-def global_norm(tree):
-    """Root of the sum of all squares. Only the large leaves are summed one by one: the hundreds of
-    small ones would cost a GPU a kernel or two each."""
-    leaves = jax.tree.leaves(tree)
-    parts = [x for x in leaves if x.ndim > 2]
-    small = [x.reshape(-1) for x in leaves if x.ndim <= 2]
-    if small:
-        parts.append(jnp.concatenate(small))
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in parts))
-
-
 def clip_by_norm(grads, clip_norm):
     """Grads scaled down to a global norm of at most clip_norm (0 = never); and its metrics.
 
     -> (grads, {'grad_norm': before clipping, 'clip_fraction': 0 or 1})
     """
-    norm = global_norm(grads)
+    norm = optax.tree.norm(grads)
     if not clip_norm:
         return grads, {"grad_norm": norm, "clip_fraction": jnp.zeros(())}
     scale = clip_norm / jnp.maximum(norm, clip_norm)  # tf.clip_by_global_norm

@@ -151,8 +151,8 @@ def run_sigterm_requeue_resume(env, d):
     text = log.read_text()
     saved = [int(x) for x in re.findall(r"trainer: saved (\d+)", text)]
     assert len(saved) == 2 and saved[0] == saved[1] and "exit 42, requeued" in text, text
-    # A requeued job waits two minutes for its nodes to clean up. Here it starts as soon as they have
-    # and slurmd would take it: a start in the second of the old run's end counts as that run, killed.
+    # A requeued job waits two minutes for its nodes to clean up. Here it starts when they have and
+    # slurmd takes it: to slurmd, a start in the second of the old run's end is that run, killed.
     until(lambda: not list(d.glob("spool-n*/job*"))
           and set(run(env, "sinfo", "-h", "-o", "%T").split()) == {"idle"})
     time.sleep(2)

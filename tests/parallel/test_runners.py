@@ -30,7 +30,7 @@ def config(runner, **fields):
 
 
 @functools.cache
-def one_step(runner, devices, fields=()):
+def one_step(runner, devices, fields=(), packed=True):
     """Parameters moved by one SGD step of rate 1, and the metrics."""
     exp = E.build(config(runner, **dict(fields)), jax.devices()[:devices])
     tx = optax.sgd(1.0)
@@ -39,10 +39,14 @@ def one_step(runner, devices, fields=()):
     params = jax.tree.map(
         lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), state.params)
     state = exp.runner.put("replicated", jax.tree.map(np.asarray, E.init_state(params, tx)))
+    if packed:
+        state = E.pack_program(exp)(state)
     exp = exp._replace(train_step=sgd_step(exp, tx))
     program = E.train_program(exp, len(IMAGES))
-    images = exp.runner.put("replicated", IMAGES)
+    images = exp.runner.put("replicated", IMAGES.reshape(len(IMAGES), -1))
     new, metrics = program(state, images, np.uint32(0), np.int32(1))
+    if packed:
+        new = E.unpack_program(exp)(new)
     new, metrics = fetch((new, metrics))
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, params, new.params)
     return moved, {k: float(v[0]) for k, v in metrics.items()}
@@ -73,6 +77,10 @@ def assert_same(got, want):
     ("jit", 8), ("pmap", 8), ("shard_map", 8), ("shard_map", 1), ("pmap", 1)])
 def test_unclipped_gradients_agree(runner, devices):
     assert_same(one_step(runner, devices), one_step("jit", 1))
+
+
+def test_packed_parameters_move_as_named_ones_do():
+    assert_same(one_step("jit", 1), one_step("jit", 1, packed=False))
 
 
 PER_REPLICA = (("train.clip_scope", "per_replica"), ("train.clip_norm", 2.0))
