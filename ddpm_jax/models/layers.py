@@ -269,7 +269,7 @@ class ResBlock(nn.Module):
             # x has three readers; where it is a concatenation XLA would write it twice.
             x = lax.optimization_barrier(x)
         h = self.conv1(self.norm1(x))
-        h = h + projection[:, None, None, :]
+        h = lax.optimization_barrier(h) + projection[:, None, None, :]
         h = self.conv2(self.norm2(h, bits))
         if self.features_in != self.features:
             x = self.shortcut(x)
