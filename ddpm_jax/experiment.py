@@ -379,6 +379,8 @@ def sampling_chain(experiment: Experiment, **overrides: Any) -> Chain:
     step = _row(SAMPLERS, "sampler.name", sampler["name"])
 
     def predict(params):
+        params = packing.kernels_as(params, experiment.model.dtype)  # once, not at every step
+
         def predict_fn(x_t, t):
             output = experiment.model.apply({"params": params}, x_t, schedule.timesteps[t])
             return p_mean_variance(

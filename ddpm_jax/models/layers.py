@@ -76,21 +76,21 @@ def _group_mean(v, groups):
 
 
 def _channel_sums(x):
-    """Sums over the pixels of x [B,H,W,C], float32 [B,C] each: of x, x - s and (x - s)^2, where s
-    is the channel's first pixel. Unlike sums of x and x^2, the last two do not cancel where the
-    mean is large beside the deviation."""
-    x = x.astype(jnp.float32)
-    centred = x - x[:, :1, :1, :]
-    return x.sum(axis=(1, 2)), centred.sum(axis=(1, 2)), jnp.square(centred).sum(axis=(1, 2))
+    """Of each channel of x [B,H,W,C], float32 [B,C] each: its first pixel s, and the sums over the
+    pixels of x - s and (x - s)^2. Unlike sums of x and x^2, these do not cancel where the mean is
+    large beside the deviation."""
+    first = x[:, :1, :1, :].astype(jnp.float32)
+    centred = x.astype(jnp.float32) - first
+    return first[:, 0, 0], centred.sum(axis=(1, 2)), jnp.square(centred).sum(axis=(1, 2))
 
 
 def _join_channels(sums, pixels, groups):
     """Mean and variance of each group, [B,groups] each: its channels' moments joined as in Chan et
     al. (1983), about the first channel's mean."""
-    total, first, second = (s / pixels for s in sums)
-    mean = total.reshape(total.shape[0], groups, -1)
+    first, shift, square = sums[0], sums[1] / pixels, sums[2] / pixels
+    mean = (first + shift).reshape(first.shape[0], groups, -1)
     apart = mean - mean[:, :, :1]
-    within = _group_mean(second - jnp.square(first), groups)
+    within = _group_mean(square - jnp.square(shift), groups)
     between = jnp.square(apart).mean(axis=2) - jnp.square(apart.mean(axis=2))
     return mean.mean(axis=2), jnp.maximum(within + between, 0.0)
 

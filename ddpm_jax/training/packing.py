@@ -55,9 +55,11 @@ def unpack(packed: Packed, like):
     return structure.unflatten(out)
 
 
-def kernels_as(packed: Packed, dtype) -> Packed:
-    """Kernels in the type they are used in."""
-    return packed._replace(kernels=jax.tree.map(lambda x: x.astype(dtype), packed.kernels))
+def kernels_as(params, dtype):
+    """Params, packed or a tree, with kernels in the type they are used in."""
+    if isinstance(params, Packed):
+        return params._replace(kernels=jax.tree.map(lambda x: x.astype(dtype), params.kernels))
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
 
 def pack_state(state, like):

@@ -59,6 +59,10 @@ def test_unpacked_arrays_are_their_own():
 
 
 def test_kernels_are_cast_and_vectors_are_not():
-    packed = P.kernels_as(P.pack(tree_of([(2, 2)])), jnp.bfloat16)
-    assert {x.dtype for x in packed.kernels.values()} == {jnp.dtype(jnp.bfloat16)}
-    assert packed.vectors.dtype == jnp.float32
+    tree = tree_of([(2, 2)])
+    cast = P.kernels_as(tree, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(cast) if x.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(cast) if x.ndim == 1} == {jnp.dtype(jnp.float32)}
+    packed = P.unpack(P.kernels_as(P.pack(tree), jnp.bfloat16), tree)
+    jax.tree.map(np.testing.assert_array_equal, packed, cast)
+    assert [x.dtype for x in jax.tree.leaves(packed)] == [x.dtype for x in jax.tree.leaves(cast)]
