@@ -14,6 +14,7 @@ from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import distributed
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
@@ -49,6 +50,8 @@ def _open_data(exp, split):
             f"{exp.image_shape}: set data.image_size and data.channels")
     if len(source) < 1:
         raise UserError(f"{config.data.name}, split {split}, has no images")
+    # One host may download what the others have: they wait here rather than in a collective.
+    distributed.check_same_everywhere({"data": source.fingerprint}, patience_s=7200)
     return source
 
 

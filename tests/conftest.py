@@ -12,11 +12,20 @@ if "xla_force_host_platform_device_count" not in flags:
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR",
                       str(pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax_tests_{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Without credentials gcsfs would ask for the kind of a bucket, and complain, at each call.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests already run side by side
 
+import importlib.util  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location(
+    "bucket", pathlib.Path(__file__).parent / "bucket.py")
+bucket = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bucket)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,3 +44,18 @@ def real_images():
     if not folder or not pathlib.Path(folder).exists():
         pytest.skip("DDPM_TEST_IMAGES does not name a folder of real images")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="session")
+def _storage_emulator():
+    process, variables = bucket.start()
+    yield variables
+    bucket.stop(process)
+
+
+@pytest.fixture
+def storage(_storage_emulator, monkeypatch):
+    """A bucket, gs://ddpm, that this process and those it starts can use."""
+    for name, value in _storage_emulator.items():
+        monkeypatch.setenv(name, value)
+    return "gs://ddpm"

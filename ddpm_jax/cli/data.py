@@ -7,6 +7,7 @@
   ddpm data prepare --name=lsun_church --from=church_outdoor_train_lmdb
   ddpm data prepare --name=lsun_cat --from=cat-r08.tfrecords
   ddpm data prepare --name=folder --dir=MY_DATA --from=PICTURES --image_size=64
+  ddpm data prepare --name=cifar10 --dir=gs://BUCKET/data    made here, then copied there
   ddpm data info --name=cifar10 --split=test
 
 A folder of pictures holds images (PNG, JPEG, WebP), or one folder of images per class, or train/
@@ -15,18 +16,19 @@ and test/ with either. With --image_size they are cropped to the centre square a
 """
 
 import pathlib
+import tempfile
 
 from absl import flags
 
-from ddpm_jax.data import datasets
-from ddpm_jax.data.prepare import refuse_existing
+from ddpm_jax.data import datasets, remote
+from ddpm_jax.data.prepare import INFO, refuse_existing
 from ddpm_jax.errors import UserError
 
 
 def define_flags():
     flags.DEFINE_string("name", None, f"dataset: {', '.join(datasets.DATASETS)}")
-    flags.DEFINE_string("dir", "", "where prepared data lies (default: $DDPM_DATA_DIR or "
-                        "~/.cache/ddpm_jax/data)")
+    flags.DEFINE_string("dir", "", "where prepared data lies, also gs:// (default: $DDPM_DATA_DIR "
+                        "or ~/.cache/ddpm_jax/data)")
     flags.DEFINE_multi_string("from", [], "file or folder to prepare from; may be repeated")
     flags.DEFINE_integer("image_size", None, "folder, lsun_*: centre crop and resize to this")
     flags.DEFINE_enum("channels", None, ["1", "3"], "folder: 3 turns grey into RGB, 1 wants grey")
@@ -34,6 +36,8 @@ def define_flags():
 
 
 def _size_on_disk(where) -> str:
+    if remote.is_remote(where):
+        return f"{sum(size for size, *_ in remote.listing(where).values()) / 1e6:,.1f} MB"
     root = pathlib.Path(where)
     if not root.exists():
         return "inside the package"
@@ -63,8 +67,21 @@ def prepare(name, folder, sources, image_size, channels):
     row = datasets.DATASETS[name]
     if row.prepare is None:
         raise UserError(f"{name} needs no preparation: it is {row.about}")
+    if remote.is_remote(folder):
+        return _prepare_there(row, name, folder, sources, image_size, channels)
     refuse_existing(folder, name)  # before hours of reading, not after
     row.prepare(name, folder, sources, image_size=image_size, channels=channels)
+
+
+def _prepare_there(row, name, url, sources, image_size, channels):
+    """Made on this machine's disk and copied to the bucket, what readers look for at the end."""
+    target = remote.join(url, name)
+    marks = {INFO, "dataset_info.json"}
+    if marks & {path.split("/")[-1] for path in remote.listing(target)}:
+        raise UserError(f"{target} is there already; remove it first, or give another --dir")
+    with tempfile.TemporaryDirectory(prefix="ddpm_prepare_") as here:
+        row.prepare(name, pathlib.Path(here), sources, image_size=image_size, channels=channels)
+        remote.upload(pathlib.Path(here) / name, target, last=marks)
 
 
 def info(name, folder, sources, image_size, channels):

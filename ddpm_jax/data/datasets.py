@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -12,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data import images, prepare
+from ddpm_jax.data import images, prepare, remote
 from ddpm_jax.errors import UserError
 
 _FINGERPRINT_IMAGES = 256
+_KEPT_BYTES = 1 << 30  # smaller arrays of a bucket are fetched once and kept in memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,8 +66,10 @@ class Source:
     def fingerprint(self) -> str:
         """16 hex digits: shape, count and the pixels of up to 256 evenly spaced images."""
         digest = hashlib.sha256(f"{self.size} {tuple(self.shape)}".encode())
-        for i in np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_IMAGES)).astype(int):
-            digest.update(self.read(int(i)).tobytes())
+        rows = np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_IMAGES)).astype(int)
+        with ThreadPoolExecutor(16) as pool:  # from a bucket each takes its time
+            for image in pool.map(self.read, map(int, rows)):
+                digest.update(image.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -74,8 +78,11 @@ def default_data_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("DDPM_DATA_DIR") or "~/.cache/ddpm_jax/data").expanduser()
 
 
-def data_folder(data_dir) -> pathlib.Path:
-    """`data_dir` as a path; '' or None means the default."""
+def data_folder(data_dir):
+    """`data_dir` as a path, gs:// and the like as text; '' or None means the default."""
+    data_dir = data_dir or os.environ.get("DDPM_DATA_DIR")
+    if data_dir and remote.is_remote(data_dir):
+        return str(data_dir)
     return pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
 
 
@@ -111,9 +118,12 @@ def _not_prepared(name, folder, extra=""):
 
 
 def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version) -> Source:
-    found = sorted((folder / tfds_name).glob(version + "/dataset_info.json"))
+    given = folder
+    if remote.is_remote(folder):
+        folder = remote.stage(folder, tfds_name)
+    found = folder and sorted((folder / tfds_name).glob(version + "/dataset_info.json"))
     if not found:
-        raise _not_prepared(name, folder, DATASETS[name].prepare_hint)
+        raise _not_prepared(name, given, DATASETS[name].prepare_hint)
     import tensorflow_datasets as tfds
     builder = tfds.builder_from_directory(found[-1].parent)
     if "tfrecord" in str(builder.info.file_format).lower():
@@ -156,6 +166,8 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
 
 def _open_store(name, folder, split, image_size, channels) -> Source:
     """What prepare.write_store made: memory-mapped pixels, so a read costs one image."""
+    if remote.is_remote(folder):
+        return _open_remote_store(name, folder, split)
     root = folder / name
     try:
         info = json.loads((root / prepare.INFO).read_text())
@@ -176,8 +188,34 @@ def _open_store(name, folder, split, image_size, channels) -> Source:
                   read_all=lambda: np.array(pixels))
 
 
+def _open_remote_store(name, url, split) -> Source:
+    """The same on gs://, in place: small ones whole, at the first read, else image by image."""
+    root = remote.join(url, name)
+    if prepare.INFO not in remote.listing(root):
+        raise _not_prepared(name, url, DATASETS[name].prepare_hint)
+    try:
+        info = json.loads(remote.read_bytes(remote.join(root, prepare.INFO)))
+        _pick(info["splits"], split, name)
+        pixels = remote.RemoteArray(remote.join(root, f"{split}_images.npy"), _KEPT_BYTES)
+        fits = pixels.shape == (info["splits"][split], *info["image_shape"])
+        labels = None
+        if info["class_names"]:
+            labels = np.load(io.BytesIO(remote.read_bytes(
+                remote.join(root, f"{split}_labels.npy"))), allow_pickle=False)
+    except (EOFError, KeyError, ValueError) as error:
+        raise UserError(f"{root}: damaged ({error}); remove it and prepare it again") from error
+    if not fits:
+        raise UserError(f"{root}/{split}_images.npy: {pixels.shape} does not fit {prepare.INFO}; "
+                        f"remove {root} and prepare it again")
+    return Source(name, split, len(pixels), pixels.shape[1:], lambda i: pixels[i], root,
+                  None if labels is None else lambda: labels, tuple(info["class_names"]),
+                  tuple(info["splits"]), read_all=pixels.whole)
+
+
 def _open_folder(name, folder, split, image_size, channels) -> Source:
     """The prepared form if `folder` has it, else the images in `folder`, decoded at each read."""
+    if remote.is_remote(folder):
+        return _open_remote_store(name, folder, split)
     if (folder / name / prepare.INFO).exists():
         return _open_store(name, folder, split, image_size, channels)
     try:
@@ -244,7 +282,8 @@ DATASETS = {
 def open_source(name, data_dir, split, *, image_size=None, channels=None) -> Source:
     """Open one split of a dataset.
 
-    data_dir: '' or None means `default_data_dir()`. image_size, channels: None takes what the data
+    data_dir: '' or None means `default_data_dir()`; on gs:// arrays are read in place, TFDS's files
+    staged once a host (remote.stage). image_size, channels: None takes what the data
     has; another size pads (digits, fashion_mnist), crops and resizes (folder read in place), or is
     an error. Raises UserError for an unknown name or split, data that is not prepared (with the
     command that prepares it) or damaged, and channels that differ.

@@ -213,8 +213,10 @@ def versions() -> dict[str, str]:
     return facts
 
 
-def check_same_everywhere(facts: dict[str, str]):
+def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):
     """Compares `facts` and `versions()` with those of process 0; call on every process.
+
+    patience_s: how long the slowest may take to come here (a dead one is known by its heartbeat).
 
     Goes through the coordination service, so it needs no device and no compiled program: hosts
     that differ would not compile the same program.
@@ -231,20 +233,20 @@ def check_same_everywhere(facts: dict[str, str]):
     mine = {**versions(), **{name: str(value) for name, value in facts.items()}}
     if state.process_id == 0:
         client.key_value_set(f"{root}/first", json.dumps(mine))
-    first = json.loads(client.blocking_key_value_get(f"{root}/first", 300_000))
+    first = json.loads(client.blocking_key_value_get(f"{root}/first", 1000 * patience_s))
     wrong = [f"{name}={mine.get(name, 'absent')} (process 0 has {first.get(name, 'absent')})"
              for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
     if wrong:
         client.key_value_set(
             f"{root}/differs/{state.process_id}",
             f"process {state.process_id} on {socket.gethostname()}: {', '.join(wrong)}")
-    client.wait_at_barrier(f"{root}/all", 300_000)
+    client.wait_at_barrier(f"{root}/all", 1000 * patience_s)
     differs = sorted(client.key_value_dir_get(f"{root}/differs/"))
     if differs:
         lines = [value for _, value in differs]
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise UserError("hosts differ: " + "; ".join(lines[:4]) + more
-                        + "; install the same wheels and pass the same config on every host")
+                        + "; the same wheels, config and data belong on every host")
 
 
 def leave(code: int):

@@ -6,7 +6,6 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -271,39 +270,49 @@ def test_eight_devices_as_one_two_and_four_processes(tmp_path):
         assert_same(losses(tmp_path / str(processes)), one, 6)
 
 
-def test_run_on_a_bucket(tmp_path, monkeypatch):
+def test_run_on_a_bucket(tmp_path, storage):
     """Two hosts train, continue and sample on gs://; metrics are uploaded by the first."""
-    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator")
-    pytest.importorskip("gcsfs", reason="gcsfs (the extra [gcs])")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
-    emulator = subprocess.Popen(
-        [sys.executable, pathlib.Path(__file__).parent / "storage_emulator.py", str(port), "ddpm"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert emulator.stdout.readline() == "ready\n"
-        for steps in (4, 8):
-            text = run(tmp_path / f"to{steps}", 2, 1,
-                       train_command("gs://ddpm/run", steps=steps, devices=2))
-            assert f"done: step {steps}" in text
-        run(tmp_path / "sample", 2, 1, [
-            sys.executable, "-m", "ddpm_jax", "sample", "--workdir=gs://ddpm/run", "--num=4",
-            "--batch_size=4", "--out=gs://ddpm/samples"])
-        done = subprocess.run(
-            [sys.executable, "-c", "import gcsfs, json, io, numpy as np\n"
-             "fs = gcsfs.GCSFileSystem()\n"
-             "lines = fs.cat('ddpm/run/metrics.jsonl').decode().splitlines()\n"
-             "images = np.load(io.BytesIO(fs.cat('ddpm/samples/samples.npz')))['arr_0']\n"
-             "print(json.dumps([[json.loads(x)['step'] for x in lines], images.shape,\n"
-             "      sorted(int(p.split('/')[-1]) for p in fs.ls('ddpm/run/checkpoints'))]))"],
-            capture_output=True, text=True, timeout=60)
-        steps, shape, checkpoints = json.loads(done.stdout)
-        assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
-    finally:
-        emulator.kill()
-        emulator.wait()
-        emulator.stdout.close()
+    for steps in (4, 8):
+        text = run(tmp_path / f"to{steps}", 2, 1,
+                   train_command("gs://ddpm/run", steps=steps, devices=2))
+        assert f"done: step {steps}" in text
+    run(tmp_path / "sample", 2, 1, [
+        sys.executable, "-m", "ddpm_jax", "sample", "--workdir=gs://ddpm/run", "--num=4",
+        "--batch_size=4", "--out=gs://ddpm/samples"])
+    done = subprocess.run(
+        [sys.executable, "-c", "import gcsfs, json, io, numpy as np\n"
+         "fs = gcsfs.GCSFileSystem()\n"
+         "lines = fs.cat('ddpm/run/metrics.jsonl').decode().splitlines()\n"
+         "images = np.load(io.BytesIO(fs.cat('ddpm/samples/samples.npz')))['arr_0']\n"
+         "print(json.dumps([[json.loads(x)['step'] for x in lines], images.shape,\n"
+         "      sorted(int(p.split('/')[-1]) for p in fs.ls('ddpm/run/checkpoints'))]))"],
+        capture_output=True, text=True, timeout=60)
+    steps, shape, checkpoints = json.loads(done.stdout)
+    assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
+
+
+def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, storage, monkeypatch):
+    """At the restart nothing is downloaded."""
+    import gzip
+
+    from ddpm_jax.data import prepare, remote
+    from ddpm_jax.data.datasets import open_source
+    rng = np.random.default_rng(0)
+    for stem, n in (("train", 40), ("t10k", 4)):
+        for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28), np.uint8)),
+                            ("labels-idx1", np.zeros(n, np.uint8))):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(head
+                                                                             + array.tobytes()))
+    prepare.fashion_mnist("fashion_mnist", tmp_path / "data", [str(tmp_path)])
+    remote.upload(tmp_path / "data", f"{storage}/data", last={"dataset_info.json"})
+    monkeypatch.setenv("DDPM_STAGE_DIR", str(tmp_path / "stages"))
+    texts = [run(tmp_path / f"to{steps}", 2, 1, train_command(
+        tmp_path / "run", steps=steps, devices=2, extra=[
+            "--config.data.name=fashion_mnist", "--config.data.image_size=28",
+            "--config.data.resident=False", f"--config.data.dir={storage}/data"]))
+        for steps in (1, 2)]
+    assert [text.count("staging gs://") for text in texts] == [1, 0]
+    fingerprint = open_source("fashion_mnist", tmp_path / "data", "train").fingerprint
+    assert all(f"(40 images, {fingerprint})" in text for text in texts)
+    assert "from step 1" in texts[1] and sorted(losses(tmp_path / "run")) == [1, 2]

@@ -1,0 +1,238 @@
+"""Prepared data on gs:// (any address that fsspec opens): read in place, or staged once a host.
+
+Arrays (what `prepare.write_store` makes) are read in place. Files that only local readers open
+(TFDS's array_record) are staged: downloaded below `stage_dir()`, complete or not at all, by the
+process of a host that comes first, while the others of that host wait.
+"""
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+
+
+def is_remote(path) -> bool:
+    return "://" in str(path)
+
+
+def join(url, *names) -> str:
+    return "/".join([str(url).rstrip("/"), *names])
+
+
+def bucket_of(url) -> str:
+    """gs://bucket/a/b -> gs://bucket"""
+    scheme, _, rest = str(url).partition("://")
+    return f"{scheme}://{rest.split('/')[0]}"
+
+
+@contextlib.contextmanager
+def _told(url, doing="read"):
+    """What gcsfs, google.auth and the network raise, as one line with the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # gcsfs raises its own, aiohttp's, requests' and google.auth's
+        raise UserError(f"cannot {doing} {url}: {_reason(url, error)}") from error
+
+
+def _reason(url, error) -> str:
+    bucket = bucket_of(url)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    code = str(getattr(error, "code", ""))
+    if isinstance(error, ImportError):
+        return f"{text}; pip install 'ddpm_jax[gcs]'"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, FileNotFoundError):
+        return f"{error.strerror or text}; free space or name another place: DDPM_DATA_DIR"
+    if code == "404" or isinstance(error, FileNotFoundError):
+        return (f"nothing there, or no bucket {bucket}; gcloud storage ls {bucket} shows what "
+                "there is, check data.dir")
+    if code in ("401", "403") or any(w in text.lower() for w in ("forbidden", "anonymous",
+                                                                "credential")):
+        return (f"{text}; the account of this machine must be allowed to: gcloud storage buckets "
+                f"add-iam-policy-binding {bucket} --member=serviceAccount:SA "
+                "--role=roles/storage.objectUser (and the machine needs --scopes=cloud-platform)")
+    return text
+
+
+def open_at(url):
+    """-> (fsspec's file system, the path in it). UserError where the extra [gcs] is missing."""
+    with _told(url):
+        import fsspec
+        return fsspec.core.url_to_fs(str(url))
+
+
+def listing(url) -> dict:
+    """{name relative to url: (bytes, md5 in hex or '', tag that changes with the content)}.
+
+    {} where there is nothing below url; UserError where there is no bucket, or no permission.
+    """
+    fs, root = open_at(url)
+    with _told(url, "list"):
+        fs.invalidate_cache()
+        found = fs.find(root, detail=True)
+    files = {}
+    for path, facts in sorted(found.items()):
+        name = path[len(root):].strip("/")
+        md5 = facts.get("md5Hash") or ""
+        tag = md5 or str(facts.get("etag") or facts.get("generation") or facts.get("mtime") or "")
+        if name and not path.endswith("/"):
+            files[name] = (int(facts["size"]),
+                           base64.b64decode(md5).hex() if md5 else "", tag)
+    return files
+
+
+def read_bytes(url, start=None, end=None) -> bytes:
+    """The file at url, or its bytes start ... end-1."""
+    fs, path = open_at(url)
+    with _told(url):
+        return fs.cat_file(path, start=start, end=end)
+
+
+# ---- arrays, in place ----
+
+
+class RemoteArray:
+    """A .npy file of uint8 [N, ...] at url. array[i] reads one row; whole() reads all.
+
+    Below `keep` bytes the first read fetches the file and keeps it in memory. For any thread.
+    """
+
+    def __init__(self, url, keep: int):
+        self._url, self._lock, self._all = url, threading.Lock(), None
+        head = io.BytesIO(read_bytes(url, 0, 4096))
+        try:
+            version = np.lib.format.read_magic(head)
+            self.shape, fortran, self.dtype = getattr(
+                np.lib.format, f"read_array_header_{version[0]}_{version[1]}")(head)
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"{url}: not an array of numpy ({error}); prepare it again") from error
+        if fortran or self.dtype != np.uint8:
+            raise UserError(f"{url}: not the uint8 array that ddpm writes; prepare it again")
+        self._offset, self._row = head.tell(), int(np.prod(self.shape[1:]))
+        self._keep = len(self) * self._row < keep
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, i) -> np.ndarray:
+        if self._keep:
+            return self.whole()[i]
+        return self._fetch(i, i + 1)[0]
+
+    def whole(self) -> np.ndarray:
+        """uint8 [N, ...]"""
+        if not self._keep:
+            return self._fetch(0, len(self))
+        with self._lock:  # sixteen threads ask at once
+            if self._all is None:
+                self._all = self._fetch(0, len(self))
+        return self._all
+
+    def _fetch(self, first, last):
+        size = (last - first) * self._row
+        start = self._offset + first * self._row
+        data = read_bytes(self._url, start, start + size)
+        if len(data) != size:
+            raise UserError(f"{self._url}: cut short at image {first + len(data) // self._row} of "
+                            f"{len(self)}; prepare it, or copy it, again")
+        return np.frombuffer(data, np.uint8).reshape(last - first, *self.shape[1:])
+
+
+# ---- staging ----
+
+
+def stage_dir() -> pathlib.Path:
+    """$DDPM_STAGE_DIR, else `staged` in the default folder of the data."""
+    default = os.environ.get("DDPM_DATA_DIR") or "~/.cache/ddpm_jax/data"
+    if is_remote(default):
+        default = "~/.cache/ddpm_jax/data"
+    return pathlib.Path(os.environ.get("DDPM_STAGE_DIR") or f"{default}/staged").expanduser()
+
+
+def stage(url, folder: str) -> pathlib.Path | None:
+    """A local folder that holds `folder` (such as celeb_a_hq/256) with all files of url/folder.
+
+    Downloads what is not there yet; a download that was cut off goes on with the files that are
+    missing. Changed files in the bucket are another stage. None where there is nothing at
+    url/folder. Raises UserError: no bucket, no permission, no space, a file that changes meanwhile.
+    """
+    source = join(url, folder)
+    files = listing(source)
+    if not files:
+        return None
+    content = json.dumps([source, files], sort_keys=True)
+    target = stage_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if target.exists():
+        return target
+    with _told(stage_dir(), "write to"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(f"{target.name}.lock"), "a")  # noqa: SIM115
+    with lock:
+        _acquire(lock, source)
+        # The lock ends with its process, whatever kills it: the next one goes on here.
+        if not target.exists():
+            part = target.with_name(f"{target.name}.part")
+            _download(source, part / folder, files)
+            os.replace(part, target)
+    return target
+
+
+def _say(text):
+    print(f"ddpm: {text}", file=sys.stderr, flush=True)
+
+
+def _acquire(lock, source):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _say(f"another process of this host stages {source}: waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _download(source, folder, files):
+    missing = {name: facts for name, facts in files.items() if not (folder / name).exists()}
+    need = sum(size for size, *_ in missing.values())
+    with _told(folder, "write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"data.dir: staging {source} needs {need / 1e9:.1f} GB in {stage_dir()}, "
+                        f"{free / 1e9:.1f} GB are free; set DDPM_STAGE_DIR to a larger disk")
+    there = f", {len(files) - len(missing)} there already" if len(missing) < len(files) else ""
+    _say(f"staging {source} ({len(missing)} files, {need / 1e6:,.1f} MB{there}) in {folder}")
+    fs, root = open_at(source)
+    for name, (size, md5, _) in missing.items():
+        with _told(join(source, name), "stage"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f"{name}.download"
+            fs.get_file(join(root, name), str(temporary))
+            if temporary.stat().st_size != size or md5 and _md5(temporary) != md5:
+                raise UserError(f"{join(source, name)} is not what the bucket announced (changed "
+                                "meanwhile, or damaged on the way); start again")
+            os.replace(temporary, folder / name)
+
+
+def _md5(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def upload(folder: pathlib.Path, url, last) -> None:
+    """All files below `folder` to url; those named in `last`, by which readers know it, last."""
+    fs, root = open_at(url)
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    for path in sorted(paths, key=lambda p: p.name in last):
+        with _told(url, "write to"):
+            fs.put_file(str(path), join(root, path.relative_to(folder).as_posix()))
