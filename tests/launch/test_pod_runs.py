@@ -140,12 +140,7 @@ def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, unint
     text = run(tmp_path / "c", 2, 1, train_command(changed, steps=12, devices=2))
     assert "from step 6" in text
     assert_same(losses(changed), losses(alone), 12)
-    import jax
-
-    from ddpm_jax import run as jobs
-    one, two = (jobs.load_run(path)[1] for path in (alone, changed))
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6)
+    assert_same_parameters(alone, changed)
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -259,15 +254,61 @@ def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninte
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
 
 
-@pytest.mark.skipif(os.environ.get("DDPM_ALL_SHAPES") != "1",
-                    reason="two minutes of compilation: DDPM_ALL_SHAPES=1 runs it")
-def test_eight_devices_as_one_two_and_four_processes(tmp_path):
-    for processes in (1, 2, 4):
-        run(tmp_path / f"logs{processes}", processes, 8 // processes,
-            train_command(tmp_path / str(processes), steps=6, devices=8))
-    one = losses(tmp_path / "1")
-    for processes in (2, 4):
-        assert_same(losses(tmp_path / str(processes)), one, 6)
+# One image a device; compiled without optimisation, which is most of the time.
+EIGHT = ["--config.model.ch=4", "--config.model.num_groups=2", "--config.train.batch_size=8",
+         "--config.optimizer.warmup_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """run(processes, steps, runner, name) -> folder of a run on eight devices, and its logs."""
+    folder = tmp_path_factory.mktemp("eight")
+
+    def start_and_wait(processes, steps=6, runner="shard_map", name=None):
+        work = folder / (name or f"{processes}{runner}")
+        before = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = (f"{before} --xla_backend_optimization_level=0 "
+                                   "--xla_llvm_disable_expensive_passes=true")
+        try:
+            text = run(folder / f"logs_{work.name}_{steps}", processes, 8 // processes,
+                       train_command(work, steps=steps, devices=8, extra=[
+                           *EIGHT, f"--config.parallel.runner={runner}"]))
+        finally:
+            os.environ["XLA_FLAGS"] = before
+        return work, text
+
+    return start_and_wait
+
+
+@pytest.fixture(scope="module")
+def one_by_eight(eight):
+    return eight(1)[0]
+
+
+def assert_same_parameters(a, b):
+    """To float32 rounding: far below what a step moves them (the learning rate, 1e-3)."""
+    import jax
+
+    from ddpm_jax import run as jobs
+    for ema in (True, False):
+        one, two = (jobs.load_run(path, ema=ema)[1] for path in (a, b))
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_eight_devices_as_one_two_and_four_processes(eight, one_by_eight, processes):
+    work, _ = eight(processes)
+    assert_same(losses(work), losses(one_by_eight), 6)
+    assert_same_parameters(work, one_by_eight)
+
+
+def test_pmap_in_two_processes_trains_saves_and_resumes(eight, one_by_eight):
+    eight(2, steps=3, runner="pmap")
+    work, text = eight(2, steps=6, runner="pmap")
+    assert "from step 3" in text and "(pmap)" in text
+    assert_same(losses(work), losses(one_by_eight), 6)
+    assert_same_parameters(work, one_by_eight)
 
 
 def test_run_on_a_bucket(tmp_path, storage):
