@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from ddpm_jax.parallel import distributed
 FLAGS = flags.FLAGS
 WORKER = "DDPM_DOCTOR_FOLDER"  # set in the processes of the dry run
 STEPS = 3
+# What is checked does not depend on how well the program is compiled, and that is most of the time.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Finding(NamedTuple):
@@ -334,17 +337,19 @@ def _start(folder, processes, devices, timeout):
     for index in range(processes):
         env = {**os.environ, WORKER: str(folder), "JAX_PLATFORMS": "cpu", "DDPM_NPROC":
                str(processes), "DDPM_PROC": str(index), "DDPM_COORD": f"127.0.0.1:{port}",
-               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}"}
         with open(folder / f"log_{index}", "wb") as log:
             running.append(subprocess.Popen([sys.executable, "-m", "ddpm_jax", "doctor"], env=env,
                                             stdout=log, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + timeout
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while any(p.poll() is None for p in running) and time.monotonic() < deadline:
             if any(p.poll() for p in running):
                 deadline = min(deadline, time.monotonic() + 15)  # the others end by themselves
             time.sleep(0.1)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in running:
             if process.poll() is None:
                 process.kill()

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -153,12 +154,25 @@ def test_missing_part_of_a_checkpoint_and_second_talker(tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_dry_run_of_a_pod():
-    done = subprocess.run([sys.executable, "-m", "ddpm_jax", "doctor", "--processes=2",
-                           "--devices=2"], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-m", "ddpm_jax", "doctor", "--processes=4",
+                           "--devices=2"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert names == [f"ok    {name}" for name in (
         "processes", "batches", "t and noise", "parameters", "checkpoint", "logs")]
+
+
+@pytest.mark.multiprocess
+def test_dry_run_that_is_ended_leaves_no_process():
+    process = subprocess.Popen([sys.executable, "-m", "ddpm_jax", "doctor", "--processes=2"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(pids := started.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.slow
