@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.data.datasets import DATASETS
 from ddpm_jax.data.feed import shuffled_index
+from ddpm_jax.diffusion.likelihood import Bound, bpd_loop, bpd_terms, prior_bpd
 from ddpm_jax.diffusion.objective import LOSSES
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
 from ddpm_jax.diffusion.sampling import SAMPLERS, sample_loop, sample_progressive
@@ -351,14 +352,21 @@ def train_arguments(experiment: Experiment, num_examples: int | None) -> tuple:
     )
 
 
+def _latents(key, index, image_shape):
+    return rng.image_noise(key, index, jnp.int32(-1), image_shape)
+
+
 class Chain(NamedTuple):
     """A reverse process over one config's network: predict(params) -> predict_fn, step_fn and
-    num_steps, as ``diffusion.sampling`` takes them."""
+    num_steps, as ``diffusion.sampling`` takes them. noise(key, index int [B], t, image_shape) and
+    start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
 
     schedule: Schedule
     predict: Callable
     step_fn: Callable
     num_steps: int
+    noise: Callable = rng.image_noise
+    start: Callable = _latents
 
 
 def sampling_chain(experiment: Experiment, **overrides: Any) -> Chain:
@@ -398,37 +406,37 @@ def draw_images(experiment: Experiment, chain: Chain, params, seed, index):
 
     Image i depends on (seed, i) alone. For use inside a per-device function.
     """
-    key = rng.run_key(seed)
-    noise_fn, x_T = _noise(key, index, experiment.image_shape)
+    noise_fn, x_T = _noise(experiment, chain, seed, index)
     return sample_loop(chain.predict(params), chain.step_fn, noise_fn, x_T, chain.num_steps)
 
 
-def _noise(key, index, image_shape):
-    def noise_fn(t):
-        return rng.image_noise(key, index, t, image_shape)
+def _noise(experiment, chain, seed, index):
+    """-> (noise_fn(t), x_T)"""
+    key, shape = rng.run_key(seed), experiment.image_shape
+    return lambda t: chain.noise(key, index, t, shape), chain.start(key, index, shape)
 
-    return noise_fn, noise_fn(jnp.int32(-1))
 
-
-def sample_program(experiment: Experiment, chain: Chain):
-    """(params, seed, index int32 [B]) -> uint8 [B,H,W,C], B over all devices: one compiled
-    program, or where loops belong on the host one that is called for every step."""
+def sample_program(experiment: Experiment, chain: Chain, finish=to_uint8, *, extra=(),
+                   results=("batch",)):
+    """(params, seed, index int32 [B], *extra) -> finish(x_0 [B,H,W,C], *extra), by default uint8
+    images; B over all devices: one compiled program, or where loops belong on the host one that is
+    called for every step. extra, results: kinds of the runner."""
     runner = experiment.runner
     if not runner.loops_on_device:
         walk = _walk(experiment, chain)
-        finish = runner.compile(to_uint8, ("batch",), ("batch",))
+        finish = runner.compile(finish, ("batch", *extra), results)
 
-        def stepwise(params, seed, index):
+        def stepwise(params, seed, index, *rest):
             for _, x_t, _ in walk(params, seed, index):  # noqa: B007
                 pass
-            return finish(x_t)
+            return finish(x_t, *rest)
 
         return stepwise
 
-    def program(params, seed, index):
-        return to_uint8(draw_images(experiment, chain, params, seed, index))
+    def program(params, seed, index, *rest):
+        return finish(draw_images(experiment, chain, params, seed, index), *rest)
 
-    return runner.compile(program, ("replicated", "replicated", "batch"), ("batch",))
+    return runner.compile(program, ("replicated", "replicated", "batch", *extra), results)
 
 
 def progressive_program(experiment: Experiment, chain: Chain, every: int):
@@ -452,7 +460,7 @@ def progressive_program(experiment: Experiment, chain: Chain, every: int):
         return stepwise
 
     def program(params, seed, index):
-        noise_fn, x_T = _noise(rng.run_key(seed), index, experiment.image_shape)
+        noise_fn, x_T = _noise(experiment, chain, seed, index)
         x_0, kept, _ = sample_progressive(
             chain.predict(params), chain.step_fn, noise_fn, x_T, chain.num_steps, every)
         return to_uint8(x_0), to_uint8(kept).swapaxes(0, 1)
@@ -463,10 +471,10 @@ def progressive_program(experiment: Experiment, chain: Chain, every: int):
 def _walk(experiment: Experiment, chain: Chain):
     """The chain with its loop on the host: yields (t, x after the step, predicted x_0)."""
     def start(seed, index):
-        return _noise(rng.run_key(seed), index, experiment.image_shape)[1]
+        return _noise(experiment, chain, seed, index)[1]
 
     def step(params, seed, index, x_t, t):
-        noise_fn, _ = _noise(rng.run_key(seed), index, experiment.image_shape)
+        noise_fn, _ = _noise(experiment, chain, seed, index)
         prediction = chain.predict(params)(x_t, jnp.full(x_t.shape[0], t))
         return chain.step_fn(prediction, x_t, t, noise_fn(t)), prediction.x_start
 
@@ -482,6 +490,54 @@ def _walk(experiment: Experiment, chain: Chain):
             yield t, x_t, x_start
 
     return walk
+
+
+def bound_program(experiment: Experiment):
+    """(params, seed, images uint8 [B,H,W,C], index int32 [B]) -> likelihood.Bound, each [B,...], B
+    over all devices: as ``sample_program``, one program or one a step. The noise of image i depends
+    on (seed, i, t) alone."""
+    runner, diffusion = experiment.runner, experiment.config.diffusion
+    how = dict(predict=PARAMETERIZATIONS[diffusion.predict], variance=VARIANCES[diffusion.variance])
+    args = ("replicated", "replicated", "batch", "batch")
+
+    def scaled(images):
+        return images / 127.5 - 1.0
+
+    def noise(seed, index, t):
+        return rng.image_noise(rng.run_key(seed), index, t, experiment.image_shape)
+
+    if runner.loops_on_device:
+        def program(params, seed, images, index):
+            return tuple(bpd_loop(denoise_fn(experiment, params), experiment.schedule,
+                                  scaled(images), lambda t: noise(seed, index, t), **how))
+
+        compiled = runner.compile(program, args, ("batch",) * len(Bound._fields))
+        return lambda *values: Bound(*compiled(*values))
+
+    num_timesteps = experiment.schedule.betas.shape[0]
+
+    def start(images):
+        none = jnp.zeros((images.shape[0], num_timesteps))
+        return prior_bpd(experiment.schedule, scaled(images)), none, none, none
+
+    def step(params, seed, images, index, t, *rows):
+        found = bpd_terms(denoise_fn(experiment, params), experiment.schedule, scaled(images),
+                          jnp.full(images.shape[0], t), noise(seed, index, t), **how)
+        return tuple(row.at[:, t].set(x) for row, x in zip(rows, found, strict=True))
+
+    start = runner.compile(start, ("batch",), ("batch",) * 4)
+    step = runner.compile(step, (*args, "replicated", *("batch",) * 3), ("batch",) * 3,
+                          donate=(5, 6, 7))
+    total = runner.compile(lambda terms, prior: terms.sum(1) + prior, ("batch",) * 2, ("batch",))
+
+    def stepwise(params, seed, images, index):
+        prior, *rows = start(images)
+        for t in range(num_timesteps):
+            rows = step(params, seed, images, index, np.int32(t), *rows)
+        terms, mse, eps_mse = rows
+        return Bound(total(terms, prior), terms, prior, mse, eps_mse)
+
+    return stepwise
 
 
 def denoise_fn(experiment: Experiment, params):

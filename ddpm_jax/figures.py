@@ -1,22 +1,32 @@
 """The paper's figures from a trained run: pictures, and the numbers drawn beside them."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import experiment
-from ddpm_jax.diffusion.sampling import interpolate, sample_loop
-from ddpm_jax.evaluation import measures, report, small_cnn
+from ddpm_jax.diffusion.sampling import interpolate
+from ddpm_jax.evaluation import collect, measures, report
 from ddpm_jax.evaluation.paper_results import TABLE_4, rate_verdict
 from ddpm_jax.training import rng
-from ddpm_jax.training.steps import to_uint8
 
 ROWS = 4
 COLUMNS = 8
 FRAMES = 20
-IMAGES = 200
+
+
+class Run(NamedTuple):
+    """What a figure is drawn from. values: all of the run's evaluation; along(looks, shown) ->
+    judge.Along or None. All processes draw together."""
+    exp: experiment.Experiment
+    params: Any
+    sources: dict
+    values: dict
+    along: Callable | None = None
+    seed: int = 0
 
 
 class Drawn(NamedTuple):
@@ -34,40 +44,33 @@ def tile(rows) -> np.ndarray:
     return framed.swapaxes(1, 2).reshape(r * (h + 1), c * (w + 1), channels)
 
 
-def _noise_fn(key, index, shape):
-    return lambda t: rng.image_noise(key, index, t, shape)
+def _drawn(run, chain, count) -> np.ndarray:
+    """uint8 [count,H,W,C] of the images 0 ... count-1, whole on every process."""
+    exp = run.exp
+    program = experiment.sample_program(exp, chain)
+    first, share, _ = collect.my_slots(exp.runner, count)
+    index = exp.runner.put("batch", np.arange(first, first + share, dtype=np.int32))
+    images = exp.runner.local(program(run.params, np.uint32(run.seed), index))
+    return collect.shared_rows(exp.runner, images)[:count]
 
 
-def shared_latents(exp, params, sources, values, seed=0) -> Drawn:
+def shared_latents(run) -> Drawn:
     """Fig. 7: one x_t, decoded several times. Rows: t at 1, 3/4, 1/2, 1/4 of the chain, from noise
     alone to nearly decided."""
-    del sources, values
+    exp = run.exp
     chain = experiment.sampling_chain(exp)
-    key, shape = rng.run_key(seed), exp.image_shape
-
-    def row(params, stop):
-        first = jnp.zeros(1, jnp.int32)
-        noise = _noise_fn(key, first, shape)
-        x_T = noise(jnp.int32(-1))
-
-        def above(x_t, t):
-            prediction = chain.predict(params)(x_t, jnp.full(1, t, jnp.int32))
-            return jnp.where(t >= stop, chain.step_fn(prediction, x_t, t, noise(t)), x_t), None
-
-        x_t = jax.lax.scan(above, x_T, jnp.arange(chain.num_steps - 1, -1, -1))[0]
-        fork = _noise_fn(key, 1 + jnp.arange(COLUMNS), shape)
-        copies = jnp.repeat(x_t, COLUMNS, axis=0)
-
-        def below(x, t):
-            prediction = chain.predict(params)(x, jnp.full(COLUMNS, t, jnp.int32))
-            return jnp.where(t < stop, chain.step_fn(prediction, x, t, fork(t)), x), None
-
-        x_0 = jax.lax.scan(below, copies, jnp.arange(chain.num_steps - 1, -1, -1))[0]
-        return to_uint8(x_0)
-
-    run = jax.jit(row)
     stops = [chain.num_steps * k // ROWS for k in range(ROWS, 0, -1)]
-    rows = np.stack([np.asarray(run(params, jnp.int32(stop))) for stop in stops])
+
+    def noise(key, index, t, shape):
+        """One image's down to the fork of the row, then each its own."""
+        fork = jnp.asarray(stops)[index // COLUMNS % ROWS]
+        return rng.image_noise(key, jnp.where(t < fork, 1 + index % COLUMNS, 0), t, shape)
+
+    def start(key, index, shape):
+        return rng.image_noise(key, jnp.zeros_like(index), jnp.int32(-1), shape)
+
+    drawn = _drawn(run, chain._replace(noise=noise, start=start), ROWS * COLUMNS)
+    rows = drawn.reshape(ROWS, COLUMNS, *exp.image_shape)
     picture = tile(rows)
     spread = {f"spread_t{stop}": float(r.astype(np.float64).std(axis=0).mean())
               for stop, r in zip(stops, rows, strict=True)}
@@ -79,71 +82,68 @@ def shared_latents(exp, params, sources, values, seed=0) -> Drawn:
             list(spread.items()), ("row", "standard deviation")))], spread)
 
 
-def interpolation(exp, params, sources, values, seed=0) -> Drawn:
+def interpolation(run) -> Drawn:
     """Fig. 8: rows of pairs of test images, mixed at half of the chain and decoded."""
-    del values
-    source = sources.get("test") or sources["train"]
+    exp = run.exp
+    source = run.sources.get("test") or run.sources["train"]
     chain = experiment.sampling_chain(exp)
     middle = chain.num_steps // 2 - 1
-    key, shape = rng.run_key(seed), exp.image_shape
-    weights = np.linspace(0, 1, COLUMNS + 1, dtype=np.float32)
+    ends = np.stack([source[i] for i in range(2 * ROWS)])
+    columns = COLUMNS + 1
+    weights = np.linspace(0, 1, columns, dtype=np.float32)
 
-    def row(params, one, two, pair):
-        noise = rng.image_noise(key, pair, jnp.int32(-1), shape)
-        x_t = interpolate(chain.schedule, one / 127.5 - 1, two / 127.5 - 1, middle,
-                          jnp.asarray(weights), noise[0], noise[1])
-        same = jnp.repeat(pair[:1], len(weights))      # one noise a row: only the mixture differs
-        x_0 = sample_loop(chain.predict(params), chain.step_fn, _noise_fn(key, same, shape), x_t,
-                          middle + 1)
-        return to_uint8(x_0)
+    def noise(key, index, t, shape):
+        """One a row: only the mixture differs."""
+        return rng.image_noise(key, 2 * (index // columns % ROWS), t, shape)
 
-    run, rows = jax.jit(row), []
-    for k in range(ROWS):
-        one, two = source[2 * k], source[2 * k + 1]
-        mixed = np.asarray(run(params, jnp.asarray(one, jnp.float32), jnp.asarray(two, jnp.float32),
-                               jnp.array([2 * k, 2 * k + 1])))
-        rows.append(np.concatenate([one[None], mixed, two[None]]))
-    picture = tile(np.stack(rows))
+    def start(key, index, shape):
+        first = 2 * (index // columns % ROWS)
+        x = jnp.asarray(ends) / 127.5 - 1.0
+        noises = [rng.image_noise(key, first + k, jnp.int32(-1), shape) for k in (0, 1)]
+        mix = jax.vmap(lambda one, two, weight, a, b: interpolate(
+            chain.schedule, one, two, middle, weight, a, b)[0])
+        return mix(x[first], x[first + 1], jnp.asarray(weights)[index % columns][:, None], *noises)
+
+    mixed = _drawn(run, chain._replace(noise=noise, start=start, num_steps=middle + 1),
+                   ROWS * columns).reshape(ROWS, columns, *exp.image_shape)
+    ends = ends.reshape(ROWS, 2, 1, *exp.image_shape)
+    picture = tile(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "
             f"{chain.num_steps}, decoded with the same noise.")
     return Drawn({"interpolation": picture}, [report.section(
         "Interpolation", report.note(text), report.image(picture, "fig. 8"))], {})
 
 
-def progressive(exp, params, sources, values, seed=0) -> Drawn:
-    """Fig. 6 and 10: the x_0 predicted along the way, to move through, and its distance from real
-    images in random features against the reverse steps done."""
-    del values
-    chain = experiment.sampling_chain(exp)
-    every = max(1, -(-chain.num_steps // FRAMES))
-    program = experiment.progressive_program(exp, chain, every)
-    batch = -(-IMAGES // exp.runner.num_devices) * exp.runner.num_devices
-    index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
-    kept = exp.runner.local(program(params, np.uint32(seed), index)[1])[:IMAGES]
-    steps = [chain.num_steps - (kept.shape[1] - 1 - k) * every for k in range(kept.shape[1])]
-    shown = ROWS * COLUMNS
-    frames = [tile(kept[:shown, k].reshape(ROWS, COLUMNS, *exp.image_shape))
-              for k in range(kept.shape[1])]
-    source = sources.get("test") or sources["train"]
-    real = small_cnn.random_features(np.stack([source[i] for i in range(min(len(source), 2000))]))
-    distances = [small_cnn.distance(small_cnn.random_features(kept[:, k]), real)
-                 for k in range(kept.shape[1])]
-    labels = [f"after {s} of {chain.num_steps} reverse steps" for s in steps]
-    picture = tile(np.stack([kept[i, ::max(1, kept.shape[1] // 10)] for i in range(COLUMNS)]))
-    sections = [
-        report.section("Predicted x_0 along the way", report.scrubber(frames, labels)),
-        report.section("Distance of the predicted x_0 from real images", report.note(
-            f"FD-rand@0 of {len(kept)} images; not FID. In the paper, Fig. 10 has IS and FID."),
-            report.curve({"FD-rand@0": list(zip(steps, distances, strict=True))},
-                         x_label="reverse steps", y_label="FD-rand@0"))]
-    return Drawn({"progressive": picture}, sections,
-                 {f"FD-rand@0 after {s}": d for s, d in zip(steps, distances, strict=True)})
+def progressive(run) -> Drawn:
+    """Fig. 6 and 10: the x_0 predicted along the way, to move through, and its scores against the
+    reverse steps done."""
+    along = run.along(FRAMES, ROWS * COLUMNS)
+    if along is None:
+        return Drawn({}, [], {})
+    frames = [tile(along.frames[:, k].reshape(-1, min(COLUMNS, len(along.frames)),
+                                              *run.exp.image_shape))
+              for k in range(along.frames.shape[1])]
+    total = along.steps[-1]
+    labels = [f"after {s} of {total} reverse steps" for s in along.steps]
+    picture = tile(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
+    sections = [report.section("Predicted x_0 along the way", report.scrubber(frames, labels))]
+    for name in sorted(along.scores[0]):
+        text = ("Not FID, and comparable with itself only. In the paper, Fig. 10 has IS and FID."
+                if name.startswith("FD-") else "")
+        sections.append(report.section(
+            f"{name} of the predicted x_0", report.note(text) if text else "",
+            report.curve({name: [(s, v[name]) for s, v in
+                                 zip(along.steps, along.scores, strict=True)]},
+                         x_label="reverse steps", y_label=name)))
+    return Drawn({"progressive": picture}, sections, {
+        f"{name} after {s}": v[name] for s, v in zip(along.steps, along.scores, strict=True)
+        for name in v})
 
 
-def rate(exp, params, sources, values, seed=0) -> Drawn:
+def rate(run) -> Drawn:
     """Table 4 and Fig. 5 from an evaluation's bound of the test set."""
-    del params, seed
-    split = "test" if "test" in sources else "train"
+    exp, values = run.exp, run.values
+    split = "test" if "test" in run.sources else "train"
     if f"terms_{split}" not in values:
         return Drawn({}, [report.note(f"no bound of the {split} set in evaluation.json")], {})
     rates, rmse = measures.rate_distortion(values[f"terms_{split}"], values[f"prior_{split}"],

@@ -14,8 +14,6 @@ import numpy as np
 
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax.data.datasets import open_source
-from ddpm_jax.diffusion.likelihood import bpd_loop
-from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import (
     collect,
@@ -31,12 +29,13 @@ from ddpm_jax.evaluation import (
 )
 from ddpm_jax.parallel import distributed
 from ddpm_jax.parallel.runners import RUNNERS
-from ddpm_jax.training import rng
 
 OFFLINE_REALS = 10_000
 DEFAULT_NUM = 5_000
 REPORTED_NUM = 50_000
+LOOKED_AT = 1_000      # images whose way is measured
 NN_QUERIES, NN_K = 16, 8
+DRAWN = {"fid": REPORTED_NUM, "is": REPORTED_NUM, "nn": NN_QUERIES}
 REAL_BATCH = 256
 
 
@@ -76,14 +75,14 @@ class Subject(NamedTuple):
 
 # --- programs --------------------------------------------------------------------------------
 
-def _compile(runner, program, args, names, memory, key):
-    """-> compiled(*args) -> {name: batch array}; kept in memory under key, so that a program built
-    again at the next cadence is not traced again."""
+def _named(build, program, names, memory, key):
+    """build(program, kinds of its results) -> compiled(*args) -> {name: batch array}; kept in
+    memory under key, so that a program built again at the next cadence is not traced again."""
     key = (*key, *names)
     if key not in memory:
         single = len(names) == 1      # a single result is not a tuple for Runner.compile
-        memory[key] = runner.compile((lambda *a: program(*a)[0]) if single else program, args,
-                                     ("batch",) * len(names))
+        memory[key] = build((lambda *a: program(*a)[0]) if single else program,
+                            ("batch",) * len(names))
     compiled = memory[key]
 
     def run(*values):
@@ -98,25 +97,26 @@ def _rows_of(runner, out, count):
 
 
 def model_draws(exp, chain, params, seed, batch, *, images_kept, memory):
-    """Sampling, quantisation and features as one program over all devices: no image leaves them
+    """Sampling, quantisation and features over all devices: no image leaves them
     unless 'images' is among the extractor's parts, and then only the first images_kept are kept.
     Image i depends on (seed, i) alone."""
     def draw(extractor, quantise):
         levels = protocols.QUANTISE[quantise]
 
-        def program(params, weights, seed, index):
-            images = experiment.draw_images(exp, chain, params, seed, index)
-            return extractor.apply(weights, levels(images))
+        def finish(x_0, weights):
+            return extractor.apply(weights, levels(x_0))
 
-        kinds = ("replicated", "replicated", "replicated", "batch")
-        compiled = _compile(exp.runner, program, kinds, extractor.names, memory,
-                            ("draw", quantise))
+        def build(finish, results):
+            return experiment.sample_program(exp, chain, finish, extra=("replicated",),
+                                             results=results)
+
+        compiled = _named(build, finish, extractor.names, memory, ("draw", quantise))
         placed = exp.runner.put("replicated", extractor.params)
         first, share, _ = collect.my_slots(exp.runner, batch)
 
         def produce(start, count):
             index = np.arange(start + first, start + first + share, dtype=np.int32)
-            out = compiled(params, placed, np.uint32(seed), exp.runner.put("batch", index))
+            out = compiled(params, np.uint32(seed), exp.runner.put("batch", index), placed)
             rows = _rows_of(exp.runner, out, count)
             if "images" in rows:
                 rows["images"] = rows["images"][:max(0, images_kept - start)]
@@ -137,8 +137,10 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
         def program(weights, images):
             return extractor.apply(weights, images.astype(jnp.float32))
 
-        compiled = _compile(runner, program, ("replicated", "batch"), extractor.names, memory,
-                            ("images",))
+        def build(program, results):
+            return runner.compile(program, ("replicated", "batch"), results)
+
+        compiled = _named(build, program, extractor.names, memory, ("images",))
         placed = runner.put("replicated", extractor.params)
         first, share, _ = collect.my_slots(runner, batch)
 
@@ -156,23 +158,11 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
     return draw
 
 
-BOUND_ROWS = ("bpd", "prior", "terms", "mse", "eps")
-
-
 def bound_draws(exp, params, source, seed, batch, memory):
-    """The variational bound of real images, all t as one loop (diffusion_utils_2.py:313-337)."""
-    diffusion = exp.config.diffusion
-
-    def program(params, seed, images, index):
-        key = rng.run_key(seed)
-        bound = bpd_loop(
-            experiment.denoise_fn(exp, params), exp.schedule, images / 127.5 - 1.0,
-            lambda t: rng.image_noise(key, index, t, exp.image_shape),
-            predict=PARAMETERIZATIONS[diffusion.predict], variance=VARIANCES[diffusion.variance])
-        return bound.total, bound.prior, bound.terms, bound.mse, bound.eps_mse
-
-    compiled = _compile(exp.runner, program, ("replicated", "replicated", "batch", "batch"),
-                        BOUND_ROWS, memory, ("bound",))
+    """The variational bound of real images at all t (diffusion_utils_2.py:313-337)."""
+    if "bound" not in memory:
+        memory["bound"] = experiment.bound_program(exp)
+    compiled = memory["bound"]
     first, share, _ = collect.my_slots(exp.runner, batch)
 
     def produce(start, count):
@@ -180,9 +170,10 @@ def bound_draws(exp, params, source, seed, batch, memory):
         out = compiled(params, np.uint32(seed),
                        exp.runner.put("batch", np.stack([source[i] for i in mine])),
                        exp.runner.put("batch", np.array(mine, np.int32)))
-        rows = _rows_of(exp.runner, out, count)
-        return {"bpd": rows["bpd"], "prior": rows["prior"]} | {
-            f"sum_{name}": rows[name].astype(np.float64).sum(0) for name in ("terms", "mse", "eps")}
+        rows = _rows_of(exp.runner, out._asdict(), count)
+        return {"bpd": rows["total"], "prior": rows["prior"]} | {
+            f"sum_{short}": rows[name].astype(np.float64).sum(0)
+            for short, name in (("terms", "terms"), ("mse", "mse"), ("eps", "eps_mse"))}
 
     return produce
 
@@ -219,7 +210,7 @@ class _Slices:
         return self._source[item]
 
 
-def _classifier(sources, folder):
+def _classifier(sources, folder, say):
     """The training split's stored classifier, the same on all processes; None if unlabelled."""
     train = sources["train"]
     if train.labels is None:
@@ -227,6 +218,7 @@ def _classifier(sources, folder):
     stored = None
     if jax.process_index() == 0:
         n = min(len(train), 5 * OFFLINE_REALS)
+        say(f"the small classifier of {train.name}: read, or trained once")
         images = np.stack([train[i] for i in range(n)])
         stored = small_cnn.train_once(train.name, train.fingerprint, images, train.labels[:n],
                                       folder=folder)
@@ -255,6 +247,26 @@ class Context(NamedTuple):
     reference: references.Reference | None
     gather: Callable      # (name, draws, num, facts, parts, quantise) -> {name: rows}
     memory: dict          # compiled programs and features of real images, for the next time
+
+
+SAY_EVERY = 30.0     # seconds
+
+
+def _progress(say, name, num):
+    """-> progress(images done) that says every half minute how long it will take."""
+    here = None      # (time, images) at the first shard: what an earlier try left costs no time
+    last = time.monotonic()
+
+    def progress(done):
+        nonlocal here, last
+        now = time.monotonic()
+        here = here or (now, done)
+        if now - last >= SAY_EVERY and here[1] < done < num:
+            left = (now - here[0]) / (done - here[1]) * (num - done)
+            last = now
+            say(f"{name}: {done:,} of {num:,} images, about {left / 60:.1f} min left")
+
+    return progress
 
 
 class StoppedError(Exception):
@@ -411,7 +423,7 @@ def _load_reference(options, protocol, subject, inception) -> tuple:
         n=len(subject.sources[reference.split]) if reference.split in subject.sources else None)
 
 
-def _context(subject, options, gather, memory) -> tuple[Context, list]:
+def _context(subject, options, gather, memory, say) -> tuple[Context, list]:
     protocol = check_options(options)
     needs = frozenset().union(*(METRICS[m].needs for m in options.metrics if m != BOUND))
     if "reals" in needs and not subject.sources:
@@ -425,7 +437,7 @@ def _context(subject, options, gather, memory) -> tuple[Context, list]:
         reference, warnings = _load_reference(options, protocol, subject, inception)
     if "reals" in needs:
         if "classifier" not in memory:
-            memory["classifier"] = _classifier(subject.sources, options.classifier_dir)
+            memory["classifier"] = _classifier(subject.sources, options.classifier_dir, say)
         classifier = memory["classifier"]
     return Context(options, protocol, subject, inception, classifier, reference, gather,
                    memory), warnings
@@ -445,7 +457,8 @@ def _gatherer(folder, stop, protocol, say, memory):
         started = time.monotonic()
         out = collect.collect(
             draws(extractor, quantise), num=num, batch=facts.get("batch", REAL_BATCH),
-            folder=where, request=request, stop=stop, what=name)
+            folder=where, request=request, stop=stop, what=name,
+            progress=_progress(say, name, num))
         if out is None:
             raise StoppedError
         say(f"{name}: {num} images, {time.monotonic() - started:.1f} s")
@@ -475,10 +488,10 @@ def evaluate_images(subject: Subject, options: Options, *, folder=None, stop=Non
         return {}, {}, {}
     memory = {} if memory is None else memory
     context, warnings = _context(
-        subject, options, _gatherer(folder, stop, protocol, say, memory), memory)
+        subject, options, _gatherer(folder, stop, protocol, say, memory), memory, say)
     for text in warnings:
         say(f"warning: {text}")
-    wanted = REPORTED_NUM if {"fid", "is"} & set(names) else DEFAULT_NUM
+    wanted = max(DRAWN.get(name, DEFAULT_NUM) for name in names)
     num = options.num or (subject.num if subject.num is not None else wanted)
     if subject.num is not None and num > subject.num:
         raise UserError(f"--num={num}: there are only {subject.num} images")
@@ -525,12 +538,14 @@ def evaluate_bound(exp, params, sources, options: Options, *, facts, batch, fold
             continue
         source = sources[split]
         num = min(len(source), options.bpd_num or len(source))
-        request = facts | {"fingerprint": source.fingerprint, "split": split, "batch": batch}
+        size = min(batch, num)
+        request = facts | {"fingerprint": source.fingerprint, "split": split, "batch": size}
         where = folder and storage.join(folder, f"bpd-{split}-{collect.key(request)}")
         started = time.monotonic()
         sums = collect.collect(
-            bound_draws(exp, params, source, options.seed, batch, memory), num=num, batch=batch,
-            folder=where, request=request, stop=stop, what=f"{split} image")
+            bound_draws(exp, params, source, options.seed, size, memory), num=num, batch=size,
+            folder=where, request=request, stop=stop, what=f"{split} image",
+            progress=_progress(say, f"bpd {split}", num))
         if sums is None:
             raise StoppedError
         say(f"bpd {split}: {num} images, {time.monotonic() - started:.1f} s")
@@ -552,6 +567,7 @@ def run_subject(exp, params, options: Options, facts: dict, memory: dict) -> Sub
     config = exp.config
     chain = experiment.sampling_chain(exp, name=options.sampler, steps=options.steps)
     batch = options.batch_size or config.sampler.batch_size
+    batch = min(batch, options.num or batch)
     facts = facts | {"sampler": options.sampler or config.sampler.name,
                      "sampler_steps": chain.num_steps, "seed": options.seed,
                      "clip_denoised": config.sampler.clip_denoised}
@@ -589,6 +605,77 @@ def evaluate_run(exp, params, options: Options, *, facts, folder=None, stop=None
         records.append((f"{facts['weights']}, bound, seed {options.seed}, {every} images", values,
                         provenance))
     return records, pictures
+
+
+class Along(NamedTuple):
+    """What the predicted x_0 are worth on the way: steps: reverse steps done at each look; scores:
+    [{metric: number}], one a look; frames uint8 [shown,looks,H,W,C]."""
+    steps: list
+    scores: list
+    frames: np.ndarray
+
+
+AT_EQUAL_N = ("_equal_n", "_real_vs_real", "_std")
+ALONG = ("fid", "is_openai10", "is_tfgan1", "FD-")
+
+
+def evaluate_along(exp, params, options: Options, *, facts, looks, shown, folder=None, stop=None,
+                   say=lambda text: None, memory=None) -> Along | None:
+    """options.metrics (not bpd, not nn) of the x_0 predicted at about ``looks`` places of the
+    chain (paper, Fig. 10). -> None on all processes but the first."""
+    memory = {} if memory is None else memory
+    subject = run_subject(exp, params, options, facts, memory)
+    protocol = check_options(options)
+    context, _ = _context(subject, options, _gatherer(folder, stop, protocol, say, memory), memory,
+                          say)
+    chain = experiment.sampling_chain(exp, name=options.sampler, steps=options.steps)
+    every = max(1, -(-chain.num_steps // looks))
+    program = experiment.progressive_program(exp, chain, every)
+    parts = {}
+    for name in options.metrics:
+        parts |= METRICS[name].parts(context)
+
+    def draw(extractor, quantise):
+        del quantise      # whole grey levels, as one looks at them
+        slots = collect.my_slots(exp.runner, subject.batch)
+
+        def build(program, results):
+            return exp.runner.compile(program, ("replicated", "batch"), results)
+
+        compiled = _named(build, lambda weights, x: extractor.apply(weights, x.astype(jnp.float32)),
+                          extractor.names, memory, ("images",))
+        placed = exp.runner.put("replicated", extractor.params)
+
+        def produce(start, count):
+            index = np.arange(start + slots[0], start + slots[0] + slots[1], dtype=np.int32)
+            frames = exp.runner.local(program(
+                params, np.uint32(options.seed), exp.runner.put("batch", index))[1])
+            rows = {f"{name} {k}": row for k in range(frames.shape[1])
+                    for name, row in _rows_of(exp.runner, compiled(
+                        placed, exp.runner.put("batch", frames[:, k])), count).items()}
+            kept = collect.shared_rows(exp.runner, frames)[:count]
+            return rows | {"frames": kept[:max(0, shown - start)]}
+
+        return produce
+
+    num = options.num or LOOKED_AT
+    found = context.gather("along", draw, num, subject.facts | {
+        "batch": min(subject.batch, num), "every": every, "shown": shown}, parts)
+    count = -(-chain.num_steps // every)
+    scores = []
+    for k in range(count):
+        fake = {name.rpartition(" ")[0]: rows for name, rows in found.items()
+                if name.endswith(f" {k}")}
+        values = {}
+        for name in options.metrics:
+            if jax.process_index() == 0 or METRICS[name].needs & {"reals"}:
+                values |= METRICS[name].compute(context, fake)[0]
+        scores.append({name: v for name, v in values.items() if name.startswith(ALONG)
+                       and isinstance(v, float) and not name.endswith(AT_EQUAL_N)})
+    if jax.process_index():
+        return None
+    return Along([chain.num_steps - (count - 1 - k) * every for k in range(count)], scores,
+                 found["frames"])
 
 
 def versions() -> dict:

@@ -4,6 +4,7 @@ import pytest
 
 from ddpm_jax import experiment as E
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import runners
 
 TABLE2 = ["mu_learned_l", "mu_fixed_l", "mu_fixed_simple", "eps_learned_l", "eps_fixed_l",
           "eps_fixed_simple"]
@@ -115,6 +116,22 @@ def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is()
             assert frames.shape == (4, 3, 4, 4, 1)
         assert np.abs(got.astype(int) - wanted).max() <= 1
     assert wanted.std() > 1 and len(np.unique(wanted.reshape(4, -1), axis=0)) == 4
+
+
+@pytest.mark.parametrize("runner, devices", [("jit", 2), ("pmap", 4), ("shard_map", 1)])
+def test_bound_does_not_depend_on_where_the_loop_is(runner, devices, monkeypatch):
+    exp = E.build(tiny(**{"parallel.runner": runner}), jax.devices()[:devices])
+    params = jax.tree.map(lambda p: p + 0.1, E.new_state(exp).params)
+    images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 1), dtype=np.uint8)
+    args = (params, np.uint32(3), *(exp.runner.put("batch", x)
+                                    for x in (images, np.arange(4, dtype=np.int32))))
+    stepwise = E.bound_program(exp)(*args)
+    monkeypatch.setattr(runners, "_LOOPS_ON_HOST", set())
+    compiled = E.bound_program(exp)(*args)
+    for name in compiled._fields:
+        one, two = (exp.runner.local(getattr(b, name)) for b in (stepwise, compiled))
+        assert one.shape == two.shape and one.std() > 0
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_fewer_steps_and_too_many():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import experiment, figures, judge
+from ddpm_jax.evaluation import small_cnn
 from ddpm_jax.evaluation.paper_results import TARGETS
 
 
@@ -19,7 +20,7 @@ def run():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
                           exp.abstract_state.params)
-    return exp, params, judge.open_splits("digits", "", exp.image_shape)
+    return figures.Run(exp, params, judge.open_splits("digits", "", exp.image_shape), {})
 
 
 def cells(picture, rows):
@@ -30,7 +31,7 @@ def cells(picture, rows):
 
 
 def test_a_later_fork_shares_more(run):
-    drawn = figures.shared_latents(*run, {})
+    drawn = figures.shared_latents(run)
     rows = cells(drawn.pictures["shared_latents"], figures.ROWS)
     assert rows.shape == (figures.ROWS, figures.COLUMNS, 8, 8)
     spread = [row.std(axis=0).mean() for row in rows]
@@ -38,9 +39,9 @@ def test_a_later_fork_shares_more(run):
 
 
 def test_interpolation_starts_and_ends_with_the_images(run):
-    drawn = figures.interpolation(*run, {})
+    drawn = figures.interpolation(run)
     rows = cells(drawn.pictures["interpolation"], figures.ROWS)
-    source = run[2]["test"]
+    source = run.sources["test"]
     assert rows.shape[1] == figures.COLUMNS + 3
     for k in range(figures.ROWS):
         np.testing.assert_array_equal(rows[k, 0], source[2 * k][..., 0])
@@ -50,25 +51,39 @@ def test_interpolation_starts_and_ends_with_the_images(run):
         assert neighbours < ends
 
 
-def test_progressive_has_a_frame_and_a_distance_a_step(run, monkeypatch):
-    monkeypatch.setattr(figures, "IMAGES", 32)
-    drawn = figures.progressive(*run, {})
-    assert len(drawn.numbers) == 8 and list(drawn.numbers)[-1] == "FD-rand@0 after 8"
+def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_cnn, "default_epochs", lambda n: 1)
+    options = judge.Options(metrics=("offline",), num=40, classifier_dir=str(tmp_path))
+    facts = {"step": 1, "weights": "ema"}
+
+    def along(looks, shown):
+        return judge.evaluate_along(run.exp, run.params, options, facts=facts, looks=looks,
+                                    shown=shown)
+
+    drawn = figures.progressive(run._replace(along=along))
+    key = next(k for k in drawn.numbers if k.startswith("FD-cnn@")).split()[0]
+    assert list(drawn.numbers) == [f"{name} after {s}" for s in range(1, 9)
+                                   for name in ("FD-rand@0", key)]
     page = "".join(drawn.sections)
     assert page.count('class="frame"') == 8 and "after 1 of 8 reverse steps" in page
+    # The last look is the image itself, and scored like one.
+    values, _, _ = judge.evaluate_images(judge.run_subject(
+        run.exp, run.params, options, facts, {}), options)
+    for name in ("FD-rand@0", key):
+        assert drawn.numbers[f"{name} after 8"] == pytest.approx(values[name], rel=1e-3)
 
 
 def test_rate_has_the_rows_of_table_4_and_a_verdict_only_for_the_paper(run):
-    exp, params, sources = run
+    exp = run.exp
     values = {"terms_test": [1.0] * 1000, "prior_test": 0.0, "mse_test": [0.25] * 1000}
-    drawn = figures.rate(exp, params, sources, values)
+    drawn = figures.rate(run._replace(values=values))
     assert drawn.numbers["after 1000"] == [999.0, 63.75] and "verdict" not in "".join(
         drawn.sections)
     config = exp.config.copy_and_resolve_references()
     config.data.name = "cifar10"
-    drawn = figures.rate(exp._replace(config=config), params, sources, values)
+    drawn = figures.rate(run._replace(exp=exp._replace(config=config), values=values))
     assert "".join(drawn.sections).count(">FAIL<") == 10
-    assert "no bound" in "".join(figures.rate(exp, params, sources, {}).sections)
+    assert "no bound" in "".join(figures.rate(run).sections)
 
 
 def test_every_target_names_a_figure_that_exists():

@@ -53,7 +53,8 @@ def define_flags():
     define("string", "samples", None, "judge these images instead: a folder of PNG, or an .npz "
            "with arr_0 uint8 [N,H,W,C]")
     define("string", "metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
-    define("integer", "num", None, "generated images; default: 50,000 for fid and is, else 5,000")
+    define("integer", "num", None, "generated images; default: 50,000 for fid and is, "
+           "16 for nn alone, else 5,000")
     define("integer", "bpd_num", None, "real images for bits/dim; default: all")
     define("list", "splits", ["train", "test"], "splits for bits/dim")
     define("string", "quantise", None, "round, truncate or none: what makes grey levels of the "

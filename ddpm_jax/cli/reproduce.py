@@ -39,7 +39,7 @@ def define_flags():
            "run nothing")
     define("string", "config", None, "another config under the same cells, such as digits")
     define("list", "set", [], "config fields for every cell: --set=train.steps=100,seed=1")
-    define("integer", "num", None, "generated images; default: 50,000")
+    define("integer", "num", None, "generated images; default: 50,000 for tables, 1,000 for fig10")
     define("integer", "bpd_num", None, "real images for bits/dim; default: all")
     define("string", "classifier_dir", None, "where the small classifiers are kept")
     distributed.define_flags()
@@ -100,7 +100,17 @@ def machine_rate() -> tuple[float, str]:
                               f"{rate / 1e9:.0f} GFLOP/s, estimated")
 
 
-def costs(config, target, rate, num) -> list[tuple]:
+def drawn_count(target) -> int:
+    """Images that a target draws."""
+    from ddpm_jax import figures, judge
+    own = {"shared": figures.ROWS * figures.COLUMNS, "rate": 0,
+           "interpolation": figures.ROWS * (figures.COLUMNS + 1),
+           "progressive": FLAGS.num or judge.LOOKED_AT}
+    wanted = [judge.DRAWN.get(m, judge.DEFAULT_NUM) for m in target.metrics if m != judge.BOUND]
+    return own[target.figure] if target.figure else FLAGS.num or max(wanted, default=0)
+
+
+def costs(config, target, rate) -> list[tuple]:
     """(part, FLOPs, hours on a v3-8 by the paper's speed or None, hours here)."""
     from ddpm_jax.evaluation.paper_results import V3_8
     one = forward_flops(config)
@@ -108,8 +118,8 @@ def costs(config, target, rate, num) -> list[tuple]:
     paper = V3_8.get(config.data.image_size)
     rows = [("train", 3 * one * batch * steps,
              paper and steps * batch / paper["batch"] / paper["steps_per_s"] / 3600)]
-    if target.metrics != ("bpd",):
-        count = num if target.metrics and target.metrics != ("nn",) else 200
+    count = drawn_count(target)
+    if count:
         rows.append(("sample", one * T * count,
                      paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
     if "bpd" in target.metrics:
@@ -172,7 +182,8 @@ def _with_weights(metrics) -> tuple:
 
 
 def run_cell(name, target, root, stop, watchdog):
-    """Train, then measure what is missing. -> values of the run, (experiment, params, sources)."""
+    """Train, then measure what is missing. -> what figures.Run takes: (experiment, params,
+    sources, along)."""
     from ddpm_jax import checkpoints, judge, run
     from ddpm_jax.evaluation.paper_results import ours
     folder = str(checkpoints.resolve(f"{root}/{name}"))
@@ -200,7 +211,15 @@ def run_cell(name, target, root, stop, watchdog):
                 write_results(folder, step, FLAGS.protocol, records, pictures, f"{name}, {step}",
                               show=False)
     sources = judge.open_splits(config.data.name, config.data.dir, exp.image_shape)
-    return exp, params, sources
+
+    def along(looks, shown):
+        chosen = _with_weights(("is", "fid"))
+        reference = references_for(config, root, stop)["train"] if "fid" in chosen else None
+        return judge.evaluate_along(
+            exp, params, _options(chosen, reference), facts=facts, looks=looks, shown=shown,
+            folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+
+    return exp, params, sources, along
 
 
 def all_values(document) -> dict:
@@ -247,7 +266,7 @@ def cost_rows(target) -> tuple[list, str]:
     rows = []
     for name in target.cells:
         config = cell_config(name)
-        for part, flops, hours, here in costs(config, target, rate, FLAGS.num or 50_000):
+        for part, flops, hours, here in costs(config, target, rate):
             rows.append([f"{FLAGS.config or 'cifar10'} + {name}", part, config.train.steps
                          if part == "train" else None, f"{flops:.2e}", hours, here])
     return rows, how
@@ -276,10 +295,10 @@ def main(argv):
     sections = []
     try:
         for name in target.cells:
-            exp, params, sources = run_cell(name, target, root, stop, watchdog)
+            exp, params, sources, along = run_cell(name, target, root, stop, watchdog)
             if target.figure:
-                drawn = figures.FIGURES[target.figure](
-                    exp, params, sources, all_values(existing(f"{root}/{name}")))
+                drawn = figures.FIGURES[target.figure](figures.Run(
+                    exp, params, sources, all_values(existing(f"{root}/{name}")), along))
                 sections += drawn.sections
                 if jax.process_index() == 0:
                     for title, picture in drawn.pictures.items():
