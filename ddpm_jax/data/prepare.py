@@ -13,7 +13,6 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -22,6 +21,7 @@ import numpy as np
 from ddpm_jax import metrics
 from ddpm_jax.data import images, records
 from ddpm_jax.errors import UserError
+from ddpm_jax.folders import new_folder
 
 INFO = "info.json"
 _CHUNK = 512
@@ -38,25 +38,10 @@ def refuse_existing(folder, name):
         raise UserError(f"{folder / name} is there already; remove it first, or give another --dir")
 
 
-@contextlib.contextmanager
 def _appearing(folder, name):
     """A temporary folder that becomes `folder/name` when the block ends well, else vanishes."""
     refuse_existing(folder, name)
-    target = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temp = pathlib.Path(tempfile.mkdtemp(prefix=f".preparing-{name}-", dir=folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror}); give another --dir"
-                        ) from error
-    try:
-        temp.chmod(0o755)  # mkdtemp's 0700 would hide the data from other users
-        yield temp
-        os.replace(temp, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot write ({error}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    return new_folder(folder / name, "give another --dir")
 
 
 def write_store(folder, name, splits, shape, *, class_names=(), about=""):

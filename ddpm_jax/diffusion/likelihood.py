@@ -5,9 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.diffusion.objective import mean_flat, normal_kl, vlb_term
-from ddpm_jax.diffusion.prediction import p_mean_variance
-from ddpm_jax.diffusion.process import q_mean_variance, q_sample
+from ddpm_jax.diffusion.objective import mean_flat, noised_prediction, normal_kl, vlb_term
+from ddpm_jax.diffusion.process import q_mean_variance
 
 
 class Bound(NamedTuple):
@@ -34,16 +33,9 @@ def bpd_terms(denoise_fn, schedule, x_start, t, noise, *, predict, variance, cli
 
     -> (bits/dim [B], mean square error of x_0 [B], of eps [B])
     """
-    x_t = q_sample(schedule, x_start, t, noise)
-    prediction = p_mean_variance(
-        schedule,
-        denoise_fn(x_t, schedule.timesteps[t]),
-        x_t,
-        t,
-        predict=predict,
-        variance=variance,
-        clip_denoised=clip_denoised,
-    )
+    x_t, prediction = noised_prediction(
+        denoise_fn, schedule, x_start, t, noise, predict=predict, variance=variance,
+        clip_denoised=clip_denoised)
     return (
         vlb_term(schedule, prediction, x_start, x_t, t),
         mean_flat(jnp.square(prediction.x_start - x_start)),

@@ -69,21 +69,22 @@ def mse_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance):
     return mean_flat(jnp.square(predict.target(schedule, x_start, x_t, t, noise) - output))
 
 
+def noised_prediction(denoise_fn, schedule, x_start, t, noise, *, predict, variance,
+                      clip_denoised):
+    """-> (x_t drawn with ``noise``, the Prediction there). Arguments as ``mse_loss``."""
+    x_t = q_sample(schedule, x_start, t, noise)
+    return x_t, p_mean_variance(
+        schedule, denoise_fn(x_t, schedule.timesteps[t]), x_t, t, predict=predict,
+        variance=variance, clip_denoised=clip_denoised)
+
+
 def vlb_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance):
     """One term of L_vlb, eq. 5, x_0 unclipped, not multiplied by T (diffusion_utils_2.py:288).
 
     Arguments as ``mse_loss``. -> bits/dim [B]
     """
-    x_t = q_sample(schedule, x_start, t, noise)
-    prediction = p_mean_variance(
-        schedule,
-        denoise_fn(x_t, schedule.timesteps[t]),
-        x_t,
-        t,
-        predict=predict,
-        variance=variance,
-        clip_denoised=False,
-    )
+    x_t, prediction = noised_prediction(denoise_fn, schedule, x_start, t, noise, predict=predict,
+                                        variance=variance, clip_denoised=False)
     return vlb_term(schedule, prediction, x_start, x_t, t)
 
 

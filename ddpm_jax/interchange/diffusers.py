@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.folders import new_folder
 from ddpm_jax.interchange import names
-from ddpm_jax.interchange.folder import new_folder
 from ddpm_jax.interchange.lazy import Lazy
 from ddpm_jax.interchange.safetensors_file import open_safetensors, save_safetensors
 from ddpm_jax.interchange.torch_file import open_torch

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.folder import new_folder
+from ddpm_jax.folders import new_folder
 
 IMPORT_FACTS = "import.json"
 
