@@ -218,10 +218,9 @@ def _classifier(sources, folder, say):
     stored = None
     if jax.process_index() == 0:
         n = min(len(train), 5 * OFFLINE_REALS)
-        say(f"the small classifier of {train.name}: read, or trained once")
         images = np.stack([train[i] for i in range(n)])
         stored = small_cnn.train_once(train.name, train.fingerprint, images, train.labels[:n],
-                                      folder=folder)
+                                      folder=folder, progress=_steps(say, train.name))
     if jax.process_count() == 1:
         return stored
     from jax.experimental import multihost_utils
@@ -252,9 +251,9 @@ class Context(NamedTuple):
 SAY_EVERY = 30.0     # seconds
 
 
-def _progress(say, name, num):
-    """-> progress(images done) that says every half minute how long it will take."""
-    here = None      # (time, images) at the first shard: what an earlier try left costs no time
+def _progress(say, name, num, unit="images"):
+    """-> progress(done) that says every half minute how long it will take."""
+    here = None      # (time, done) at the first call: what an earlier try left costs no time
     last = time.monotonic()
 
     def progress(done):
@@ -264,9 +263,23 @@ def _progress(say, name, num):
         if now - last >= SAY_EVERY and here[1] < done < num:
             left = (now - here[0]) / (done - here[1]) * (num - done)
             last = now
-            say(f"{name}: {done:,} of {num:,} images, about {left / 60:.1f} min left")
+            say(f"{name}: {done:,} of {num:,} {unit}, about {left / 60:.1f} min left")
 
     return progress
+
+
+def _steps(say, name):
+    """The same for a classifier's training, once per dataset."""
+    progress = None
+
+    def steps(done, total):
+        nonlocal progress
+        if progress is None:
+            say(f"training the small classifier of {name}, once: {total:,} steps")
+            progress = _progress(say, f"classifier of {name}", total, "steps")
+        progress(done)
+
+    return steps
 
 
 class StoppedError(Exception):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 4096
+LEAST_SIDE = 32      # pixels of an image in a picture
 BLOCK_NUMBERS = 1 << 24      # 128 MiB of float64
 
 
@@ -46,17 +47,23 @@ def centre_crop(images, size: int | None):
 
 
 def picture(queries, references, found: Neighbours, *, gap: int = 2) -> np.ndarray:
-    """One row a query: the query, a gap, its neighbours. uint8 [Q,H,W,C] -> uint8 [h,w,3]."""
-    h, w = queries.shape[1:3]
+    """One row a query: the query, a gap, its neighbours. uint8 [Q,H,W,C] -> uint8 [h,w,3]; images
+    under 32 pixels are enlarged by whole pixels."""
+    scale = max(1, LEAST_SIDE // queries.shape[1])
+    h, w = (scale * side for side in queries.shape[1:3])
+
+    def enlarged(image):
+        return image.repeat(scale, axis=0).repeat(scale, axis=1)
+
     k = found.indices.shape[1]
     rows = len(queries)
     canvas = np.full((rows * (h + gap) - gap, (k + 1) * (w + gap) + 2 * gap, 3), 255, np.uint8)
     for row in range(rows):
         top = row * (h + gap)
-        canvas[top:top + h, :w] = queries[row]
+        canvas[top:top + h, :w] = enlarged(queries[row])
         for column, index in enumerate(found.indices[row]):
             left = (column + 1) * (w + gap) + 2 * gap
-            canvas[top:top + h, left:left + w] = references[int(index)]
+            canvas[top:top + h, left:left + w] = enlarged(references[int(index)])
     return canvas
 
 

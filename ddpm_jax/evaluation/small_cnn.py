@@ -105,10 +105,11 @@ def default_epochs(images: int) -> int:
     return int(np.clip(60_000 // max(images, 1), 4, 40))
 
 
-def train_classifier(images, labels, seed: int, *, epochs: int | None = None):
+def train_classifier(images, labels, seed: int, *, epochs: int | None = None, progress=None):
     """-> (params, accuracy on the held-out fifth). images uint8 [N,H,W,C]; labels int [N].
 
     Deterministic in its arguments on one kind of machine. AdamW with a cosine rate, small shifts.
+    progress(steps done, of how many).
     """
     import optax
 
@@ -141,6 +142,9 @@ def train_classifier(images, labels, seed: int, *, epochs: int | None = None):
         now = rows[n % steps]
         params, opt_state = step(params, opt_state, images[now], labels[now],
                                  jax.random.fold_in(key, n))
+        if progress is not None:
+            jax.block_until_ready(params)
+            progress(n + 1, epochs * steps)
     params = jax.tree.map(np.asarray, params)
     accuracy = float(np.mean(probabilities(params, images[held]).argmax(1) == labels[held]))
     return params, accuracy
@@ -255,8 +259,8 @@ def cache_folder(environ=None) -> str:
     return os.path.join(home, "ddpm_jax")
 
 
-def train_once(name: str, fingerprint: str, images, labels, *, folder=None,
-               seed: int = 0) -> Stored:
+def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed: int = 0,
+               progress=None) -> Stored:
     """The stored classifier of this data, trained and stored on first use.
 
     fingerprint names the data (`Source.fingerprint`); folder defaults to the user's cache. Share
@@ -265,7 +269,7 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None,
     short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
     path = storage.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
     if not storage.exists(path):
-        params, accuracy = train_classifier(images, labels, seed)
+        params, accuracy = train_classifier(images, labels, seed, progress=progress)
         storage.write_npz(path, flatten(params) | {"accuracy": np.array(accuracy)})
     arrays = storage.read_npz(path)
     accuracy = float(arrays.pop("accuracy"))

@@ -34,9 +34,11 @@ def test_the_picture_shows_query_and_neighbours():
     queries = references[[5]]
     found = neighbours.nearest(queries, references, 2)
     shown = neighbours.picture(queries, references, found, gap=2)
-    np.testing.assert_array_equal(shown[:6, :6], references[5])
-    np.testing.assert_array_equal(shown[:6, 12:18], references[5])
-    np.testing.assert_array_equal(shown[:6, 20:26], references[found.indices[0, 1]])
+    for left, index in ((0, 5), (36, 5), (68, found.indices[0, 1])):      # 6 pixels are 5 times 6
+        large = references[index].repeat(5, axis=0).repeat(5, axis=1)
+        np.testing.assert_array_equal(shown[:30, left:left + 30], large)
+    alone = neighbours.picture(pictures(1, 0, 40), pictures(9, 4, 40), found)
+    np.testing.assert_array_equal(alone[:40, :40], pictures(1, 0, 40)[0])
 
 
 def test_crop_takes_the_middle():
