@@ -39,6 +39,7 @@ from ddpm_jax.training.steps import (
     init_state,
     many_steps,
     to_uint8,
+    to_unit_range,
     train_step,
 )
 
@@ -492,37 +493,41 @@ def _walk(experiment: Experiment, chain: Chain):
     return walk
 
 
+def _bound_options(diffusion):
+    return dict(predict=PARAMETERIZATIONS[diffusion.predict],
+                variance=VARIANCES[diffusion.variance])
+
+
+def bound(experiment: Experiment, params, seed, images, index) -> Bound:
+    """The variational bound of images uint8 [B,H,W,C] with global ``index`` int32 [B]; the noise of
+    image i depends on (seed, i, t) alone. For use inside a per-device function."""
+    key = rng.run_key(seed)
+    return bpd_loop(denoise_fn(experiment, params), experiment.schedule, to_unit_range(images),
+                    lambda t: rng.image_noise(key, index, t, experiment.image_shape),
+                    **_bound_options(experiment.config.diffusion))
+
+
 def bound_program(experiment: Experiment):
-    """(params, seed, images uint8 [B,H,W,C], index int32 [B]) -> likelihood.Bound, each [B,...], B
-    over all devices: as ``sample_program``, one program or one a step. The noise of image i depends
-    on (seed, i, t) alone."""
-    runner, diffusion = experiment.runner, experiment.config.diffusion
-    how = dict(predict=PARAMETERIZATIONS[diffusion.predict], variance=VARIANCES[diffusion.variance])
+    """(params, seed, images, index) -> ``bound``, B over all devices: as ``sample_program``, one
+    program or one a step."""
+    runner, schedule = experiment.runner, experiment.schedule
     args = ("replicated", "replicated", "batch", "batch")
-
-    def scaled(images):
-        return images / 127.5 - 1.0
-
-    def noise(seed, index, t):
-        return rng.image_noise(rng.run_key(seed), index, t, experiment.image_shape)
-
     if runner.loops_on_device:
-        def program(params, seed, images, index):
-            return tuple(bpd_loop(denoise_fn(experiment, params), experiment.schedule,
-                                  scaled(images), lambda t: noise(seed, index, t), **how))
-
-        compiled = runner.compile(program, args, ("batch",) * len(Bound._fields))
+        compiled = runner.compile(lambda *values: tuple(bound(experiment, *values)), args,
+                                  ("batch",) * len(Bound._fields))
         return lambda *values: Bound(*compiled(*values))
 
-    num_timesteps = experiment.schedule.betas.shape[0]
+    num_timesteps = schedule.betas.shape[0]
 
     def start(images):
         none = jnp.zeros((images.shape[0], num_timesteps))
-        return prior_bpd(experiment.schedule, scaled(images)), none, none, none
+        return prior_bpd(schedule, to_unit_range(images)), none, none, none
 
     def step(params, seed, images, index, t, *rows):
-        found = bpd_terms(denoise_fn(experiment, params), experiment.schedule, scaled(images),
-                          jnp.full(images.shape[0], t), noise(seed, index, t), **how)
+        noise = rng.image_noise(rng.run_key(seed), index, t, experiment.image_shape)
+        found = bpd_terms(denoise_fn(experiment, params), schedule, to_unit_range(images),
+                          jnp.full(images.shape[0], t), noise,
+                          **_bound_options(experiment.config.diffusion))
         return tuple(row.at[:, t].set(x) for row, x in zip(rows, found, strict=True))
 
     start = runner.compile(start, ("batch",), ("batch",) * 4)

@@ -7,7 +7,7 @@ Measure this machine (step, sample, data, eval) or XLA's compiler (compile), in 
   ddpm bench step --config=digits --profile=trace  and the costliest kernels by class
   ddpm bench sample --config=digits                a denoising step, images/s
   ddpm bench data --config=digits                  the input pipeline
-  ddpm bench eval --config=digits                  Inception features
+  ddpm bench eval --config=cifar10                 Inception features, as a share of sampling
   ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
   ddpm bench sweep --config=cifar10 --topology=h100 --out=sweep.json
                                                    cost as batch, image, width, devices grow
@@ -42,6 +42,9 @@ def define_flags():
     flags.DEFINE_string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: h100, v5e")
     flags.DEFINE_string("results", "benchmarks", "page: folder of JSON results")
     flags.DEFINE_string("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
+
+
+DENOISING_STEPS = 20      # in one program, where loops run on the device
 
 
 def _write(path, rows) -> None:
@@ -224,12 +227,15 @@ def data() -> list[dict]:
 
 
 def evaluation() -> list[dict]:
-    """Inception features of one batch of images, with random weights."""
+    """Inception features of one batch of images, with random weights, and their sums on the host,
+    beside one denoising step of as many images: the share of an evaluation's sampling time."""
     import jax
     import numpy as np
 
+    from ddpm_jax import experiment
     from ddpm_jax.cli import compile as programs
     from ddpm_jax.compilation import timing
+    from ddpm_jax.evaluation import inception, moments
 
     FLAGS = flags.FLAGS
     exp = _start()
@@ -243,10 +249,40 @@ def evaluation() -> list[dict]:
         jax.block_until_ready(made.jitted(params, images))
 
     first = _first_call(run)
-    times = timing.rounds({"ours": run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)["ours"]
-    return [timing.result("eval", name="Inception-2015", times=timing.Times.of(times),
-                          images=made.images, flops=made.flops, devices=jax.devices(),
-                          first_call=first, **_about(exp))]
+    sums = moments.empty(inception.FEATURES)
+    features = generator.normal(size=(made.images, inception.FEATURES)).astype(np.float32)
+    steps = DENOISING_STEPS if exp.runner.loops_on_device else 1
+    program = experiment.sample_program(exp, experiment.sampling_chain(exp, steps=steps))
+    weights = exp.runner.put("replicated", jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
+    index = exp.runner.put("batch", np.arange(made.images, dtype=np.int32))
+
+    def denoise():
+        jax.block_until_ready(program(weights, np.uint32(0), index))
+
+    denoise()
+    candidates = {"Inception-2015": run, "sums of features": lambda: moments.add(sums, features),
+                  "denoising step": denoise}
+    times = timing.rounds(candidates, repeats=FLAGS.repeats, seconds=FLAGS.seconds)
+    times["denoising step"] = [t / steps for t in times["denoising step"]]
+    chain = experiment.sampling_chain(exp).num_steps
+    flops = {"Inception-2015": made.flops,
+             "sums of features": 2.0 * inception.FEATURES ** 2 * made.images,
+             "denoising step": made.images * programs.network_work(exp).forward_flops}
+    rows = [timing.result("eval", name=name, times=timing.Times.of(t), images=made.images,
+                          flops=flops[name], devices=jax.devices(), **_about(exp))
+            for name, t in times.items()]
+
+    def share(cost):
+        return (cost["Inception-2015"] + cost["sums of features"]) / (
+            chain * cost["denoising step"])
+
+    by_time = share({r["name"]: r["seconds"]["median"] for r in rows})
+    rows[0] |= {"first_call": first, "denoising_steps": chain, "share_of_flops": share(flops),
+                "share_of_time": by_time,
+                "ratio": f"with the sums {share(flops):.2%} of the FLOPs and {by_time:.2%} of the "
+                         f"time of {chain} denoising steps"}
+    return rows
 
 
 MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation}

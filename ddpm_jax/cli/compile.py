@@ -96,10 +96,6 @@ def evaluate(exp, num_examples) -> Program:
     import jax.numpy as jnp
 
     from ddpm_jax import experiment
-    from ddpm_jax.diffusion.likelihood import bpd_loop
-    from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
-    from ddpm_jax.training import rng
-    from ddpm_jax.training.steps import to_unit_range
 
     config, runner = exp.config, exp.runner
     batch = config.sampler.batch_size
@@ -107,12 +103,7 @@ def evaluate(exp, num_examples) -> Program:
     images = jax.ShapeDtypeStruct((batch, *exp.image_shape), jnp.uint8)
 
     def bound(params, seed, index, images):
-        key = rng.run_key(seed)
-        return bpd_loop(
-            experiment.denoise_fn(exp, params), exp.schedule, to_unit_range(images),
-            lambda t: rng.image_noise(key, index, t, exp.image_shape),
-            predict=PARAMETERIZATIONS[config.diffusion.predict],
-            variance=VARIANCES[config.diffusion.variance]).total
+        return experiment.bound(exp, params, seed, images, index).total
 
     jitted = runner.compile(bound, ("replicated", "replicated", "batch", "batch"), ("batch",))
     flops = batch * config.diffusion.num_timesteps * network_work(exp).forward_flops

@@ -33,6 +33,27 @@ def test_data_in_the_common_format(tmp_path):
 
 
 @pytest.mark.slow
+def test_features_are_a_share_of_sampling(tmp_path):
+    from ddpm_jax import experiment
+    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.evaluation import inception
+    done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
+                "--config.sampler.batch_size=8", f"--out={tmp_path}/eval.json")
+    assert done.returncode == 0, done.stderr
+    rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
+    config = experiment.load_config("digits")
+    work = programs.network_work(experiment.build(config))
+    one = inception.flops_per_image() + 2 * 2048 ** 2
+    first = rows["Inception-2015"]
+    assert first["share_of_flops"] == pytest.approx(one / (100 * work.forward_flops), rel=1e-6)
+    seconds = {name: r["seconds"]["median"] for name, r in rows.items()}
+    assert first["share_of_time"] == pytest.approx(
+        (seconds["Inception-2015"] + seconds["sums of features"])
+        / (100 * seconds["denoising step"]))
+    assert "of the time of 100 denoising steps" in done.stdout
+
+
+@pytest.mark.slow
 def test_compile_matrix_baseline_and_corpus(tmp_path):
     matrix = {"config": ["digits"], "topology": ["cpu:1"], "runner": ["jit"], "set": [
         "model.ch=8", "model.ch_mult=(1,)", "model.num_groups=4", "model.attn_resolutions=()",
