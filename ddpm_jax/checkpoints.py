@@ -121,9 +121,11 @@ def claim(workdir, config: dict, *, write=True) -> None:
 class Checkpoints:
     """The checkpoints of one run. Every process calls every method, at the same steps."""
 
-    def __init__(self, workdir, *, keep=2, keep_every=0, best="", read_only=False):
+    def __init__(self, workdir, *, keep=2, keep_every=0, best="", read_only=False,
+                 background=True):
         """keep: newest ones kept; keep_every: steps whose multiples are kept too (0 = none);
-        best: metric whose lowest value's checkpoint is kept too ('' = none)."""
+        best: metric whose lowest value's checkpoint is kept too ('' = none). background: save while
+        the caller goes on, from a copy of each numpy array; else one after the other, without."""
         import orbax.checkpoint as ocp
 
         # A failed save is told in one line, by ``_failures``; Orbax logs pages before it raises.
@@ -145,6 +147,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,
+                enable_async_checkpointing=background,
                 save_decision_policy=managers.FixedIntervalPolicy(1),
                 preservation_policy=managers.AnyPreservationPolicy(policies),
             ),

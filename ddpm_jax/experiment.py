@@ -547,4 +547,5 @@ def bound_program(experiment: Experiment):
 
 def denoise_fn(experiment: Experiment, params):
     """The network without dropout, as the equations take it: (x_t [B,H,W,C], t [B]) -> output."""
+    params = packing.kernels_as(params, experiment.model.dtype)
     return lambda x_t, t: experiment.model.apply({"params": params}, x_t, t)

@@ -1,12 +1,7 @@
-"""Writes an imported model as a run's folder, as ddpm_jax.checkpoints lays it out.
-
-``Checkpoints.save`` copies a live training state on the device first, because training goes on
-while it is written. Here nothing goes on, and a second copy of a large model is what this avoids.
-"""
+"""Writes an imported model as a run's folder, as ddpm_jax.checkpoints lays it out."""
 
 import contextlib
 import json
-import logging
 import pathlib
 
 import numpy as np
@@ -14,6 +9,7 @@ import numpy as np
 from ddpm_jax import checkpoints
 from ddpm_jax.errors import UserError
 from ddpm_jax.folders import new_folder
+from ddpm_jax.training.steps import TrainState
 
 IMPORT_FACTS = "import.json"
 
@@ -27,9 +23,14 @@ def write_run(workdir, *, step, params, ema_params, opt_state, config: dict, fac
     """
     workdir = checkpoints.resolve(workdir)
     with _place(workdir) as folder:
-        _save(folder / "checkpoints", step, config, {
-            "params": params, "ema_params": ema_params,
-            "training": {"step": step, "opt_state": opt_state}})
+        # Not in the background: nothing goes on, and a second copy of a large model is avoided.
+        store = checkpoints.Checkpoints(folder, background=False)
+        try:
+            store.save(step, TrainState(step=np.asarray(step, np.int32), params=params,
+                                        ema_params=ema_params, opt_state=opt_state), config)
+            store.wait()
+        finally:
+            store.close()
         checkpoints.write_json(folder / IMPORT_FACTS, facts)
         checkpoints.write_json(folder / "config.json", config)
 
@@ -54,22 +55,6 @@ def _place(workdir):
     except BaseException:
         workdir.rmtree(missing_ok=True)
         raise
-
-
-def _save(folder, step, config, items) -> None:
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    items["training"]["step"] = np.asarray(step, np.int32)
-    args = ocp.args
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not in the background: that would copy every array before it writes the first.
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        manager.save(step, args=args.Composite(
-            config=args.JsonSave(config),
-            **{name: args.StandardSave(tree) for name, tree in items.items()}))
-        manager.wait_until_finished()
 
 
 def read_facts(workdir) -> dict:
