@@ -57,6 +57,8 @@ SPREAD = 0.25
 class ExactDenoiser:
     """E[eps | x_t] for pixels that are N(0, SPREAD^2), independent."""
 
+    dtype = jnp.float32
+
     def __init__(self, schedule):
         self.schedule = schedule
 

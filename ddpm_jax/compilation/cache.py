@@ -96,3 +96,17 @@ def count_compilations():
     finally:
         # By identity: two lists with equal contents are still two counts.
         _open_counts[:] = [c for c in _open_counts if c is not compilations]
+
+
+@contextlib.contextmanager
+def without_compilation_cache():
+    """Nothing compiled inside is read from the persistent cache or kept there."""
+    was = jax.config.jax_enable_compilation_cache
+    # JAX decides once a process whether there is a cache: make it forget.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 
 from ddpm_jax.compilation import hlo
+from ddpm_jax.compilation.cache import without_compilation_cache
 from ddpm_jax.errors import UserError
 
 SCHEMA = 1
-# What people type for --optimization_level -> XLA's option and value. O2 is XLA's own default.
-LEVELS = {"O0": -1.0, "O1": -0.5, "O2": 0.0, "O3": 1.0}
-EFFORT = "exec_time_optimization_effort"
+# What people type for --optimization_level -> XLA's EffortLevel. O2 is XLA's own default.
+LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
 MEMORY_KINDS = ("argument", "output", "alias", "temp", "generated_code")
 
 
@@ -52,7 +52,7 @@ def compiler_options(level: str | None = None, pairs=()) -> dict[str, Any]:
     if level:
         if level not in LEVELS:
             raise UserError(f"optimization_level: {level!r} is not one of {', '.join(LEVELS)}")
-        options[EFFORT] = LEVELS[level]
+        options["optimization_level"] = LEVELS[level]
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -152,10 +152,9 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
         "jaxpr_equations": count_equations(jaxpr.jaxpr),
         "stablehlo": {"instructions": sum(stablehlo.values()), "opcodes": stablehlo},
     }
-    cache_was = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", programs_cache and cache_was)
+    cached = contextlib.nullcontext if programs_cache else without_compilation_cache
     try:
-        with _clock(seconds, "compile"):
+        with cached(), _clock(seconds, "compile"):
             compiled = lowered.compile(compiler_options=dict(options or {}) or None)
     except Exception as error:  # XlaRuntimeError, ValueError: told apart by their words
         words = " ".join(str(error).split())
@@ -164,8 +163,6 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
         if "RESOURCE_EXHAUSTED" not in words and "out of memory" not in words.lower():
             raise
         return Compiled({**report, "fits": False, "why": words[:600]}, lowered, None)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cache_was)
     report |= {"hlo": hlo.summary(compiled.as_text()), "memory": memory(compiled),
                "cost": cost(compiled), "executable_bytes": executable_bytes(compiled)}
     return Compiled(report, lowered, compiled)

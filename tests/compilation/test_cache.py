@@ -39,6 +39,24 @@ def test_a_second_compilation_of_the_same_program_is_a_hit(cache_settings, tmp_p
     assert os.listdir(folder)
 
 
+def test_a_compilation_without_the_cache(cache_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    folder = cache.enable_compilation_cache(str(tmp_path / "xla"))
+
+    def compile(power):
+        with cache.count_compilations() as seen:
+            jax.jit(lambda x: x**power - 8.25).lower(jnp.ones(3)).compile()
+        return [c.cache for c in seen if "lambda" in c.name]
+
+    assert compile(3) == ["miss"]
+    kept = sorted(os.listdir(folder))
+    with cache.without_compilation_cache():
+        assert compile(3) == ["off"] and compile(4) == ["off"]
+    assert sorted(os.listdir(folder)) == kept
+    assert compile(4) == ["miss"] and compile(3) == ["hit"]
+
+
 def test_counting_sees_recompilation_and_only_that():
     step = jax.jit(lambda x: x * 2 + 1)
     step(jnp.ones(4))

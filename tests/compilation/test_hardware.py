@@ -13,6 +13,8 @@ TPUS = [chip for chip in hardware.CHIPS.values() if chip.device_kinds[0].startsw
 def test_agrees_with_jax_own_table(chip):
     for kind in chip.device_kinds:
         version = tpu_info.chip_version_from_device_kind(kind)
+        if version is None and chip.name == "8t":
+            pytest.skip("new in JAX 0.12")
         assert version is not None, kind
         cores = 2 if version.supports_megacore else 1
         info = tpu_info.get_tpu_info_for_chip(version, cores)
@@ -27,7 +29,8 @@ def test_agrees_with_jax_own_table(chip):
 
 def test_every_tpu_jax_knows_is_in_the_table():
     left_out = {"v4i", "7"}  # v4i was never offered in the cloud; 7 is sold as 7x
-    known = {str(tpu_info.chip_version_from_device_kind(c.device_kinds[0])) for c in TPUS}
+    versions = {tpu_info.chip_version_from_device_kind(c.device_kinds[0]) for c in TPUS}
+    known = {version.value for version in versions - {None}}
     assert {v.value for v in tpu_info.ChipVersion} - left_out == known
 
 

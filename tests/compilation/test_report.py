@@ -93,7 +93,7 @@ def test_nonsense_of_a_cost_model_is_not_reported():
 
 def test_compiler_options():
     assert report.compiler_options("O0", ["a=1", "b=true", "c=fast"]) == {
-        report.EFFORT: -1.0, "a": 1, "b": True, "c": "fast"}
+        "optimization_level": 9, "a": 1, "b": True, "c": "fast"}
     with pytest.raises(UserError, match="'O9' is not one of O0, O1"):
         report.compiler_options("O9")
     with pytest.raises(UserError, match="key=value"):

@@ -36,6 +36,7 @@ def test_a_row_has_mfu_only_where_the_peak_is_known():
     assert "50.0%" in text and "n/a" in text and "400.00 ... 600.00" in text
 
 
+@pytest.mark.filterwarnings("ignore:builtin type")  # of JAX 0.12's own binding
 def test_kernels_of_a_trace(tmp_path):
     f = jax.jit(lambda x: jnp.tanh(x @ x).sum())
     x = jnp.ones((256, 256))
