@@ -333,26 +333,30 @@ def _start(folder, processes, devices, timeout):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    running = []
-    for index in range(processes):
-        env = {**os.environ, WORKER: str(folder), "JAX_PLATFORMS": "cpu", "DDPM_NPROC":
-               str(processes), "DDPM_PROC": str(index), "DDPM_COORD": f"127.0.0.1:{port}",
-               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}"}
-        with open(folder / f"log_{index}", "wb") as log:
-            running.append(subprocess.Popen([sys.executable, "-m", "ddpm_jax", "doctor"], env=env,
-                                            stdout=log, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + timeout
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    running, ended = [], []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
     try:
-        while any(p.poll() is None for p in running) and time.monotonic() < deadline:
+        for index in range(processes):
+            env = {**os.environ, WORKER: str(folder), "JAX_PLATFORMS": "cpu", "DDPM_NPROC":
+                   str(processes), "DDPM_PROC": str(index), "DDPM_COORD": f"127.0.0.1:{port}",
+                   "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}"}
+            with open(folder / f"log_{index}", "wb") as log:
+                running.append(subprocess.Popen(
+                    [sys.executable, "-m", "ddpm_jax", "doctor"], env=env, stdout=log,
+                    stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + timeout
+        while any(p.poll() is None for p in running) and time.monotonic() < deadline and not ended:
             if any(p.poll() for p in running):
                 deadline = min(deadline, time.monotonic() + 15)  # the others end by themselves
             time.sleep(0.1)
     finally:
-        signal.signal(signal.SIGTERM, before)
         for process in running:
             if process.poll() is None:
                 process.kill()
+                process.wait()
+        signal.signal(signal.SIGTERM, before)
+    if ended:
+        sys.exit(128 + signal.SIGTERM)
     codes = [p.wait() for p in running]
     return codes, [(folder / f"log_{i}").read_text(errors="replace") for i in range(processes)]
 
