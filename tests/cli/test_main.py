@@ -1,3 +1,5 @@
+import os
+import socket
 import subprocess
 import sys
 
@@ -48,3 +50,60 @@ def test_no_argument_prints_the_usage():
     done = ddpm()
     assert done.returncode == 2 and "usage: ddpm <subcommand>" in done.stdout
     assert ddpm("--version").stdout.strip().count(".") == 2
+
+
+def in_a_pod(folder, *commands):
+    """Start the commands as processes 0, 1 of one pod -> their exit codes and what they wrote."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    running = []
+    for i, command in enumerate(commands):
+        with open(folder / f"log_{i}", "w") as log:
+            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={
+                **os.environ, "DDPM_COORD": f"127.0.0.1:{port}", "DDPM_PROC": str(i),
+                "DDPM_NPROC": str(len(commands)), "DDPM_HEARTBEAT": "5",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}))
+    try:
+        codes = [p.wait(150) for p in running]  # without leave() it takes 300 s and more
+    finally:
+        for p in running:
+            p.kill()
+            p.wait()
+    return codes, [(folder / f"log_{i}").read_text() for i in range(len(commands))]
+
+
+@pytest.mark.multiprocess
+def test_bad_input_on_one_host_ends_the_pod(tmp_path):
+    """With 2 and one line there; the other host's end says that it lost a peer."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").write_text('{"seed": 7}')
+    command = [sys.executable, "-m", "ddpm_jax", "train", "--config=digits"]
+    codes, texts = in_a_pod(tmp_path, [*command, f"--workdir={tmp_path / 'a'}"],
+                            [*command, f"--workdir={tmp_path / 'b'}"])
+    assert codes[1] == 2 and "belongs to a run with another config" in texts[1], texts[1]
+    assert "Traceback" not in texts[1]
+    assert codes[0] in (134, -6), texts[0]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("cause, code", [
+    ("RuntimeError('Gloo allreduce failed: Connection closed by peer')", 134),
+    ("OSError(28, 'No space left on device')", 2),
+])
+def test_a_failed_save_in_a_pod_is_a_lost_peer_or_the_users(tmp_path, cause, code):
+    program = (
+        "import sys\n"
+        "from ddpm_jax.cli import main\n"
+        "from ddpm_jax.errors import UserError\n"
+        "from ddpm_jax.parallel import distributed\n"
+        "distributed.initialize()\n"
+        "class Module:\n"
+        "    define_flags = staticmethod(lambda: None)\n"
+        "    def main(argv):\n"
+        f"        raise UserError('saving step 3 failed') from {cause}\n"
+        "sys.modules['ddpm_jax.cli.train'] = Module\n"
+        "sys.exit(main.main(['train']))\n")
+    codes, texts = in_a_pod(tmp_path, *[[sys.executable, "-c", program]] * 2)
+    assert codes == [code, code], texts
+    assert all("ddpm: error: saving step 3 failed" in text for text in texts)
