@@ -1,7 +1,8 @@
 """Checkpoints of a run (Orbax): asynchronous, atomic, self-describing.
 
 WORKDIR/config.json is the run's resolved config; WORKDIR/checkpoints/<step>/ holds the items
-``params``, ``ema_params``, ``training`` (step and optimizer) and ``config``.
+``params``, ``ema_params``, ``training`` (step and optimizer) and ``config``; WORKDIR/scores.json
+the metrics of the evaluated steps.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 
 from etils import epath
@@ -118,14 +120,29 @@ def claim(workdir, config: dict, *, write=True) -> None:
                             "choose a folder that you may write to") from None
 
 
+class _Best:
+    """Orbax's policy to keep the lowest of ``scores``, which come after the save: an evaluation
+    takes long, and what it evaluates should be safe before."""
+
+    def __init__(self, metric, scores):
+        self._metric, self._scores = metric, scores
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        values = [self._scores.get(c.step, {}).get(self._metric, math.nan) for c in checkpoints]
+        lowest = min((v for v in values if math.isfinite(v)), default=None)
+        return [v == lowest for v in values]
+
+
 class Checkpoints:
     """The checkpoints of one run. Every process calls every method, at the same steps."""
 
     def __init__(self, workdir, *, keep=2, keep_every=0, best="", read_only=False,
                  background=True):
         """keep: newest ones kept; keep_every: steps whose multiples are kept too (0 = none);
-        best: metric whose lowest value's checkpoint is kept too ('' = none). background: save while
-        the caller goes on, from a copy of each numpy array; else one after the other, without."""
+        best: metric whose lowest value's checkpoint is kept too ('' = none), by ``scored``; what a
+        step scored after the newest checkpoint is forgotten. background: save while the caller goes
+        on, from a copy of each numpy array; else one after the other, without."""
         import orbax.checkpoint as ocp
 
         # A failed save is told in one line, by ``_failures``; Orbax logs pages before it raises.
@@ -134,10 +151,9 @@ class Checkpoints:
         policies = [managers.LatestN(n=max(keep, 1))]
         if keep_every:
             policies.append(managers.EveryNSteps(interval_steps=keep_every))
+        self.scores = {}  # {step: {metric: number}}
         if best:
-            policies.append(managers.BestN(
-                get_metric_fn=lambda m: m[best], reverse=True, n=1,
-                keep_checkpoints_without_metrics=False))
+            policies.append(_Best(best, self.scores))
         self._ocp = ocp
         self.folder = resolve(workdir) / "checkpoints"
         if not read_only:
@@ -152,6 +168,11 @@ class Checkpoints:
                 preservation_policy=managers.AnyPreservationPolicy(policies),
             ),
         )
+        self._score_file = self.folder.parent / "scores.json"
+        if not read_only:
+            newest = self.latest() or 0
+            self.scores.update({step: values for step, values in self._read_scores().items()
+                                if step <= newest})
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -159,7 +180,26 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state, config: dict, metrics: dict | None = None) -> None:
+    def _read_scores(self):
+        if not self._score_file.exists():
+            return {}
+        try:
+            return {int(step): values
+                    for step, values in json.loads(self._score_file.read_text()).items()}
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"{self._score_file} is damaged ({error}); delete it, and steps are "
+                            "evaluated again") from None
+
+    def scored(self, step: int, values: dict) -> None:
+        """Record the metrics of ``step``, the same on every process."""
+        import jax
+
+        self.scores[step] = dict(values)
+        if jax.process_index() == 0:
+            with self._failures(f"recording the metrics of step {step}"):
+                write_json(self._score_file, self.scores)
+
+    def save(self, step: int, state, config: dict) -> None:
         """Start saving TrainState ``state`` (global arrays that nobody gives away to a program
         before the end); ``wait`` ends it."""
         if step in self._manager.all_steps():
@@ -175,7 +215,6 @@ class Checkpoints:
                         {"step": state.step, "opt_state": state.opt_state}),
                     config=args.JsonSave(config),
                 ),
-                metrics=metrics,
             )
 
     def wait(self) -> None:

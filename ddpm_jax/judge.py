@@ -711,8 +711,9 @@ def write_records(path, step, protocol: str, records) -> dict:
     return document
 
 
-def periodic(options: Options | None = None, *, classifier_dir=None):
-    """-> evaluate(experiment, params, step) -> {metric: number}, for the training loop's cadence.
+def periodic(options: Options | None = None, *, classifier_dir=None, stop=None):
+    """-> evaluate(experiment, params, step) -> {metric: number}, for the training loop's cadence;
+    None where ``stop`` asked to leave, which is polled between batches.
 
     Options default to config.eval (metrics, num, bpd_num). Opens data and trains or loads the
     classifier once. All processes call it; all get the numbers.
@@ -728,8 +729,12 @@ def periodic(options: Options | None = None, *, classifier_dir=None):
             memory["sources"] = open_splits(config.data.name, config.data.dir, exp.image_shape)
         # The bound of one split is enough for a monitor: test where there is one.
         chosen = chosen._replace(splits=(max(memory["sources"], key=lambda s: s == "test"),))
-        records, _ = evaluate_run(exp, params, chosen, memory=memory,
-                                  facts={"step": step, "weights": "ema"})
+        try:
+            records, _ = evaluate_run(
+                exp, params, chosen, memory=memory, facts={"step": step, "weights": "ema"},
+                stop=stop and _At(stop, step))
+        except StoppedError:
+            return None
         numbers = {name: float(v) for _, values, _ in records for name, v in values.items()
                    if isinstance(v, int | float) and not name.endswith("_n")}
         numbers |= {f"{name}_{i}": b for _, values, _ in records for name, v in values.items()
@@ -739,6 +744,16 @@ def periodic(options: Options | None = None, *, classifier_dir=None):
         return _same_everywhere(numbers)
 
     return evaluate
+
+
+class _At(NamedTuple):
+    """A stop whose log names the training step, not the batch of the evaluation."""
+    stop: Any
+    step: int
+
+    def requested(self, batch):
+        del batch
+        return self.stop.requested(self.step)
 
 
 def _same_everywhere(numbers: dict) -> dict:

@@ -127,8 +127,9 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
     stop: parallel.distributed.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
-    step) -> {name: number}, called every config.eval.every steps. -> False where a signal ended it
-    early (everything is saved). Raises UserError for what the user can mend.
+    step) -> {name: number}, or None where a signal cut it short; called every config.eval.every
+    steps, at a restart first for a step that is saved but not evaluated. -> False where a signal
+    ended it early (everything is saved). Raises UserError for what the user can mend.
     """
     exp = experiment.build(config)
     stored = experiment.to_json(config)
@@ -160,6 +161,29 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
     config, runner = exp.config, exp.runner
     stored = experiment.to_json(config)
     last = config.train.steps
+    named = experiment.unpack_program(exp)
+    interrupted = []  # steps whose evaluation a signal cut short
+
+    def on_evaluation(step, state):
+        watchdog.pause()
+        _saved_already(store, step, stop)
+        # Asked first: it may be what this step ends with, and the restart evaluates it.
+        values = None if stop.requested(step) else evaluate(exp, named(state.ema_params), step)
+        if values is None:
+            interrupted.append(step)
+            return
+        writer.scalars(step, values)
+        best = config.eval.best
+        if best and best not in values:
+            raise UserError(f"config.eval.best={best!r} is not among the metrics: "
+                            f"{', '.join(values)}")
+        store.scored(step, values)
+
+    every = config.eval.every if evaluate else 0
+    if every and step and (step % every == 0 or step == last) and step not in store.scores:
+        on_evaluation(step, state)
+        if interrupted:
+            return False
     if step >= last:
         say(f"{folder} is at step {step} of {last}: nothing to train "
             "(raise --config.train.steps to go on)")
@@ -170,54 +194,36 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
         f"{runner.num_devices} x {jax.devices()[0].device_kind} ({runner.name}), "
         f"{sum(x.size for x in jax.tree.leaves(exp.abstract_state.params)):,} parameters, "
         f"steps {step:,} to {last:,} -> {folder}")
-    named = experiment.unpack_program(exp)
     compiled = [False]
 
     def dispatch(state, step, n):
         data = images(n)
-        if not compiled[0]:
+        if compiled[0]:
+            result = program(state, data, np.uint32(config.seed), np.int32(n))
+        else:
             watchdog.pause()
             with count_compilations() as programs:
                 result = program(state, data, np.uint32(config.seed), np.int32(n))
             if programs:
                 say(str(max(programs, key=lambda p: p.seconds)))
             compiled[0] = True
-            stop.unsaved(True)
-            return result
-        return program(state, data, np.uint32(config.seed), np.int32(n))
+        stop.unsaved(True)
+        return result
 
-    def save(step, state, values=None):
-        store.save(step, runner.to_global(named(state)), stored, values)
-
-    evaluated = {}
-
-    def on_checkpoint(step, state):
-        save(step, state, dict(evaluated) if config.eval.best in evaluated else None)
+    def save(step, state):
+        store.save(step, runner.to_global(named(state)), stored)
 
     sampler = _GridSampler(exp, writer, folder)
 
     def on_samples(step, state):
         watchdog.pause()
-        if step in store.steps():
-            # Saved at this very step: a signal need not wait for the pictures.
-            store.wait()
-            stop.unsaved(False)
-        sampler(step, named(state.ema_params))
-        stop.unsaved(True)
+        _saved_already(store, step, stop)
+        if not stop.requested(step):
+            sampler(step, named(state.ema_params))
 
-    def on_evaluation(step, state):
-        watchdog.pause()
-        evaluated.clear()
-        evaluated.update(evaluate(exp, named(state.ema_params), step))
-        writer.scalars(step, evaluated)
-        missing = config.eval.best and config.eval.best not in evaluated
-        if missing:
-            raise UserError(f"config.eval.best={config.eval.best!r} is not among the metrics: "
-                            f"{', '.join(evaluated)}")
-
-    hooks = [Hook(config.checkpoint.every, on_checkpoint, last=True)]
-    if evaluate and config.eval.every:
-        hooks.insert(0, Hook(config.eval.every, on_evaluation, last=True))
+    hooks = [Hook(config.checkpoint.every, save, last=True)]
+    if every:
+        hooks.append(Hook(every, on_evaluation, last=True))
     if config.eval.sample_every:
         hooks.append(Hook(config.eval.sample_every, on_samples, last=True))
     log = _Log(exp, writer, step)
@@ -234,9 +240,17 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
     local = _local_folder(folder)
     if writer.folder is not None and (writer.folder / "metrics.jsonl").exists():
         metrics.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
-    say(f"{'stopped at' if outcome.stopped else 'done:'} step {outcome.step}; checkpoints "
+    stopped = outcome.stopped or interrupted
+    say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
         f"{store.steps()}; {local or folder}/loss.png, metrics.jsonl, samples/")
-    return not outcome.stopped
+    return not stopped
+
+
+def _saved_already(store, step, stop):
+    """Before what takes long: where the step is saved, a signal need not wait for its end."""
+    if step in store.steps():
+        store.wait()
+        stop.unsaved(False)
 
 
 class _GridSampler:

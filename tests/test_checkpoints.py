@@ -62,10 +62,31 @@ def test_a_save_survives_what_the_next_step_does_to_the_buffers(tmp_path):
 def test_latest_multiples_and_best_are_kept(tmp_path):
     store = C.Checkpoints(tmp_path, keep=2, keep_every=4, best="bpd")
     for step, bpd in zip(range(1, 8), [9, 8, 1, 7, 6, 5, 4], strict=True):
-        store.save(step, state(step), {}, {"bpd": bpd})
+        store.save(step, state(step), {})
+        store.scored(step, {"bpd": bpd})
     store.wait()
     assert store.steps() == [3, 4, 6, 7] and store.latest() == 7
     store.close()
+
+
+def test_scores_outlive_the_process_and_may_be_nan(tmp_path):
+    store = C.Checkpoints(tmp_path, keep=1, best="bpd")
+    for step, bpd in ((1, float("nan")), (2, 5.0), (3, 6.0)):
+        store.save(step, state(step), {})
+        store.scored(step, {"bpd": bpd})
+    store.scored(9, {"bpd": 0.0})  # a step that the death of the process undoes
+    store.wait()
+    store.close()
+    store = C.Checkpoints(tmp_path, keep=1, best="bpd")
+    assert sorted(store.scores) == [1, 2, 3]
+    for step in (4, 5):
+        store.save(step, state(step), {})
+    store.wait()
+    assert store.steps() == [2, 5]
+    store.close()
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(UserError, match="scores.json is damaged .* delete it"):
+        C.Checkpoints(tmp_path, best="bpd")
 
 
 def test_another_device_count_reads_it(tmp_path):

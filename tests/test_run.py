@@ -192,3 +192,49 @@ def test_best_checkpoint_by_metric(tmp_path):
     assert [r["bpd"] for r in rows] == [3.0, 1.0, 2.0]
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["eval"]["best"] == "bpd"
+
+
+class Judge:
+    """An evaluation that a signal cuts short at one step, the first time."""
+
+    def __init__(self, stop, at):
+        self.stop, self.at, self.steps = stop, at, []
+
+    def __call__(self, exp, params, step):
+        self.steps.append(step)
+        if step == self.at:
+            self.stop.at = 0  # from here on every poll says stop
+        return None if self.stop.requested(step) else {"bpd": float(step)}
+
+
+@pytest.mark.parametrize("at, every", [(8, 4), (12, 4), (8, 12)])  # both due, at the end, no save
+def test_an_evaluation_that_is_cut_short_is_done_at_the_restart(tmp_path, at, every):
+    c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.every": every})
+    stop = Stop()
+    judge = Judge(stop, at)
+    assert not run.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=judge)
+    assert judge.steps == list(range(4, at + 1, 4))
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == at
+    judge = Judge(Stop(), None)
+    assert run.train(c, tmp_path, stop=judge.stop, watchdog=Watchdog(), evaluate=judge)
+    assert judge.steps == list(range(at, 13, 4))
+    rows = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "bpd" in r]
+    assert rows == [4, 8, 12]
+    again = Judge(Stop(), None)
+    assert run.train(c, tmp_path, stop=again.stop, watchdog=Watchdog(), evaluate=again)
+    assert again.steps == []
+
+
+def test_what_is_saved_before_an_evaluation_is_not_unsaved_during_it(tmp_path):
+    """So that a signal in the middle of it need not wait for its end."""
+    seen = []
+
+    def evaluate(exp, params, step):
+        seen.append((stop.history[-1], sorted(
+            int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())[-1]))
+        return {"bpd": 1.0}
+
+    stop = Stop()
+    c = config(**{"eval.every": 4, "checkpoint.every": 4})
+    run.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=evaluate)
+    assert seen == [(False, 4), (False, 8), (False, 12)]

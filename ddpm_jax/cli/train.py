@@ -23,5 +23,6 @@ def main(argv):
     stop, watchdog = common.join(config)
     from ddpm_jax import judge, run
 
-    done = run.train(config, workdir, stop=stop, watchdog=watchdog, evaluate=judge.periodic())
+    done = run.train(config, workdir, stop=stop, watchdog=watchdog,
+                     evaluate=judge.periodic(stop=stop))
     return 0 if done else distributed.EXIT_RESTART

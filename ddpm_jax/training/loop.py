@@ -54,7 +54,8 @@ def fit(
     dispatch(state, step, n) -> (state, metrics on device, each [>= n]) runs n <= most updates and
     returns before they are done; fetch(metrics) waits for them. The metrics of one dispatch are
     read after the next is under way, but before any hook acts on the state they belong to.
-    on_metrics(step, {name: [n]}) takes numpy. should_stop(step) is asked once a dispatch.
+    on_metrics(step, {name: [n]}) takes numpy. should_stop(step) is asked once a dispatch,
+    and after hooks.
     """
     cadences = [h.every for h in hooks]
     pending = None
@@ -80,7 +81,8 @@ def fit(
             pending = None
         for hook in due:
             hook.do(step, state)
-        if stop:
+        # Asked again: a hook may take minutes, and a signal may have cut it short.
+        if stop or due and step < last and should_stop(step):
             return Outcome(state, step, True)
     if pending:
         read(pending)

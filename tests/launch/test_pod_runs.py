@@ -180,6 +180,26 @@ def test_single_process_stops_and_continues(tmp_path):
     assert sorted(losses(work)) == list(range(1, saved + 3))
 
 
+def test_sigterm_during_an_evaluation(tmp_path):
+    """The step it belongs to is saved before; the restart evaluates it first."""
+    work = tmp_path / "run"
+    command = train_command(work, steps=8, every=4, devices=2, extra=[
+        "--config.eval.every=4", "--config.eval.metrics=bpd", "--config.eval.bpd_num=300",
+        "--config.sampler.batch_size=2"])
+    process = start(tmp_path / "logs", 2, 1, command)
+    deadline = time.time() + 200
+    while not (work / "checkpoints" / "4").exists():
+        assert process.poll() is None and time.time() < deadline, texts(tmp_path / "logs")
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGTERM)
+    assert process.wait(100) == 42, texts(tmp_path / "logs")
+    text = run(tmp_path / "again", 2, 1, command)
+    assert "from step 4" in text
+    lines = [json.loads(x) for x in (work / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "bpd_test" in x] == [4, 8]
+    assert sorted(losses(work)) == list(range(1, 9))
+
+
 def test_sigterm_during_the_compilation(tmp_path):
     """A program that no cache holds; no Python handler can run in the meantime."""
     work = tmp_path / "run"
