@@ -120,9 +120,9 @@ def progressive(run) -> Drawn:
     along = run.along(FRAMES, ROWS * COLUMNS)
     if along is None:
         return Drawn({}, [], {})
-    frames = [tile(along.frames[:, k].reshape(-1, min(COLUMNS, len(along.frames)),
-                                              *run.exp.image_shape))
-              for k in range(along.frames.shape[1])]
+    shown = along.frames[:len(along.frames) // COLUMNS * COLUMNS or None]      # whole rows
+    frames = [tile(shown[:, k].reshape(-1, min(COLUMNS, len(shown)), *run.exp.image_shape))
+              for k in range(shown.shape[1])]
     total = along.steps[-1]
     labels = [f"after {s} of {total} reverse steps" for s in along.steps]
     picture = tile(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])

@@ -741,7 +741,7 @@ def periodic(options: Options | None = None, *, classifier_dir=None, stop=None):
                     if name.startswith("eps_loss") for i, b in enumerate(v)}
         if "classifier" in memory and memory["classifier"] and jax.process_index() == 0:
             numbers["FD-cnn"] = numbers[memory["classifier"].key]      # a name known beforehand
-        return _same_everywhere(numbers)
+        return same_everywhere(numbers)
 
     return evaluate
 
@@ -756,7 +756,8 @@ class _At(NamedTuple):
         return self.stop.requested(self.step)
 
 
-def _same_everywhere(numbers: dict) -> dict:
+def same_everywhere(numbers: dict) -> dict:
+    """What the first process has, as JSON carries it, on all; none goes on before it has come."""
     if jax.process_count() == 1:
         return numbers
     from jax.experimental import multihost_utils
@@ -779,23 +780,27 @@ def make_reference(source, options: Options, out, *, features: int, overwrite=Fa
     inception = load_weights(options)
     runner = RUNNERS["jit"](jax.devices())
     num = min(len(source), options.num or len(source))
+    if num < 2:
+        raise UserError(f"--num={num}: statistics need 2 images or more")
     folder = f"{out}.shards"
     batch = options.batch_size or REAL_BATCH
     gather = _gatherer(folder, stop, protocol, say, {})
     found = gather("real", image_draws(runner, source.__getitem__, batch), num,
                    {"fingerprint": source.fingerprint, "batch": batch},
                    {"inception": inception.params})
-    if jax.process_index():
-        return
-    if num < 2:
-        raise UserError(f"--num={num}: statistics need 2 images or more")
-    mu, sigma = moments.mean_and_cov(found["pool_3"])
+    if jax.process_index() == 0:
+        _write_reference(source, found["pool_3"], protocol, inception, out, features, overwrite)
+        storage.remove(folder)
+        if num <= measures.DIMENSIONS:
+            say(f"warning: {num} images cannot fill a {measures.DIMENSIONS}-dimensional "
+                "covariance: FID against this file means little (use kid)")
+    same_everywhere({})      # the file is there for every process that reads it next
+
+
+def _write_reference(source, pool_3, protocol, inception, out, features, overwrite):
+    mu, sigma = moments.mean_and_cov(pool_3)
     references.save(out, references.Reference(
-        mu, sigma, num, source.name, source.split, protocols.describe(protocol),
+        mu, sigma, len(pool_3), source.name, source.split, protocols.describe(protocol),
         inception.state_sha256, source.fingerprint, tuple(source.shape),
-        found["pool_3"][:features] if features else None,
+        pool_3[:features] if features else None,
         json.dumps(versions(), sort_keys=True), str(out)), overwrite=overwrite)
-    storage.remove(folder)
-    if num <= measures.DIMENSIONS:
-        say(f"warning: {num} images cannot fill a {measures.DIMENSIONS}-dimensional covariance: "
-            "FID against this file means little (use kid)")

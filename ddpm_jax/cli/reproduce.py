@@ -150,7 +150,7 @@ def references_for(config, folder, stop):
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     for split, source in judge.open_splits(config.data.name, config.data.dir, shape).items():
         path = storage.join(folder, "references", f"{config.data.name}-{split}.npz")
-        if not storage.exists(path):
+        if not judge.same_everywhere({"there": storage.exists(path)})["there"]:
             say(f"reference statistics of {config.data.name}, {split}")
             judge.make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
                                  say=say)
@@ -192,7 +192,9 @@ def run_cell(name, target, root, stop, watchdog):
         raise judge.StoppedError
     watchdog.pause()
     exp, params, step = run.load_run(folder)
+    # The first process's folder decides, or processes would wait for each other for ever.
     values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
+    values = judge.same_everywhere(values)
     metrics = _with_weights(missing_metrics(target, values) if values.get("step") == step
                             else target.metrics)
     facts = {"workdir": folder, "step": step, "weights": "ema"}

@@ -1,19 +1,27 @@
 """`ddpm reproduce`: costs and the paper's values without a run; a whole target on digits."""
 
 import os
+import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 TINY = ("train.steps=4,train.steps_per_dispatch=4,train.log_every=2,train.batch_size=8,model.ch=8,"
         "model.ch_mult=[1],model.attn_resolutions=[],diffusion.num_timesteps=4,"
         "eval.sample_every=0,sampler.batch_size=24")
 
 
-def ddpm(*words, expect=0):
-    done = subprocess.run([sys.executable, "-m", "ddpm_jax", "reproduce", *map(str, words)],
+LOCAL = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
+
+
+def ddpm(*words, expect=0, around=()):
+    done = subprocess.run([*around, sys.executable, "-m", "ddpm_jax", "reproduce",
+                           *map(str, words)],
                           env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1",
                                "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=400)
     assert done.returncode == expect, done.stderr[-3000:]
@@ -77,3 +85,29 @@ def test_targets_end_to_end_on_digits(tmp_path):
     assert "RMSE [0,255]" in (tmp_path / "table4.html").read_text()
     steps = list((tmp_path / "eps_fixed_simple" / "checkpoints").iterdir())
     assert [p.name for p in steps if p.name.isdigit()] == ["4"]       # trained once for all
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_draw_and_score_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ("--config=digits", f"--set={TINY}", "--num=20", f"--classifier_dir={tmp_path}/c")
+    for target in ("fig7", "fig8", "fig10"):
+        ddpm(target, *words, f"--workdir={one}")
+    two.mkdir()
+    shutil.copytree(one / "eps_fixed_simple", two / "eps_fixed_simple")
+    shutil.rmtree(two / "eps_fixed_simple" / "evaluation")
+    for target in ("fig7", "fig8", "fig10"):
+        ddpm(target, *words, f"--workdir={two}", around=(
+            sys.executable, LOCAL, "--processes=2", "--devices=1",
+            f"--logdir={tmp_path}/{target}", "--"))
+    pictures = sorted(p.name for p in one.glob("*.png"))
+    assert pictures == ["fig10-progressive.png", "fig7-shared_latents.png",
+                        "fig8-interpolation.png"]
+    for name in pictures:
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (one, two))
+        assert np.abs(a - b).max() <= 1 and a.std() > 1, name
+    labels = [re.findall(r">([0-9.]+)</text>", (folder / "fig10.html").read_text())
+              for folder in (one, two)]
+    assert labels[0] and [float(x) for x in labels[1]] == pytest.approx(
+        [float(x) for x in labels[0]], rel=1e-2)
