@@ -155,9 +155,11 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl, here or on a bucket; a last line cut short by a kill is left
+    out."""
     records = []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    from etils import epath
+    lines = epath.Path(path).read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(lines):
         try:
             records.append(json.loads(line))

@@ -100,7 +100,7 @@ def write_results(out, step, protocol, records, pictures, title, *, show=True):
     for name, picture in pictures.items():
         storage.write_bytes(storage.join(out, f"{name}.png"), report.png(picture))
     lines = storage.join(out, "metrics.jsonl")
-    history = metrics.read_metrics(lines) if "://" not in lines and storage.exists(lines) else []
+    history = metrics.read_metrics(lines) if storage.exists(lines) else []
     page = report.page(title, [*report.evaluation_sections(document),
                                *report.curve_sections(history),
                                *report.picture_sections(pictures)])

@@ -29,6 +29,7 @@ from ddpm_jax.parallel import distributed
 FLAGS = flags.FLAGS
 MFU = 0.4       # of a chip's peak, where nothing was measured: an estimate, and called one
 CPU_SHARE = 0.5
+IMAGES_OF = {"train": 50_000, "test": 10_000}      # CIFAR-10
 
 
 def define_flags():
@@ -123,7 +124,9 @@ def costs(config, target, rate) -> list[tuple]:
         rows.append(("sample", one * T * count,
                      paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
     if "bpd" in target.metrics:
-        count = FLAGS.bpd_num or (60_000 if config.data.name == "cifar10" else 1_797)
+        splits = wanted_splits(target, IMAGES_OF)
+        sizes = IMAGES_OF if config.data.name == "cifar10" else {"train": 1_442, "test": 355}
+        count = sum(min(sizes[s], FLAGS.bpd_num or sizes[s]) for s in splits)
         rows.append(("bits/dim", one * T * count,
                      paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
     return [(part, flops, hours, flops / rate / 3600) for part, flops, hours in rows]
@@ -140,6 +143,11 @@ def missing_metrics(target, values) -> tuple:
     have = {"is": "is" in values, "fid": "fid_train" in values, "bpd": "bpd_test" in values,
             "nn": "nn_pixels_exact_copies" in values}
     return tuple(m for m in target.metrics if not have[m])
+
+
+def wanted_splits(target, sources) -> tuple:
+    """Splits whose bits/dim the target shows, or what the dataset has."""
+    return tuple(s for s in sources if f"bpd_{s}" in target.keys) or tuple(sources)
 
 
 def references_for(config, folder, stop):
@@ -195,6 +203,8 @@ def run_cell(name, target, root, stop, watchdog):
     # The first process's folder decides, or processes would wait for each other for ever.
     values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
     values = judge.same_everywhere(values)
+    sources = judge.open_splits(config.data.name, config.data.dir, exp.image_shape)
+    splits = wanted_splits(target, sources)
     metrics = _with_weights(missing_metrics(target, values) if values.get("step") == step
                             else target.metrics)
     facts = {"workdir": folder, "step": step, "weights": "ema"}
@@ -207,12 +217,11 @@ def run_cell(name, target, root, stop, watchdog):
     for chosen, reference in wanted:
         if chosen:
             records, pictures = judge.evaluate_run(
-                exp, params, _options(chosen, reference), facts=facts,
+                exp, params, _options(chosen, reference)._replace(splits=splits), facts=facts,
                 folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
             if jax.process_index() == 0:
                 write_results(folder, step, FLAGS.protocol, records, pictures, f"{name}, {step}",
                               show=False)
-    sources = judge.open_splits(config.data.name, config.data.dir, exp.image_shape)
 
     def along(looks, shown):
         chosen = _with_weights(("is", "fid"))
@@ -306,7 +315,7 @@ def main(argv):
                     for title, picture in drawn.pictures.items():
                         storage.write_bytes(f"{root}/{argv[1]}-{title}.png", report.png(picture))
             lines = f"{root}/{name}/metrics.jsonl"
-            if jax.process_index() == 0 and "://" not in lines and storage.exists(lines):
+            if jax.process_index() == 0 and storage.exists(lines):
                 from ddpm_jax import metrics
                 sections += report.curve_sections(metrics.read_metrics(lines))
             if jax.process_index() == 0:

@@ -352,6 +352,54 @@ def test_run_on_a_bucket(tmp_path, storage):
     assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
 
 
+def test_evaluation_of_a_run_on_a_bucket(tmp_path, storage):
+    """Two hosts; what a cut-off evaluation left on the bucket is not made again."""
+    import io
+
+    import gcsfs
+    bucket = gcsfs.GCSFileSystem(use_listings_cache=False)
+    run(tmp_path / "train", 2, 1, train_command("gs://ddpm/judged", steps=4, devices=2))
+
+    def evaluate(name):
+        """-> all values"""
+        run(tmp_path / name, 2, 1, [
+            sys.executable, "-m", "ddpm_jax", "evaluate", "--workdir=gs://ddpm/judged",
+            "--metrics=offline,nn", "--num=40", "--bpd_num=12", "--batch_size=8",
+            f"--classifier_dir={storage}/classifiers"])
+        records = json.loads(bucket.cat("ddpm/judged/evaluation.json"))["4"]["paper"]
+        return {k: v for r in records.values() for k, v in r["values"].items()}
+
+    def shard(k):
+        return f"{samples}/shard-{k:05d}.npz"
+
+    def read(k):
+        return dict(np.load(io.BytesIO(bucket.cat(shard(k)))))
+
+    values = evaluate("first")
+    [samples] = [p for p in bucket.ls("ddpm/judged/evaluation/4") if "/samples-" in p]
+    assert sorted(bucket.ls(samples)) == [f"{samples}/request.json", *map(shard, range(5))]
+    assert values["offline_n"] == 40 and np.isfinite(values["bpd_test"])
+    assert bucket.cat("ddpm/judged/nearest_pixels.png").startswith(b"\x89PNG")
+    page = bucket.cat("ddpm/judged/evaluation.html").decode()
+    assert "<h2>Loss</h2>" in page and "data:image/png;base64" in page
+    assert len(bucket.ls("ddpm/classifiers")) == 1
+
+    # One shard lost, one cut short: those two are made again; another, changed here, is read.
+    first = read(1)
+    bucket.rm(shard(1))
+    bucket.pipe(shard(3), bucket.cat(shard(3))[:100])
+    marked = read(2)
+    marked["random"] = marked["random"] + 1
+    file = io.BytesIO()
+    np.savez(file, **marked)
+    bucket.pipe(shard(2), file.getvalue())
+    again = evaluate("again")
+    np.testing.assert_allclose(read(1)["random"], first["random"], rtol=1e-5, atol=1e-5)
+    assert len(read(3)["random"]) == 8
+    np.testing.assert_array_equal(read(2)["random"], marked["random"])
+    assert again["bpd_test"] == values["bpd_test"] and again["FD-rand@0"] != values["FD-rand@0"]
+
+
 def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, storage, monkeypatch):
     """At the restart nothing is downloaded."""
     import gzip
