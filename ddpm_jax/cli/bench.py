@@ -1,6 +1,7 @@
 """ddpm bench WHAT [flags]
 
-Measure this machine (step, sample, data, eval) or XLA's compiler (compile), in one format.
+Measure this machine (step, sample, data, eval, statistics) or XLA's compiler (compile), in one
+format.
 
   ddpm bench step --config=digits                  a training step: ms, images/s, MFU
   ddpm bench step --config=cifar10 --compare=diffusers --config.model.dtype=bfloat16
@@ -8,6 +9,7 @@ Measure this machine (step, sample, data, eval) or XLA's compiler (compile), in 
   ddpm bench sample --config=digits                a denoising step, images/s
   ddpm bench data --config=digits                  the input pipeline
   ddpm bench eval --config=cifar10                 Inception features, as a share of sampling
+  ddpm bench statistics                            FID and IS from 50,000 features, host memory
   ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
   ddpm bench sweep --config=cifar10 --topology=h100 --out=sweep.json
                                                    cost as batch, image, width, devices grow
@@ -280,12 +282,44 @@ def evaluation() -> list[dict]:
     by_time = share({r["name"]: r["seconds"]["median"] for r in rows})
     rows[0] |= {"first_call": first, "denoising_steps": chain, "share_of_flops": share(flops),
                 "share_of_time": by_time,
-                "ratio": f"with the sums {share(flops):.2%} of the FLOPs and {by_time:.2%} of the "
-                         f"time of {chain} denoising steps"}
+                "note": f"with the sums {share(flops):.2%} of the FLOPs and {by_time:.2%} of the "
+                        f"time of {chain} denoising steps"}
     return rows
 
 
-MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation}
+STATISTICS_OF = 50_000      # images, as the paper's
+
+
+def statistics() -> list[dict]:
+    """FID and IS from the features of 50,000 images, as the end of an evaluation computes them."""
+    import resource
+
+    import numpy as np
+
+    from ddpm_jax.compilation import timing
+    from ddpm_jax.evaluation import inception, measures, moments, references, scores
+
+    generator = np.random.default_rng(0)
+    features = generator.random((STATISTICS_OF, inception.FEATURES), np.float32)
+    reference = references.Reference(
+        *moments.mean_and_cov(features[:4 * inception.FEATURES]), n=4 * inception.FEATURES)
+    last = {"kernel": generator.standard_normal((inception.FEATURES, inception.CLASSES),
+                                                np.float32) / 45}
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    before = peak()
+    times = timing.rounds({"FID": lambda: measures.fid(features, reference),
+                           "IS": lambda: scores.is_openai10(features, last)},
+                          repeats=flags.FLAGS.repeats, seconds=flags.FLAGS.seconds)
+    memory = f"+{peak() - before:.2f} GiB of host memory at most beyond the features"
+    return [timing.result("statistics", name=name, times=timing.Times.of(t), images=STATISTICS_OF,
+                          note=memory, cpus=os.cpu_count()) for name, t in times.items()]
+
+
+MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation,
+            "statistics": statistics}
 
 
 def _compile() -> int:

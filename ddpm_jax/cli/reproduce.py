@@ -185,7 +185,9 @@ def _with_weights(metrics) -> tuple:
     except UserError as error:
         if FLAGS.inception_weights:
             raise
-        say(f"no FID and IS here: {error}")
+        # All that was looked for is said by evaluate; here something stands in.
+        say(f"no FID and IS here: {str(error).partition(' Looked for')[0]} (`ddpm inception check` "
+            "says where they are looked for); FD-cnn and FD-rand stand in")
         return (*(m for m in metrics if m not in ("fid", "is")), "offline")
 
 
@@ -249,7 +251,8 @@ def table_rows(target, root, is_paper) -> list[list]:
     for name in target.cells:
         cell = CELLS[name]
         found = ours(existing(f"{root}/{name}"), target.keys) if root else {}
-        keys = [k for k in target.keys if k in cell.values or k in found] or [""]
+        keys = [k for k in target.keys if k in cell.values or k in found]
+        keys = keys or [""] * bool(target.keys)
         for key in keys:
             paper = cell.values.get(key) if is_paper else None
             band = cell.bands.get(key) if is_paper else None
@@ -313,7 +316,8 @@ def main(argv):
                 sections += drawn.sections
                 if jax.process_index() == 0:
                     for title, picture in drawn.pictures.items():
-                        storage.write_bytes(f"{root}/{argv[1]}-{title}.png", report.png(picture))
+                        storage.write_bytes(f"{root}/{argv[1]}-{title}.png",
+                                            report.png(report.enlarged(picture)))
             lines = f"{root}/{name}/metrics.jsonl"
             if jax.process_index() == 0 and storage.exists(lines):
                 from ddpm_jax import metrics
@@ -328,12 +332,14 @@ def main(argv):
         note = report.note(
             "The paper's values are the paper's. Bands are this project's." if is_paper else
             "Another config than the paper's: its values do not apply, so there is no verdict.")
+        values = [report.section("Values", note, report.table(found, HEADER))] if found else [note]
         page = report.page(target.text, [
-            report.section("Values", note, report.table(found, HEADER)), *sections,
+            *values, *sections,
             report.section("Cost", report.note(f"hours here: {how}"),
                            report.table(rows, COST_HEADER))])
         path = f"{root}/{argv[1]}.html"
         storage.write_bytes(path, page.encode())
-        print_table(found, HEADER)
+        if found:
+            print_table(found, HEADER)
         print(f"wrote {path}", file=sys.stderr)
     return 0

@@ -34,6 +34,12 @@ document.querySelectorAll('.scrub').forEach(function (box) {
 COLOURS = ("#2457c5", "#c2410c", "#0a7d4f", "#7c3aed", "#0e7490", "#a3122a")
 
 
+def enlarged(picture, least_width=320) -> np.ndarray:
+    """A small picture [h,w,C] by whole pixels, for a file that one opens by itself."""
+    scale = max(1, -(-least_width // picture.shape[1]))
+    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
 def png(picture) -> bytes:
     """uint8 [h,w,1 or 3] as a PNG's bytes."""
     from PIL import Image

@@ -14,7 +14,7 @@ def test_help_and_bad_input(tmp_path):
     assert "ddpm bench compile --matrix" in ddpm("--help").stdout
     done = ddpm("stp", "--config=digits")
     assert done.returncode == 2
-    known = "step|sample|data|eval|compile|sweep|page"
+    known = "step|sample|data|eval|statistics|compile|sweep|page"
     assert f"ddpm: error: say what to measure: ddpm bench {known}" in done.stderr
     (tmp_path / "there.json").write_text("[]")
     done = ddpm("data", "--config=digits", f"--out={tmp_path}/there.json")
