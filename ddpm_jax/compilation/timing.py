@@ -74,7 +74,7 @@ def render(rows: list[dict]) -> str:
     for r in rows:
         s = r["seconds"]
         note = "; ".join([f"{k} {r[k]}" for k in ("first_call", "ratio") if r.get(k)]
-                         + [r["note"]] * bool(r.get("note")))
+                         + ([r["note"]] if r.get("note") else []))
         lines.append((
             r["bench"], r["name"], f"{s['median'] * 1e3:,.2f} ms",
             f"{s['low'] * 1e3:,.2f} ... {s['high'] * 1e3:,.2f}", f"{r['images_per_s']:,.1f}",
