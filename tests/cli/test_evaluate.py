@@ -168,6 +168,26 @@ def test_samples_of_an_npz_beside_a_dataset(classifiers, tmp_path):
     assert values[f"{key}_equal_n"] < 3 * values[f"{key}_real_vs_real"]
 
 
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_is_one_message_and_no_number(classifiers, tmp_path):
+    """The shell's limit on a file's size stands for the disk; compilations are not cached."""
+    np.savez(tmp_path / "s.npz", np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8))
+    words = ("evaluate", f"--samples={tmp_path}/s.npz", "--metrics=offline", "--dataset=digits",
+             f"--out={tmp_path}/out", f"--classifier_dir={classifiers}")
+    finish(start(*words, "--num=8"))      # the classifier is there
+    before = (tmp_path / "out" / "evaluation.json").read_text()
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", sys.executable, "-m", "ddpm_jax", *words],
+        env=environment(1) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, capture_output=True,
+        text=True, timeout=200)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"ddpm: error: cannot write .*shard-00000.npz: File too large", last), last
+    assert "Traceback" not in done.stderr.partition("compilation cache")[2]
+    assert (tmp_path / "out" / "evaluation.json").read_text() == before
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
 @pytest.mark.parametrize("words, message", [
     ((), "--workdir=DIR .* or --samples=FOLDER_OR_NPZ is missing"),
     (("--samples=x.npz",), "bits/dim is of a model"),
