@@ -51,10 +51,12 @@ make_venv() {
     done
     echo "host.sh: $WHO: $(python3 --version 2>&1) on this image, 3.11 needed: uv provides it"
     uv=$(command -v uv || true)
-    [ -n "$uv" ] || uv=$HOME/.local/bin/uv
+    [ -n "$uv" ] || uv=$HOME_DIR/uv/bin/uv
     if [ ! -x "$uv" ]; then
-        python3 -m pip install --quiet --user uv 2>/dev/null ||
-            curl -LsSf https://astral.sh/uv/install.sh | sh >/dev/null ||
+        # A folder of its own: Debian and Ubuntu refuse pip the user's and the system's.
+        python3 -m pip install --quiet --target "$HOME_DIR/uv" uv 2>/dev/null ||
+            curl -LsSf https://astral.sh/uv/install.sh |
+                UV_INSTALL_DIR="$HOME_DIR/uv/bin" sh >/dev/null ||
             die "no Python 3.11, and uv could not be installed: is there a way to the internet?"
     fi
     "$uv" venv --quiet --seed --python 3.11 "$VENV" || die "uv could not provide Python 3.11"

@@ -91,7 +91,7 @@ def wait_for_text(process, logs, words):
         time.sleep(0.05)
 
 
-def wait_for_save(process, workdir, step):
+def wait_for_save(process, workdir, step, logs):
     """Until a checkpoint of this step, or of a later one, is begun or complete; leftovers of
     former kills do not count."""
     folder = pathlib.Path(workdir) / "checkpoints"
@@ -99,7 +99,7 @@ def wait_for_save(process, workdir, step):
     deadline = time.time() + 150
     while not any(int(p.name.split(".")[0]) >= step for p in folder.glob("[0-9]*")
                   if inode(p) not in before):
-        assert process.poll() is None and time.time() < deadline
+        assert process.poll() is None and time.time() < deadline, texts(logs)
         time.sleep(0.01)
 
 
@@ -224,12 +224,12 @@ def test_sigterm_during_the_compilation(tmp_path):
 def test_ten_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
     """kill -9 of worker or coordinator at random moments, saves at every second step."""
     work, rng, reached = tmp_path / "run", random.Random(0), 0
-    command = train_command(work, steps=100_000, every=2, devices=2, extra=["--heartbeat=5"])
+    command = train_command(work, steps=100_000, every=2, devices=2, extra=["--heartbeat=10"])
     for attempt in range(10):
         logs = tmp_path / f"logs{attempt}"
         process = start(logs, 2, 1, command)
         # Saves follow each other without a pause, so this is in the middle of one, as a rule.
-        wait_for_save(process, work, reached + rng.choice([2, 4]))
+        wait_for_save(process, work, reached + rng.choice([2, 4]), logs)
         time.sleep(rng.random() * 0.4)
         os.kill(children(process)[rng.randrange(2)], signal.SIGKILL)
         assert process.wait(90) >= 128, texts(logs)
