@@ -48,9 +48,7 @@ def _drawn(run, chain, count) -> np.ndarray:
     """uint8 [count,H,W,C] of the images 0 ... count-1, whole on every process."""
     exp = run.exp
     program = experiment.sample_program(exp, chain)
-    first, share, _ = collect.my_slots(exp.runner, count)
-    index = exp.runner.put("batch", np.arange(first, first + share, dtype=np.int32))
-    images = exp.runner.local(program(run.params, np.uint32(run.seed), index))
+    images = program(run.params, np.uint32(run.seed), collect.my_indices(exp.runner, 0, count))
     return collect.shared_rows(exp.runner, images)[:count]
 
 

@@ -93,7 +93,20 @@ def _named(build, program, names, memory, key):
 
 
 def _rows_of(runner, out, count):
-    return {name: collect.shared_rows(runner, runner.local(a))[:count] for name, a in out.items()}
+    return {name: collect.shared_rows(runner, a)[:count] for name, a in out.items()}
+
+
+def _features(runner, extractor, memory):
+    """-> features(images uint8 [B,H,W,C], on the devices) -> {name: batch array}."""
+    def program(weights, images):
+        return extractor.apply(weights, images.astype(jnp.float32))
+
+    def build(program, results):
+        return runner.compile(program, ("replicated", "batch"), results)
+
+    compiled = _named(build, program, extractor.names, memory, ("images",))
+    placed = runner.put("replicated", extractor.params)
+    return lambda images: compiled(placed, images)
 
 
 def model_draws(exp, chain, params, seed, batch, *, images_kept, memory):
@@ -112,11 +125,10 @@ def model_draws(exp, chain, params, seed, batch, *, images_kept, memory):
 
         compiled = _named(build, finish, extractor.names, memory, ("draw", quantise))
         placed = exp.runner.put("replicated", extractor.params)
-        first, share, _ = collect.my_slots(exp.runner, batch)
 
         def produce(start, count):
-            index = np.arange(start + first, start + first + share, dtype=np.int32)
-            out = compiled(params, np.uint32(seed), exp.runner.put("batch", index), placed)
+            index = collect.my_indices(exp.runner, start, batch)
+            out = compiled(params, np.uint32(seed), index, placed)
             rows = _rows_of(exp.runner, out, count)
             if "images" in rows:
                 rows["images"] = rows["images"][:max(0, images_kept - start)]
@@ -133,21 +145,13 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
 
     def draw(extractor, quantise=None):
         del quantise      # they are integers already
-
-        def program(weights, images):
-            return extractor.apply(weights, images.astype(jnp.float32))
-
-        def build(program, results):
-            return runner.compile(program, ("replicated", "batch"), results)
-
-        compiled = _named(build, program, extractor.names, memory, ("images",))
-        placed = runner.put("replicated", extractor.params)
+        features = _features(runner, extractor, memory)
         first, share, _ = collect.my_slots(runner, batch)
 
         def produce(start, count):
             # The last batch is filled with its last image; those rows are cut off again.
             mine = [min(start + first + i, start + count - 1) for i in range(share)]
-            out = compiled(placed, runner.put("batch", np.stack([read(i) for i in mine])))
+            out = features(runner.put("batch", np.stack([read(i) for i in mine])))
             rows = _rows_of(runner, out, count)
             if "images" in rows:
                 rows["images"] = rows["images"][:max(0, images_kept - start)]
@@ -650,23 +654,16 @@ def evaluate_along(exp, params, options: Options, *, facts, looks, shown, folder
 
     def draw(extractor, quantise):
         del quantise      # whole grey levels, as one looks at them
-        slots = collect.my_slots(exp.runner, subject.batch)
-
-        def build(program, results):
-            return exp.runner.compile(program, ("replicated", "batch"), results)
-
-        compiled = _named(build, lambda weights, x: extractor.apply(weights, x.astype(jnp.float32)),
-                          extractor.names, memory, ("images",))
-        placed = exp.runner.put("replicated", extractor.params)
+        features = _features(exp.runner, extractor, memory)
 
         def produce(start, count):
-            index = np.arange(start + slots[0], start + slots[0] + slots[1], dtype=np.int32)
-            frames = exp.runner.local(program(
-                params, np.uint32(options.seed), exp.runner.put("batch", index))[1])
+            looked = program(params, np.uint32(options.seed),
+                             collect.my_indices(exp.runner, start, subject.batch))[1]
+            frames = exp.runner.local(looked)
             rows = {f"{name} {k}": row for k in range(frames.shape[1])
-                    for name, row in _rows_of(exp.runner, compiled(
-                        placed, exp.runner.put("batch", frames[:, k])), count).items()}
-            kept = collect.shared_rows(exp.runner, frames)[:count]
+                    for name, row in _rows_of(exp.runner, features(
+                        exp.runner.put("batch", frames[:, k])), count).items()}
+            kept = collect.shared_rows(exp.runner, looked)[:count]
             return rows | {"frames": kept[:max(0, shown - start)]}
 
         return produce

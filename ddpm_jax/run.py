@@ -14,6 +14,7 @@ from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import collect
 from ddpm_jax.parallel import distributed
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.training.loop import Hook, fit
@@ -266,30 +267,14 @@ class _GridSampler:
             chain = experiment.sampling_chain(exp)
             self._program = experiment.sample_program(exp, chain)
         wanted = exp.config.eval.sample_num
-        index = _padded_index(runner, 0, wanted)
+        index = collect.my_indices(runner, 0, wanted)
         images = self._program(params, np.uint32(exp.config.seed), index)
-        images = _gather(runner, images)[:wanted]
+        images = collect.shared_rows(runner, images)[:wanted]
         if self._writer.folder is not None:
             self._writer.images(step, "samples", images)
             samples = self._writer.folder / "samples"
             samples.mkdir(exist_ok=True)
             metrics.save_png(samples / f"{step:08d}.png", metrics.tile(images))
-
-
-def _padded_index(runner, start, count):
-    """Indices start ... start+count-1 and padding, on the devices: int32, a multiple of them."""
-    total = -(-count // runner.num_devices) * runner.num_devices
-    share = total // jax.process_count()
-    first = start + jax.process_index() * share
-    return runner.put("batch", np.arange(first, first + share, dtype=np.int32))
-
-
-def _gather(runner, x):
-    """A 'batch' result, whole, on every process."""
-    share = runner.local(x)
-    if jax.process_count() == 1:
-        return share
-    return np.asarray(multihost_utils.process_allgather(share, tiled=True))
 
 
 # ---- sampling ----
@@ -357,8 +342,8 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
         count = min(batch, num - start)
         if not done[k]:
             # Always the whole batch's shape: one program for all of them, the last one too.
-            images = _gather(runner, program(
-                params, np.uint32(seed), _padded_index(runner, start, batch)))[:count]
+            images = collect.shared_rows(runner, program(
+                params, np.uint32(seed), collect.my_indices(runner, start, batch)))[:count]
             if jax.process_index() == 0:
                 _write_npy(_shard(out, k), images)
         if bar:
@@ -419,8 +404,8 @@ def _progressive(exp, chain, params, seed, images=8, frames=10):
     """x_0 predictions of a few images on the way from noise, [images*frames,H,W,C] row by row."""
     every = max(1, -(-chain.num_steps // frames))
     program = experiment.progressive_program(exp, chain, every)
-    _, kept = program(params, np.uint32(seed), _padded_index(exp.runner, 0, images))
-    kept = _gather(exp.runner, kept)[:images]
+    _, kept = program(params, np.uint32(seed), collect.my_indices(exp.runner, 0, images))
+    kept = collect.shared_rows(exp.runner, kept)[:images]
     return kept.reshape(-1, *exp.image_shape), kept.shape[1]
 
 

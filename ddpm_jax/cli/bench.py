@@ -165,10 +165,23 @@ def step() -> list[dict]:
     return rows
 
 
+def _chain_run(exp, chain, batch):
+    """-> run(), which draws a batch of images with weights of zero and waits for them."""
+    import jax
+    import numpy as np
+
+    from ddpm_jax import experiment
+
+    program = experiment.sample_program(exp, chain)
+    params = exp.runner.put("replicated", jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
+    index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
+    return lambda: jax.block_until_ready(program(params, np.uint32(0), index))
+
+
 def sample() -> list[dict]:
     """One denoising step of the sampler, from whole chains."""
     import jax
-    import numpy as np
 
     from ddpm_jax import experiment
     from ddpm_jax.cli import compile as programs
@@ -178,15 +191,7 @@ def sample() -> list[dict]:
     exp = _start()
     batch = exp.config.sampler.batch_size
     chain = experiment.sampling_chain(exp)
-    program = experiment.sample_program(exp, chain)
-    shapes = exp.abstract_state.params
-    params = exp.runner.put("replicated", jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype), shapes))
-    index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
-
-    def run():
-        jax.block_until_ready(program(params, np.uint32(0), index))
-
+    run = _chain_run(exp, chain, batch)
     first = _first_call(run)
     times = timing.rounds({"ours": run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)["ours"]
     if FLAGS.profile:
@@ -254,14 +259,7 @@ def evaluation() -> list[dict]:
     sums = moments.empty(inception.FEATURES)
     features = generator.normal(size=(made.images, inception.FEATURES)).astype(np.float32)
     steps = DENOISING_STEPS if exp.runner.loops_on_device else 1
-    program = experiment.sample_program(exp, experiment.sampling_chain(exp, steps=steps))
-    weights = exp.runner.put("replicated", jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
-    index = exp.runner.put("batch", np.arange(made.images, dtype=np.int32))
-
-    def denoise():
-        jax.block_until_ready(program(weights, np.uint32(0), index))
-
+    denoise = _chain_run(exp, experiment.sampling_chain(exp, steps=steps), made.images)
     denoise()
     candidates = {"Inception-2015": run, "sums of features": lambda: moments.add(sums, features),
                   "denoising step": denoise}

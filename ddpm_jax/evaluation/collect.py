@@ -93,8 +93,9 @@ def collect(produce, *, num: int, batch: int, folder=None, request=None, stop=No
                    else np.concatenate([p[name] for p in parts])) for name in parts[0]}
 
 
-def shared_rows(runner, share: np.ndarray) -> np.ndarray:
-    """Each process's rows of a batch result -> all rows, on every process, in order."""
+def shared_rows(runner, result) -> np.ndarray:
+    """A 'batch' result of a runner's program: all rows, on every process, in order."""
+    share = runner.local(result)
     if jax.process_count() == 1:
         return share
     from jax.experimental import multihost_utils
@@ -106,3 +107,9 @@ def my_slots(runner, batch: int) -> tuple[int, int, int]:
     total = -(-batch // runner.num_devices) * runner.num_devices
     share = total // jax.process_count()
     return jax.process_index() * share, share, total
+
+
+def my_indices(runner, start: int, batch: int):
+    """Global indices start ... start+batch-1, rounded up to all devices, on the devices: int32."""
+    first, share, _ = my_slots(runner, batch)
+    return runner.put("batch", np.arange(start + first, start + first + share, dtype=np.int32))

@@ -100,6 +100,9 @@ def random_params(channels: int, seed: int = 0) -> list:
             for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
 
 
+TOLD_EVERY = 20      # steps between two calls of progress: each waits for the device
+
+
 def default_epochs(images: int) -> int:
     """About 40,000 to 250,000 images seen: enough for features, seconds for a small set."""
     return int(np.clip(60_000 // max(images, 1), 4, 40))
@@ -142,7 +145,7 @@ def train_classifier(images, labels, seed: int, *, epochs: int | None = None, pr
         now = rows[n % steps]
         params, opt_state = step(params, opt_state, images[now], labels[now],
                                  jax.random.fold_in(key, n))
-        if progress is not None:
+        if progress is not None and n % TOLD_EVERY == 0:
             jax.block_until_ready(params)
             progress(n + 1, epochs * steps)
     params = jax.tree.map(np.asarray, params)

@@ -269,6 +269,7 @@ class ResBlock(nn.Module):
             # x has three readers; where it is a concatenation XLA would write it twice.
             x = lax.optimization_barrier(x)
         h = self.conv1(self.norm1(x))
+        # Without it cuDNN takes the projection as a side input, which XLA writes out in full.
         h = lax.optimization_barrier(h) + projection[:, None, None, :]
         h = self.conv2(self.norm2(h, bits))
         if self.features_in != self.features:

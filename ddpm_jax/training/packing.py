@@ -1,4 +1,4 @@
-"""Parameters as two vectors: all kernels end to end, and all biases, scales and offsets.
+"""Parameters as a few vectors: the kernels of each size end to end, and all biases and scales.
 
 The optimizer and the average then are a few large operations instead of hundreds of small ones, and
 one cast makes the kernels ready to compute with. Checkpoints hold the named tree.
