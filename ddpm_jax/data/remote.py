@@ -230,9 +230,21 @@ def _md5(path) -> str:
 
 
 def upload(folder: pathlib.Path, url, last) -> None:
-    """All files below `folder` to url; those named in `last`, by which readers know it, last."""
+    """All files below `folder` to url; those named in `last`, by which readers know it, last.
+
+    Raises UserError, before those in `last`, where the bucket holds something else than was sent.
+    """
     fs, root = open_at(url)
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    for path in sorted(paths, key=lambda p: p.name in last):
-        with _told(url, "write to"):
-            fs.put_file(str(path), join(root, path.relative_to(folder).as_posix()))
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    for late in (False, True):
+        batch = {n: p for n, p in sorted(paths.items()) if (p.name in last) == late}
+        for name, path in batch.items():
+            with _told(url, "write to"):
+                fs.put_file(str(path), join(root, name))
+        there = listing(url)
+        for name, path in batch.items():
+            # gcsfs leaves open where a small file that ends in \r ends.
+            size, md5, _ = there.get(name, (-1, "", ""))
+            if size != path.stat().st_size or md5 and md5 != _md5(path):
+                raise UserError(f"{join(url, name)} is not what was sent (damaged on the way, or "
+                                "written by another process); start again")

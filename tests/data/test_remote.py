@@ -135,6 +135,26 @@ def test_damage_on_the_way_is_found(tmp_path, storage, stages, monkeypatch):
     assert not any(p.is_dir() and not p.name.endswith(".part") for p in stages.iterdir())
 
 
+def test_an_upload_is_what_was_sent_or_an_error(tmp_path, storage, monkeypatch):
+    (tmp_path / "set").mkdir()
+    for name, content in (("a", b"1\r\r\n2\r"), ("b", b"\n"), ("c", b""), ("info", b"last")):
+        (tmp_path / "set" / name).write_bytes(content)
+    remote.upload(tmp_path / "set", f"{storage}/sent/set", {"info"})
+    assert remote.read_bytes(f"{storage}/sent/set/a") == b"1\r\r\n2\r"
+    fs, _ = remote.open_at(storage)
+    put_file = fs.put_file
+
+    def cut(source, to):
+        whole = pathlib.Path(source).read_bytes()
+        pathlib.Path(source).write_bytes(whole[:-1])
+        put_file(source, to)
+        pathlib.Path(source).write_bytes(whole)
+    monkeypatch.setattr(fs, "put_file", cut)
+    with pytest.raises(UserError, match="cut/set/a is not what was sent"):
+        remote.upload(tmp_path / "set", f"{storage}/cut/set", {"info"})
+    assert "info" not in remote.listing(f"{storage}/cut/set")
+
+
 STAGE = "from ddpm_jax.data import remote; print(remote.stage('gs://ddpm/{}', 'set'))"
 
 

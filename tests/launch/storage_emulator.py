@@ -1,9 +1,11 @@
-"""gcp-storage-emulator with what TensorStore needs of the real service and the package leaves out:
-the generation in the headers of a download, and requests on condition of a generation.
+"""gcp-storage-emulator with what clients need of the real service and the package leaves out: the
+generation in the headers of a download, requests on condition of a generation, and a multipart
+upload's last byte where that is \\r.
 
     python storage_emulator.py PORT BUCKET
 """
 
+import json
 import sys
 import threading
 import time
@@ -40,7 +42,22 @@ def conditional(function):
     return handler
 
 
+def whole_uploads(read):
+    """The package's own reader takes the parts for lines of a mail."""
+    def read_data(handler, query):
+        if handler.headers.get_content_type() != "multipart/related":
+            return read(handler, query)
+        mark = b"--" + handler.headers.get_boundary().encode()
+        _, meta, rest = server._read_raw_data(handler).split(mark, 2)
+        line = meta[:meta.index(b"\n") + 1]  # gcsfs ends lines with \n
+        kind, content = rest[:rest.rindex(line + mark)].split(line * 2, 1)
+        return {"meta": json.loads(meta.split(line * 2, 1)[1]), "content": content,
+                "content-type": kind.partition(b":")[2].strip().decode()}
+    return read_data
+
+
 if __name__ == "__main__":
+    server._read_data = whole_uploads(server._read_data)
     conditions = {f: conditional(f) for f in (objects.insert, objects.get, objects.download,
                                               objects.delete)}
     server.HANDLERS = tuple(
