@@ -53,8 +53,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 class Experiment(NamedTuple):
     """What a config describes, ready to run. config: frozen; abstract_state: TrainState of
-    ShapeDtypeStructs; loss_fn(params, x_start, Draws) -> [B]; train_step(state, images, key), which
-    takes params as a tree or packed (training/packing.py)."""
+    ShapeDtypeStructs; init_params() -> params; loss_fn(params, x_start, Draws) -> [B];
+    train_step(state, images, key), which takes params as a tree or packed in ``order``
+    (training/packing.py)."""
 
     config: ConfigDict
     image_shape: tuple[int, int, int]
@@ -63,6 +64,8 @@ class Experiment(NamedTuple):
     model: nn.Module
     tx: optax.GradientTransformation
     runner: Runner
+    init_params: Callable
+    order: tuple[int, ...]
     abstract_state: TrainState
     loss_fn: Callable
     train_step: Callable
@@ -233,10 +236,11 @@ def build(config: ConfigDict, devices=None) -> Experiment:
     tx = _call(make_optimizer, "optimizer", **config.optimizer)
     predict, loss = PARAMETERIZATIONS[diffusion.predict], LOSSES[diffusion.loss]
     image_shape = (data.image_size, data.image_size, data.channels)
+    order = packing.ORDERS.get(devices[0].platform, packing.AS_THEY_ARE)
 
     def loss_fn(params, x_start, draws):
         if isinstance(params, packing.Packed):
-            params = packing.unpack(packing.kernels_as(params, model.dtype), abstract_params)
+            params = packing.unpack(packing.kernels_as(params, model.dtype), abstract_params, order)
 
         def denoise_fn(x_t, t):
             return model.apply({"params": params}, x_t, t, draws.dropout_bits)
@@ -244,20 +248,22 @@ def build(config: ConfigDict, devices=None) -> Experiment:
         return loss(denoise_fn, schedule, x_start, draws.t, draws.noise,
                     predict=predict, variance=variance)
 
-    abstract_params = jax.eval_shape(lambda: _call(_init_params, "model", model=model, seed=0))
+    init_params = jax.jit(lambda: _init_params(model, config.seed))  # traced once for both uses
+    abstract_params = jax.eval_shape(lambda: _call(init_params, "model"))
     shards = max(1, config.train.clip_replicas // (1 if runner.spread > 1 else len(devices)))
 
     def one_step(state, images, key):
         return train_step(
             state, images, key, loss_fn=loss_fn, tx=tx, ema_decay=config.ema.decay,
-            num_timesteps=diffusion.num_timesteps, num_dropout_bits=model.num_dropout_bits(),
+            num_timesteps=diffusion.num_timesteps, dropout_shapes=model.dropout_shapes(),
             flip=data.flip, clip=CLIP_SCOPES[config.train.clip_scope](config.train, shards),
             accumulation=config.train.accumulation, axis_name=runner.axis_name,
             spread=runner.spread)
 
     return Experiment(
         config=config, image_shape=image_shape, schedule=schedule, betas=betas, model=model,
-        tx=tx, runner=runner, loss_fn=loss_fn, train_step=one_step,
+        tx=tx, runner=runner, init_params=init_params, loss_fn=loss_fn, train_step=one_step,
+        order=order,
         abstract_state=jax.eval_shape(lambda p: init_state(p, tx), abstract_params))
 
 
@@ -269,23 +275,22 @@ def _init_params(model, seed):
 
 def new_state(experiment: Experiment) -> TrainState:
     """The state before the first update, on the runner's devices, from config.seed."""
-    model, tx, seed = experiment.model, experiment.tx, experiment.config.seed
-    state = jax.jit(lambda: init_state(_init_params(model, seed), tx))()
+    state = jax.jit(lambda: init_state(experiment.init_params(), experiment.tx))()
     return experiment.runner.put("replicated", jax.tree.map(np.asarray, state))
 
 
 def pack_program(experiment: Experiment):
     """TrainState on the devices -> the same packed, as ``train_program`` takes it."""
-    like = experiment.abstract_state.params
+    like, order = experiment.abstract_state.params, experiment.order
     return experiment.runner.compile(
-        lambda state: packing.pack_state(state, like), ("replicated",), ("replicated",))
+        lambda state: packing.pack_state(state, like, order), ("replicated",), ("replicated",))
 
 
 def unpack_program(experiment: Experiment):
     """A packed state, or a part of one, on the devices -> the named trees, in new arrays."""
-    like = experiment.abstract_state.params
+    like, order = experiment.abstract_state.params, experiment.order
     return experiment.runner.compile(
-        lambda state: packing.unpack_state(state, like), ("replicated",), ("replicated",))
+        lambda state: packing.unpack_state(state, like, order), ("replicated",), ("replicated",))
 
 
 # ---- programs ----
@@ -344,7 +349,7 @@ def train_arguments(experiment: Experiment, num_examples: int | None) -> tuple:
         kind = "replicated"
         images = jax.ShapeDtypeStruct((num_examples, math.prod(experiment.image_shape)), jnp.uint8)
     like = experiment.abstract_state
-    state = jax.eval_shape(lambda s: packing.pack_state(s, like.params), like)
+    state = jax.eval_shape(lambda s: packing.pack_state(s, like.params, experiment.order), like)
     return (
         runner.abstract("replicated", state),
         runner.abstract(kind, images),

@@ -175,38 +175,52 @@ def execution(program: Program) -> Execution:
     return out
 
 
+def _read_bytes(body: list[Instruction], parameter: Instruction, program: Program) -> int:
+    """Bytes that a fusion's body reads of a parameter: where it is only cut, those of the cuts."""
+    total, same = 0, {parameter.name}  # the parameter under its other names
+    for x in body:
+        if x.opcode in ("constant", "parameter") or not same.intersection(x.operands):
+            continue
+        if x.opcode == "bitcast":
+            same.add(x.name)
+        elif x.opcode in SLICES:
+            total += array_bytes(x.type)
+        elif x.opcode == "fusion":
+            inner = program.computations.get(x.attribute("calls"), [])
+            parameters = {int(y.operands[0]): y for y in inner if y.opcode == "parameter"}
+            total += sum(_read_bytes(inner, parameters[k], program)
+                         for k, operand in enumerate(x.operands) if operand in same)
+        else:
+            return array_bytes(parameter.type)
+    return min(total, array_bytes(parameter.type))
+
+
 def _sliced_bytes(program: Program, i: Instruction, types: dict[str, str]) -> int:
     """Bytes of a kernel where an operand that is only sliced counts by its slices."""
     full = array_bytes(i.type) + sum(array_bytes(types.get(o, "")) for o in i.operands)
     body = program.computations.get(i.attribute("calls"), []) if i.opcode == "fusion" else []
     if not body:
         return full
-    inner = {x.name: x for x in body}
-    users = collections.defaultdict(list)
+    total, root = array_bytes(i.type), body[-1]
+    names = {x.name: x for x in body}
     for x in body:
-        if x.opcode not in ("constant", "parameter"):
-            for o in x.operands:
-                users[o].append(x)
-    total = array_bytes(i.type)
-    root = body[-1]
-    for x in body:
-        if x.opcode != "parameter":
-            continue
-        same, ends = [x.name], []  # the operand under its other names, and who uses it
-        for name in same:
-            for user in users[name]:
-                if user.opcode == "bitcast":
-                    same.append(user.name)
-                else:
-                    ends.append(user)
-        if ends and all(e.opcode in SLICES for e in ends):
-            total += sum(array_bytes(e.type) for e in ends)
-        elif ends == [root] and root.opcode == "dynamic-update-slice" and root.operands[0] in same:
-            # Written in place: neither this operand nor the result moves but for the update.
-            total += array_bytes(inner[root.operands[1]].type) - array_bytes(i.type)
-        else:
-            total += array_bytes(x.type)
+        if x.opcode == "parameter":
+            if root.opcode == "dynamic-update-slice" and _only_used_as_target(body, x, root):
+                # Written in place: neither this operand nor the result moves but for the update.
+                total += array_bytes(names[root.operands[1]].type) - array_bytes(i.type)
+            else:
+                total += _read_bytes(body, x, program)
     return total
+
+
+def _only_used_as_target(body, parameter, root) -> bool:
+    same = {parameter.name}
+    for x in body:
+        if same.intersection(x.operands) and x.opcode not in ("constant", "parameter"):
+            if x is not root and x.opcode != "bitcast":
+                return False
+            same.add(x.name)
+    return root.operands[0] in same
 
 
 def _base(name: str) -> str:

@@ -102,9 +102,12 @@ def group_moments(x, groups):
     return tuple(_spread(m, channels) for m in moments)
 
 
-def _keep(bits, rate):
-    threshold = round(rate * 2**DROPOUT_BITS)
-    return (bits >= threshold) * (1.0 / (1.0 - threshold / 2**DROPOUT_BITS))
+def _drop(x, keep, rate):
+    return x * keep * (1.0 / (1.0 - _threshold(rate) / 2**DROPOUT_BITS))
+
+
+def _threshold(rate):
+    return round(rate * 2**DROPOUT_BITS)
 
 
 def _pixels(v):
@@ -122,6 +125,8 @@ def group_norm_act(x, scale, bias, bits, groups, eps, silu, rate):
 
 
 def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
+    # Without it a TPU repeats threefry at each use, and writes what it compares as float32.
+    keep = None if bits is None else lax.optimization_barrier(bits >= _threshold(rate))
     # Without it XLA joins the sums over pixels and channels and reads x once more for each.
     x, sums = lax.optimization_barrier((x, _channel_sums(x)))
     mean, variance = _join_channels(sums, x.shape[1] * x.shape[2], groups)
@@ -131,21 +136,21 @@ def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
     y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
     if silu:
         y = y * jax.nn.sigmoid(y)
-    if bits is not None:
-        y = y * _keep(bits, rate)
-    return y.astype(x.dtype), (x, scale, bias, bits, mean, inverse)
+    if keep is not None:
+        y = _drop(y, keep, rate)
+    return y.astype(x.dtype), (x, scale, bias, keep, mean, inverse)
 
 
 def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
-    x, scale, bias, bits, mean, inverse = saved
+    x, scale, bias, keep, mean, inverse = saved
     channels = x.shape[3]
     mean, inverse = _spread(mean, channels), _spread(inverse, channels)
 
     def normalised_and_gradient(x, g):
         xhat = (x.astype(jnp.float32) - _pixels(mean)) * _pixels(inverse)
         dy = g.astype(jnp.float32)
-        if bits is not None:
-            dy = dy * _keep(bits, rate)
+        if keep is not None:
+            dy = _drop(dy, keep, rate)
         if silu:
             y = xhat * scale[None, None, None, :] + bias[None, None, None, :]
             sigmoid = jax.nn.sigmoid(y)

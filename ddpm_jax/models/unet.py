@@ -120,14 +120,12 @@ class UNet(nn.Module):
             space_to_depth=self.space_to_depth,
         )
 
-    def dropout_sizes(self):
-        """Shapes [H,W,C] of what the blocks drop out, in order: see ``__call__``."""
-        return [(s.size, s.size, s.features) for s in self.stages() if s.kind in _WITH_TIME]
-
     @nn.nowrap
-    def num_dropout_bits(self):
-        """How many uint16 an example needs for ``dropout_bits``; 0 without dropout."""
-        return sum(h * w * c for h, w, c in self.dropout_sizes()) if self.dropout else 0
+    def dropout_shapes(self):
+        """[H,W,C] of what each block drops out, in order; empty without dropout."""
+        if not self.dropout:
+            return []
+        return [(s.size, s.size, s.features) for s in self.stages() if s.kind in _WITH_TIME]
 
     def setup(self):
         stages = self.stages()
@@ -161,18 +159,21 @@ class UNet(nn.Module):
             stages[-1].features, self.out_channels * pixels, init_scale=0.0, dtype=dtype
         )
 
-    def __call__(self, x, t, dropout_bits=None):
+    def __call__(self, x, t, dropout_bits=()):
         """x [B,H,W,in_channels] float, t int32 [B] -> float32 [B,H,W,out_channels].
 
-        dropout_bits: None (no dropout), or uint16 [B, num_dropout_bits()], an example's own: the
-        result does not depend on who shares its batch. Raises ValueError on another shape of x.
+        dropout_bits: empty (no dropout), or uint16 [B,H,W,C] for each of dropout_shapes(), an
+        example's own: the result does not depend on who shares its batch. Raises ValueError on
+        another shape of x.
         """
         expected = (self.image_size, self.image_size, self.in_channels)
         if x.shape[1:] != expected:
             raise ValueError(f"the model takes images {expected}, not {tuple(x.shape[1:])}")
-        stages = self.stages()
+        stages, shapes = self.stages(), self.dropout_shapes()
+        if dropout_bits and [b.shape[1:] for b in dropout_bits] != shapes:
+            raise ValueError(f"dropout_bits must have the shapes {shapes}")
         projections = self._projections(t)
-        bits = iter(self._cut(dropout_bits))
+        bits = iter(dropout_bits)
         h = self.conv_in(space_to_depth(x, self.space_to_depth))
         skips = [h]
         for stage, module in zip(stages, self.modules, strict=True):
@@ -180,7 +181,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=3)
             timed = stage.kind in _WITH_TIME
             h = _RUN[stage.kind](
-                module, h, next(projections) if timed else None, next(bits) if timed else None
+                module, h, next(projections) if timed else None, next(bits, None) if timed else None
             )
             if stage.push:
                 skips.append(h)
@@ -197,14 +198,6 @@ class UNet(nn.Module):
         bias = jnp.concatenate([m.temb_proj.bias for m in blocks])
         ends = list(_running_sum(m.features for m in blocks))
         return iter(jnp.split(dense(temb, kernel, bias, self.dtype), ends[:-1], axis=1))
-
-    def _cut(self, dropout_bits):
-        sizes = self.dropout_sizes()
-        if dropout_bits is None or not self.dropout:
-            return [None] * len(sizes)
-        ends = list(_running_sum(h * w * c for h, w, c in sizes))
-        parts = jnp.split(dropout_bits, ends[:-1], axis=1)
-        return [p.reshape(-1, *s) for p, s in zip(parts, sizes, strict=True)]
 
 
 _WITH_TIME = {"block"}

@@ -1,4 +1,5 @@
-"""Parameters as a few vectors: the kernels of each size end to end, and all biases and scales.
+"""Parameters as a few arrays: the kernels of each shape stacked, and all biases and scales end to
+end.
 
 The optimizer and the average then are a few large operations instead of hundreds of small ones, and
 one cast makes the kernels ready to compute with. Checkpoints hold the named tree.
@@ -8,11 +9,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+# How the OHWI kernels of 3x3 convolutions lie in a stack. XLA wants them as HWIO on a TPU and
+# would copy every one of them, and its gradient, at every step.
+ORDERS = {"tpu": (1, 2, 3, 0)}
+AS_THEY_ARE = (0, 1, 2, 3)
 
 
 class Packed(NamedTuple):
-    """kernels: {'SIZE': [n*SIZE]}, the leaves of two axes and more, those of one size end to end;
+    """kernels: {'OxHxWxI': [n, ...]}, the leaves of two axes and more, those of one shape stacked;
     vectors [m]: the rest."""
 
     kernels: dict[str, jax.Array]
@@ -20,38 +27,42 @@ class Packed(NamedTuple):
 
 
 def _groups(leaves) -> tuple[dict[str, list[int]], list[int]]:
-    """Which leaves lie in each vector of a Packed, in the tree's order."""
+    """Which leaves lie in each array of a Packed, in the tree's order."""
     kernels: dict[str, list[int]] = {}
     vectors = []
     for i, x in enumerate(leaves):
-        (kernels.setdefault(str(x.size), []) if x.ndim > 1 else vectors).append(i)
+        group = kernels.setdefault("x".join(map(str, x.shape)), []) if x.ndim > 1 else vectors
+        group.append(i)
     return kernels, vectors
 
 
-def pack(tree) -> Packed:
-    """Packed from a tree of arrays of one dtype."""
+def _permuted(x, order):
+    return x.transpose(order) if x.ndim == len(order) else x
+
+
+def pack(tree, order=AS_THEY_ARE) -> Packed:
+    """Packed from a tree of arrays of one dtype; order: that of the axes of 4-D leaves in it."""
     leaves = jax.tree.leaves(tree)
     kernels, vectors = _groups(leaves)
+    return Packed(
+        {shape: jnp.stack([_permuted(leaves[i], order) for i in group])
+         for shape, group in kernels.items()},
+        jnp.concatenate([leaves[i] for i in vectors]))
 
-    def join(group):
-        return jnp.concatenate([leaves[i].reshape(-1) for i in group])
 
-    return Packed({size: join(group) for size, group in kernels.items()}, join(vectors))
-
-
-def unpack(packed: Packed, like):
+def unpack(packed: Packed, like, order=AS_THEY_ARE):
     """The tree that ``pack`` took; like: its shapes (arrays or ShapeDtypeStructs)."""
     leaves, structure = jax.tree.flatten(like)
     kernels, vectors = _groups(leaves)
     out = list(leaves)
-
-    def cut(vector, group):
-        for i, piece in zip(group, lax.split(vector, [leaves[i].size for i in group]), strict=True):
-            out[i] = piece.reshape(leaves[i].shape)
-
-    for size, group in kernels.items():
-        cut(packed.kernels[size], group)
-    cut(packed.vectors, vectors)
+    back = tuple(np.argsort(order))
+    for shape, group in kernels.items():
+        stack = packed.kernels[shape]
+        for i, piece in zip(group, lax.split(stack, [1] * len(group)), strict=True):
+            out[i] = _permuted(piece[0], back)
+    pieces = lax.split(packed.vectors, [leaves[i].size for i in vectors])
+    for i, piece in zip(vectors, pieces, strict=True):
+        out[i] = piece
     return structure.unflatten(out)
 
 
@@ -62,18 +73,18 @@ def kernels_as(params, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
 
-def pack_state(state, like):
+def pack_state(state, like, order=AS_THEY_ARE):
     """``state`` (any tree) with each part shaped like the tree ``like`` packed: weights, their
     average, moments."""
     structure = jax.tree.structure(like)
     return jax.tree.map(
-        lambda part: pack(part) if jax.tree.structure(part) == structure else part,
+        lambda part: pack(part, order) if jax.tree.structure(part) == structure else part,
         state, is_leaf=lambda part: jax.tree.structure(part) == structure)
 
 
-def unpack_state(state, like):
+def unpack_state(state, like, order=AS_THEY_ARE):
     """The inverse of ``pack_state``, in new arrays: jit would hand on what stays as it is."""
     state = jax.tree.map(
-        lambda part: unpack(part, like) if isinstance(part, Packed) else part,
+        lambda part: unpack(part, like, order) if isinstance(part, Packed) else part,
         state, is_leaf=lambda part: isinstance(part, Packed))
     return jax.tree.map(jnp.copy, state)

@@ -15,12 +15,12 @@ GENERATORS = {"threefry": "threefry2x32", "rbg": "rbg", "unsafe_rbg": "unsafe_rb
 
 class Draws(NamedTuple):
     """What one training step draws for B examples: t int32 [B] in 0 ... T-1; noise [B,H,W,C];
-    flip bool [B]; dropout_bits uint16 [B,n] or None."""
+    flip bool [B]; dropout_bits: what each block drops out by, uint16 [B,H,W,C] each."""
 
     t: jax.Array
     noise: jax.Array
     flip: jax.Array
-    dropout_bits: jax.Array | None
+    dropout_bits: tuple[jax.Array, ...]
 
 
 def run_key(seed, generator="threefry"):
@@ -34,18 +34,22 @@ def example_keys(key, step, index):
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
 
-def draw(keys, *, image_shape, num_timesteps, num_dropout_bits) -> Draws:
-    """keys [B] -> Draws for images [B,*image_shape]. t is uniform and iid (Alg. 1)."""
+def draw(keys, *, image_shape, num_timesteps, dropout_shapes) -> Draws:
+    """keys [B] -> Draws for images [B,*image_shape]. t is uniform and iid (Alg. 1).
+
+    dropout_shapes: [H,W,C] of each block, empty without dropout. Drawn block by block, so that XLA
+    makes the bits where they are used.
+    """
 
     def one(key):
         kt, kn, kf, kd = jax.random.split(key, 4)
-        bits = (jax.random.bits(kd, (num_dropout_bits,), jnp.uint16)
-                if num_dropout_bits else None)
         return Draws(
             t=jax.random.randint(kt, (), 0, num_timesteps),
             noise=jax.random.normal(kn, image_shape),
             flip=jax.random.bernoulli(kf),
-            dropout_bits=bits,
+            dropout_bits=tuple(
+                jax.random.bits(jax.random.fold_in(kd, i), shape, jnp.uint16)
+                for i, shape in enumerate(dropout_shapes)),
         )
 
     return jax.vmap(one)(keys)

@@ -102,7 +102,7 @@ class Clip(NamedTuple):
 
 
 def train_step(
-    state, images, key, *, loss_fn, tx, ema_decay, num_timesteps, num_dropout_bits, flip,
+    state, images, key, *, loss_fn, tx, ema_decay, num_timesteps, dropout_shapes, flip,
     clip, accumulation=1, axis_name=None, spread=1,
 ):
     """One update from images uint8 [b,H,W,C]: this device's share, or the whole batch under jit.
@@ -118,7 +118,7 @@ def train_step(
     keys = example_keys(key, state.step, first + jnp.arange(b))
     draws = draw(
         keys, image_shape=images.shape[1:], num_timesteps=num_timesteps,
-        num_dropout_bits=num_dropout_bits,
+        dropout_shapes=dropout_shapes,
     )
     if flip:
         images = jnp.where(draws.flip[:, None, None, None], images[:, :, ::-1], images)

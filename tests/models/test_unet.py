@@ -64,23 +64,32 @@ def test_every_parameter_matters():
         assert float(jnp.abs(g).max()) > 1e-5, name
 
 
+def bits_of(model, batch):
+    return [jax.random.bits(jax.random.key(i), (batch, *shape), jnp.uint16)
+            for i, shape in enumerate(model.dropout_shapes())]
+
+
 def test_an_example_does_not_see_its_batch():
     model, params = made()
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 8, 1)), jnp.float32)
     t = jnp.array([0, 10, 500, 999])
-    bits = jax.random.bits(jax.random.key(1), (4, model.num_dropout_bits()), jnp.uint16)
+    bits = bits_of(model, 4)
     apply = jax.jit(lambda *a: model.apply({"params": params}, *a))
     whole = apply(x, t, bits)
     for i in (0, 3):
-        alone = apply(x[i:i + 1], t[i:i + 1], bits[i:i + 1])
+        alone = apply(x[i:i + 1], t[i:i + 1], [b[i:i + 1] for b in bits])
         np.testing.assert_allclose(alone[0], whole[i], rtol=2e-4, atol=2e-4)
-    assert not np.allclose(whole, apply(x, t, jnp.full_like(bits, 65535)), atol=1e-2)
+    for i, b in enumerate(bits):  # every block listens to its own
+        other = [*bits[:i], 65535 - b, *bits[i + 1:]]
+        assert not np.allclose(whole, apply(x, t, other), atol=1e-4), i
+    with pytest.raises(ValueError, match="dropout_bits must have the shapes"):
+        apply(x, t, bits[1:])
 
 
 def test_remat_changes_nothing():
     model, params = made()
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 8, 1)), jnp.float32)
-    bits = jax.random.bits(jax.random.key(1), (2, model.num_dropout_bits()), jnp.uint16)
+    bits = bits_of(model, 2)
     t = jnp.array([3, 70])
 
     def grads(model):

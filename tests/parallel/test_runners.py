@@ -58,7 +58,7 @@ def sgd_step(exp, tx):
         1 if exp.runner.spread > 1 else exp.runner.num_devices))
     return lambda state, images, key: E.train_step(
         state, images, key, loss_fn=exp.loss_fn, tx=tx, ema_decay=0.9, num_timesteps=200,
-        num_dropout_bits=exp.model.num_dropout_bits(), flip=True,
+        dropout_shapes=exp.model.dropout_shapes(), flip=True,
         clip=E.CLIP_SCOPES[c.train.clip_scope](c.train, shards),
         accumulation=c.train.accumulation, axis_name=exp.runner.axis_name,
         spread=exp.runner.spread)

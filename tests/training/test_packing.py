@@ -22,15 +22,23 @@ def tree_of(shapes):
 
 
 @settings(max_examples=30, deadline=None)
-@given(SHAPES)
-def test_round_trip(shapes):
+@given(SHAPES, st.sampled_from([P.AS_THEY_ARE, *P.ORDERS.values()]))
+def test_round_trip(shapes, order):
     tree = tree_of(shapes)
-    packed = P.pack(tree)
-    assert all(x.ndim == 1 for x in jax.tree.leaves(packed))
-    assert sorted(np.concatenate(jax.tree.leaves(packed))) == list(range(
+    packed = P.pack(tree, order)
+    assert len(packed.kernels) == len({x.shape for x in jax.tree.leaves(tree) if x.ndim > 1})
+    assert sorted(np.concatenate([x.ravel() for x in jax.tree.leaves(packed)])) == list(range(
         sum(x.size for x in jax.tree.leaves(tree))))
-    back = P.unpack(packed, jax.eval_shape(lambda: tree))
+    back = P.unpack(packed, jax.eval_shape(lambda: tree), order)
     jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+def test_a_tpu_keeps_kernels_as_it_reads_them():
+    ohwi = np.arange(2 * 3 * 3 * 5.0).reshape(2, 3, 3, 5)
+    packed = P.pack({"a": ohwi, "b": ohwi + 1, "c": np.zeros(4)}, P.ORDERS["tpu"])
+    (stack,) = packed.kernels.values()
+    assert stack.shape == (2, 3, 3, 5, 2)
+    assert stack[1, 2, 0, 4, 1] == ohwi[1, 2, 0, 4] + 1
 
 
 def test_a_state_keeps_its_scalars_and_gets_its_moments_back():

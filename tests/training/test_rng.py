@@ -5,14 +5,14 @@ import pytest
 
 from ddpm_jax.training import rng
 
-DRAW = dict(image_shape=(4, 4, 1), num_timesteps=1000, num_dropout_bits=12)
+DRAW = dict(image_shape=(4, 4, 1), num_timesteps=1000, dropout_shapes=[(2, 2, 1), (2, 2, 2)])
 
 
 def test_an_example_draws_the_same_whoever_shares_its_batch():
     key = rng.run_key(3)
     whole = rng.draw(rng.example_keys(key, 5, jnp.arange(8)), **DRAW)
     part = rng.draw(rng.example_keys(key, 5, jnp.array([6, 2])), **DRAW)
-    for a, b in zip(whole, part, strict=True):
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[[6, 2]], b)
 
 
@@ -26,13 +26,16 @@ def test_steps_seeds_and_examples_differ():
 
 def test_distributions():
     d = rng.draw(rng.example_keys(rng.run_key(0), 0, jnp.arange(20_000)),
-                 image_shape=(2, 2, 1), num_timesteps=10, num_dropout_bits=4)
+                 image_shape=(2, 2, 1), num_timesteps=10, dropout_shapes=[(1, 1, 1), (1, 1, 3)])
     counts = np.bincount(d.t, minlength=10)
     assert counts.shape == (10,) and np.abs(counts / 2000 - 1).max() < 0.12
     assert abs(float(d.flip.mean()) - 0.5) < 0.02
     assert abs(float(d.noise.mean())) < 0.02 and abs(float(d.noise.std()) - 1) < 0.02
-    assert d.dropout_bits.dtype == jnp.uint16
-    assert abs(float(d.dropout_bits.astype(jnp.float32).mean()) / 32767.5 - 1) < 0.02
+    assert [b.shape for b in d.dropout_bits] == [(20_000, 1, 1, 1), (20_000, 1, 1, 3)]
+    assert {b.dtype for b in d.dropout_bits} == {jnp.dtype(jnp.uint16)}
+    bits = np.concatenate([b.reshape(20_000, -1) for b in d.dropout_bits], axis=1)
+    assert np.abs(bits.mean(axis=0) / 32767.5 - 1).max() < 0.02
+    assert np.abs(np.corrcoef(bits.T) - np.eye(4)).max() < 0.03  # blocks draw apart
     assert abs(np.corrcoef(d.t, d.noise[:, 0, 0, 0])[0, 1]) < 0.03
 
 
@@ -52,5 +55,5 @@ def test_every_generator_draws(name):
 
 def test_no_dropout_draws_no_bits():
     d = rng.draw(rng.example_keys(rng.run_key(0), 0, jnp.arange(3)),
-                 **{**DRAW, "num_dropout_bits": 0})
-    assert d.dropout_bits is None and jax.tree.leaves(d)[0].shape == (3,)
+                 **{**DRAW, "dropout_shapes": []})
+    assert d.dropout_bits == () and jax.tree.leaves(d)[0].shape == (3,)

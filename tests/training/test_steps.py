@@ -26,14 +26,14 @@ def state(tx):
 def step(images=IMAGES, *, tx=None, clip=S.Clip(0.0, None), **kwargs):  # noqa: B008
     tx = tx or optax.sgd(1.0)
     settings = dict(loss_fn=linear_loss, tx=tx, ema_decay=0.99, num_timesteps=1000,
-                    num_dropout_bits=0, flip=False, clip=clip)
+                    dropout_shapes=[], flip=False, clip=clip)
     return S.train_step(state(tx), jnp.asarray(images), rng.run_key(0), **{**settings, **kwargs})
 
 
 def gradient(images, index):
     """The mean gradient of the examples ``index``, by autodiff of the whole, unsharded loss."""
     keys = rng.example_keys(rng.run_key(0), 0, jnp.arange(16))
-    draws = rng.draw(keys, image_shape=(4, 4, 1), num_timesteps=1000, num_dropout_bits=0)
+    draws = rng.draw(keys, image_shape=(4, 4, 1), num_timesteps=1000, dropout_shapes=[])
     start = {"w": jnp.float32(1.5), "b": jnp.float32(-0.5)}
     return jax.grad(lambda p: linear_loss(p, S.to_unit_range(jnp.asarray(images)), draws)[
         np.asarray(index)].mean())(start)
@@ -90,7 +90,7 @@ def test_replica_clip_clips_each_part_before_the_mean():
 def test_ema_copies_first_then_decays():
     tx = optax.sgd(1.0)
     settings = dict(loss_fn=linear_loss, tx=tx, ema_decay=0.9, num_timesteps=1000,
-                    num_dropout_bits=0, flip=False, clip=S.Clip(0.0, None))
+                    dropout_shapes=[], flip=False, clip=S.Clip(0.0, None))
     s1, _ = S.train_step(state(tx), jnp.asarray(IMAGES), rng.run_key(0), **settings)
     close(s1.ema_params, s1.params)
     s2, _ = S.train_step(s1, jnp.asarray(IMAGES), rng.run_key(0), **settings)
@@ -100,7 +100,7 @@ def test_ema_copies_first_then_decays():
 def test_flips_mirror_half_of_the_images_left_to_right():
     keys = rng.example_keys(rng.run_key(0), 0, jnp.arange(16))
     flip = np.asarray(rng.draw(keys, image_shape=(4, 4, 1), num_timesteps=1000,
-                               num_dropout_bits=0).flip)
+                               dropout_shapes=[]).flip)
     assert 0 < flip.sum() < 16
     mirrored = np.where(flip[:, None, None, None], IMAGES[:, :, ::-1], IMAGES)
 
@@ -115,7 +115,7 @@ def test_flips_mirror_half_of_the_images_left_to_right():
 def test_many_steps_stop_where_told_and_equal_one_by_one():
     tx = optax.adam(1e-2)
     settings = dict(loss_fn=linear_loss, tx=tx, ema_decay=0.99, num_timesteps=1000,
-                    num_dropout_bits=0, flip=False, clip=S.Clip(1.0, 4))
+                    dropout_shapes=[], flip=False, clip=S.Clip(1.0, 4))
 
     def one(s, i):
         return S.train_step(s, jnp.asarray(IMAGES), rng.run_key(0), **settings)
