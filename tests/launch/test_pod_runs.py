@@ -400,12 +400,16 @@ def test_evaluation_of_a_run_on_a_bucket(tmp_path, storage):
     assert again["bpd_test"] == values["bpd_test"] and again["FD-rand@0"] != values["FD-rand@0"]
 
 
-def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, storage, monkeypatch):
-    """At the restart nothing is downloaded."""
+FASHION = ["--config.data.name=fashion_mnist", "--config.data.image_size=28",
+           "--config.data.resident=False"]
+
+
+@pytest.fixture
+def fashion(tmp_path, storage, monkeypatch):
+    """40 random images as Fashion-MNIST in a bucket, with a copy in tmp_path/data; -> its URL."""
     import gzip
 
     from ddpm_jax.data import prepare, remote
-    from ddpm_jax.data.datasets import open_source
     rng = np.random.default_rng(0)
     for stem, n in (("train", 40), ("t10k", 4)):
         for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28), np.uint8)),
@@ -414,14 +418,63 @@ def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, storage
             (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(head
                                                                              + array.tobytes()))
     prepare.fashion_mnist("fashion_mnist", tmp_path / "data", [str(tmp_path)])
-    remote.upload(tmp_path / "data", f"{storage}/data", last={"dataset_info.json"})
+    url = f"{storage}/{tmp_path.name}"
+    remote.upload(tmp_path / "data", url, last={"dataset_info.json"})
     monkeypatch.setenv("DDPM_STAGE_DIR", str(tmp_path / "stages"))
+    return url
+
+
+def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, fashion):
+    """At the restart nothing is downloaded."""
+    from ddpm_jax.data.datasets import open_source
     texts = [run(tmp_path / f"to{steps}", 2, 1, train_command(
-        tmp_path / "run", steps=steps, devices=2, extra=[
-            "--config.data.name=fashion_mnist", "--config.data.image_size=28",
-            "--config.data.resident=False", f"--config.data.dir={storage}/data"]))
+        tmp_path / "run", steps=steps, devices=2, extra=[*FASHION, f"--config.data.dir={fashion}"]))
         for steps in (1, 2)]
     assert [text.count("staging gs://") for text in texts] == [1, 0]
     fingerprint = open_source("fashion_mnist", tmp_path / "data", "train").fingerprint
     assert all(f"(40 images, {fingerprint})" in text for text in texts)
     assert "from step 1" in texts[1] and sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_sigterm_while_data_is_staged(tmp_path, fashion):
+    """It asks for a restart, and that downloads what is missing."""
+    _, _, _, *flags = train_command(tmp_path / "run", steps=1, devices=1, extra=[
+        *FASHION, f"--config.data.dir={fashion}"])
+    stuck = ("import sys, time\n"
+             "from ddpm_jax.data import remote\n"
+             "fs, _ = remote.open_at('gs://ddpm')\n"
+             "get = fs.get_file\n"
+             "def slow(path, to):\n"
+             "    open(to, 'wb').write(b'half'); time.sleep(600)\n"
+             "fs.get_file = lambda *a: slow(*a) if 'info' not in a[0] else get(*a)\n"
+             f"sys.argv = {['ddpm', *flags]!r}\n"
+             "from ddpm_jax.cli.main import run\n"
+             "run()\n")
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([sys.executable, "-c", stuck], env=env, stderr=subprocess.PIPE,
+                               text=True)
+    deadline = time.time() + 60
+    while not list((tmp_path / "stages").rglob("*.download")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 42, error
+    done = subprocess.run([sys.executable, "-m", "ddpm_jax", *flags], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " there already) in " in done.stderr, done.stderr
+    assert sorted(losses(tmp_path / "run")) == [1]
+
+
+def test_hosts_with_different_data_are_named(tmp_path):
+    from ddpm_jax.data import prepare
+    for process in (0, 1):
+        pixels = np.random.default_rng(process).integers(0, 256, (16, 8, 8, 1), np.uint8)
+        prepare.write_store(tmp_path / f"data{process}", "folder", {
+            "train": (16, range(16), [0] * 16, pixels.__getitem__)}, (8, 8, 1))
+    command = train_command(tmp_path / "run", steps=2, devices=2,
+                            extra=["--config.data.name=folder"])
+    own = f"DDPM_DATA_DIR={tmp_path}/data$DDPM_PROC exec \"$@\""
+    text = run(tmp_path, 2, 1, ["sh", "-c", own, "sh", *command], code=2)
+    assert re.search(r"hosts differ: process 1 on \S+: data=\w+ \(process 0 has \w+\)", text), text
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
