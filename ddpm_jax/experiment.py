@@ -318,7 +318,7 @@ def train_program(experiment: Experiment, num_examples: int | None, *, most: int
         start = step.astype(jnp.uint32) * jnp.uint32(batch)
         mine = (_position(runner, share) + jnp.arange(share)).astype(jnp.uint32)
         rows = images[shuffled_index(seed, start + mine, num_examples, jnp)]
-        return rows.reshape(share, *experiment.image_shape)
+        return runner.split(rows.reshape(share, *experiment.image_shape))
 
     def streamed(images, seed, step, i):
         del seed, step

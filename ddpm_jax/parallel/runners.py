@@ -26,7 +26,8 @@ class Runner(NamedTuple):
     compile(fn, args, results, donate=()): fn on all devices; args, results: kinds.
     put(kind, tree): this process's numpy share -> device arrays. abstract(kind, tree of
     ShapeDtypeStruct, whole) -> what .lower() takes. to_global(tree): replicated results as global
-    arrays, for checkpoints. local(x): a 'batch' result's share of this process, numpy."""
+    arrays, for checkpoints. local(x): a 'batch' result's share of this process, numpy. split(x):
+    inside a program, says that axis 0 of x is a batch, of which each device takes its share."""
 
     name: str
     mesh: Mesh
@@ -37,6 +38,7 @@ class Runner(NamedTuple):
     abstract: Callable
     to_global: Callable
     local: Callable
+    split: Callable = lambda x: x
 
     @property
     def num_devices(self) -> int:
@@ -102,7 +104,11 @@ def jit_runner(devices) -> Runner:
             donate_argnums=donate,
         )
 
-    return Runner("jit", mesh, None, mesh.size, compile, put, abstract, lambda tree: tree, local)
+    def split(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, SPECS["batch"]))
+
+    return Runner("jit", mesh, None, mesh.size, compile, put, abstract, lambda tree: tree, local,
+                  split)
 
 
 def shard_map_runner(devices) -> Runner:

@@ -128,3 +128,18 @@ def test_abstract_arguments_lower_to_one_program_for_all_devices(name):
 def test_devices_of_a_process_lie_side_by_side():
     mesh = RUNNERS["shard_map"](jax.devices()[::-1]).mesh
     assert [d.id for d in mesh.devices.flat] == sorted(d.id for d in jax.devices())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"train.clip_scope": "per_replica"},
+                                    {"train.accumulation": 2}])
+def test_under_jit_a_device_works_on_its_share(resident, fields):
+    """Equal results do not show it: every device could do all of the work."""
+    def flops(runner, devices):
+        exp = E.build(config(runner, **fields, **{"train.clip_replicas": devices}),
+                      jax.devices()[:devices])
+        count = len(IMAGES) if resident else None
+        lowered = E.train_program(exp, count).lower(*E.train_arguments(exp, count))
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops("jit", 8) < 0.3 * flops("jit", 1)
