@@ -26,7 +26,7 @@ class Compilation(NamedTuple):
         return f"compiled {self.name} in {self.seconds:.1f} s (cache: {self.cache})"
 
 
-def enable_compilation_cache(directory: str | None = None, *, min_seconds: float = 1.0):
+def enable_compilation_cache(directory: str | None = None, *, min_seconds: float = 0.1):
     """Keep compiled programs in `directory` between runs; returns its path, or None where off.
 
     The order is: `directory`, what JAX was told (JAX_COMPILATION_CACHE_DIR), the default
