@@ -45,7 +45,7 @@ def _compiled(rows: list[dict]) -> str:
         name = r.get("cell") or " ".join(
             str(r["about"][k]) for k in ("program", "config", "runner", "dtype", "topology"))
         if "error" in r or "hlo" not in r:
-            lines.append([name, r.get("error") or r.get("why", ""), *[""] * 9])
+            lines.append([name, r.get("error") or r.get("why", ""), *[""] * 10])
             continue
         h, fit = r["hlo"], r.get("fit")
         reduces = ", ".join(f"{n} {c['count']} ({report.size(c['bytes'])})"
@@ -53,12 +53,13 @@ def _compiled(rows: list[dict]) -> str:
         lines.append([
             name, f"{sum(s['wall_s'] for s in r['seconds'].values()):.0f}",
             f"{r['seconds']['compile']['cpu_s']:.0f}",
+            f"{sum(s['wall_s'] for s in r['warm'].values()):.1f}" if r.get("warm") else "",
             f"{r['stablehlo']['instructions']:,}", f"{h['instructions']:,}", f"{h['kernels']:,}",
             report.size(h["bytes"]), report.size(r["cost"]["bytes"]), reduces,
             report.size(r["memory"]["peak"]), f"{fit['free']:.0%}" if fit else "n/a"])
-    return _markdown(["program", "wall s", "compile CPU-s", "StableHLO", "HLO", "kernels",
-                      "moved (counted)", "moved (XLA)", "collectives", "peak memory", "HBM free"],
-                     lines)
+    return _markdown(["program", "wall s", "compile CPU-s", "warm wall s", "StableHLO", "HLO",
+                      "kernels", "moved (counted)", "moved (XLA)", "collectives", "peak memory",
+                      "HBM free"], lines)
 
 
 def _measured(rows: list[dict]) -> str:
