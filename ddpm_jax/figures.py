@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import experiment
+from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
 from ddpm_jax.evaluation import collect, measures, report
 from ddpm_jax.evaluation.paper_results import TABLE_4, rate_verdict
@@ -86,7 +87,7 @@ def interpolation(run) -> Drawn:
     source = run.sources.get("test") or run.sources["train"]
     chain = experiment.sampling_chain(exp)
     middle = chain.num_steps // 2 - 1
-    ends = np.stack([source[i] for i in range(2 * ROWS)])
+    ends = read_rows(source.__getitem__, range(2 * ROWS))
     columns = COLUMNS + 1
     weights = np.linspace(0, 1, columns, dtype=np.float32)
 

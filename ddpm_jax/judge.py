@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import checkpoints, experiment
-from ddpm_jax.data.datasets import open_source
+from ddpm_jax.data.datasets import open_source, read_rows
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import (
     collect,
@@ -151,7 +151,7 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
         def produce(start, count):
             # The last batch is filled with its last image; those rows are cut off again.
             mine = [min(start + first + i, start + count - 1) for i in range(share)]
-            out = features(runner.put("batch", np.stack([read(i) for i in mine])))
+            out = features(runner.put("batch", read_rows(read, mine)))
             rows = _rows_of(runner, out, count)
             if "images" in rows:
                 rows["images"] = rows["images"][:max(0, images_kept - start)]
@@ -172,7 +172,7 @@ def bound_draws(exp, params, source, seed, batch, memory):
     def produce(start, count):
         mine = [min(start + first + i, start + count - 1) for i in range(share)]
         out = compiled(params, np.uint32(seed),
-                       exp.runner.put("batch", np.stack([source[i] for i in mine])),
+                       exp.runner.put("batch", read_rows(source.__getitem__, mine)),
                        exp.runner.put("batch", np.array(mine, np.int32)))
         rows = _rows_of(exp.runner, out._asdict(), count)
         return {"bpd": rows["total"], "prior": rows["prior"]} | {
@@ -210,7 +210,7 @@ class _Slices:
 
     def __getitem__(self, item):
         if isinstance(item, slice):
-            return np.stack([self._source[i] for i in range(*item.indices(self._count))])
+            return read_rows(self._source.__getitem__, range(*item.indices(self._count)))
         return self._source[item]
 
 
@@ -222,7 +222,7 @@ def _classifier(sources, folder, say):
     stored = None
     if jax.process_index() == 0:
         n = min(len(train), 5 * OFFLINE_REALS)
-        images = np.stack([train[i] for i in range(n)])
+        images = read_rows(train.__getitem__, range(n))
         stored = small_cnn.train_once(train.name, train.fingerprint, images, train.labels[:n],
                                       folder=folder, progress=_steps(say, train.name))
     if jax.process_count() == 1:

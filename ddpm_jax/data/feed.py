@@ -7,7 +7,6 @@ is no iterator state to save, and nothing repeats or goes missing after a resume
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -106,26 +105,3 @@ def stream(source, *, seed, start_step, batch_size, slots, threads=16, prefetch=
     options = grain.ReadOptions(num_threads=threads,
                                 prefetch_buffer_size=max(threads, prefetch * len(slots)))
     return iter(elements.to_iter_dataset(options).batch(len(slots)))
-
-
-def iterate(source, batch_size, indices=None, *, threads=16):
-    """Once over `indices` (default: all, in order), for evaluation; one batch is read ahead.
-
-    Yields (images uint8 [batch_size, H, W, C], valid bool [batch_size]); the last batch is filled
-    up with zeros, where valid is False.
-    """
-    indices = np.arange(len(source)) if indices is None else np.asarray(indices)
-    chunks = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            ahead = [pool.submit(source.__getitem__, int(i)) for c in chunks[:1] for i in c]
-            for k in range(len(chunks)):
-                current = ahead
-                ahead = [pool.submit(source.__getitem__, int(i)) for c in chunks[k + 1:k + 2]
-                         for i in c]
-                images = np.zeros((batch_size, *source.shape), np.uint8)
-                for row, future in enumerate(current):
-                    images[row] = future.result()
-                yield images, np.arange(batch_size) < len(current)
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,20 @@ def test_real_photographs(real_images):
     assert source.shape == (32, 32, 3) and len(source.class_names) == 10
     assert np.ptp(source[len(source) // 2]) > 50
     assert (np.bincount(source.labels) == len(source) / 10).all()
+
+
+def test_rows_are_read_in_order_and_side_by_side():
+    together = threading.Barrier(4, timeout=20)
+
+    def read(i):
+        together.wait()
+        return np.full((1, 2, 3), i, np.uint8)
+
+    rows = datasets.read_rows(read, [5, 0, 7, 7])
+    assert rows.shape == (4, 1, 2, 3) and rows[:, 0, 0, 0].tolist() == [5, 0, 7, 7]
+
+    def broken(i):
+        raise UserError(f"image {i} is corrupt")
+
+    with pytest.raises(UserError, match="image 3 is corrupt"):
+        datasets.read_rows(broken, [3])

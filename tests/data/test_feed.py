@@ -123,21 +123,6 @@ def test_stream_reads_in_worker_threads_and_passes_their_errors_on():
             next(broken)
 
 
-def test_iterate_pads_the_last_batch():
-    source = Counting(300)
-    images, valid = zip(*feed.iterate(source, 128), strict=True)
-    assert [v.sum() for v in valid] == [128, 128, 44]
-    assert all(i.shape == (128, 1, 2, 1) for i in images)
-    np.testing.assert_array_equal(
-        np.concatenate([numbers(i)[v] for i, v in zip(images, valid, strict=True)]),
-        np.arange(300))
-    assert not images[-1][44:].any()
-    (batch, mask), = feed.iterate(source, 4, [7, 290])
-    assert numbers(batch)[mask].tolist() == [7, 290]
-    with pytest.raises(UserError, match="corrupt"):
-        list(feed.iterate(Counting(5, bad=3), 2))
-
-
 def test_is_small():
     class Size:
         shape = (32, 32, 3)
