@@ -66,6 +66,8 @@ if "loop" in words:
             sys.exit(distributed.EXIT_RESTART)
         time.sleep(0.005)
 print("END", pod.process_id, pod.num_processes, flush=True)
+if os.environ.get("LATE") == str(pod.process_id):
+    block(ctypes.CDLL(None))
 '''
 
 
@@ -143,6 +145,17 @@ def test_sigterm_during_a_compilation_ends_all_with_42(tmp_path, who):
         run.popen[who].send_signal(signal.SIGTERM)
         assert run.wait(25) == [42, 42]
     assert "nothing unsaved" in run.text(who) and "is leaving" in run.text(1 - who)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_where_the_other_is_done_leaves_it_its_code(tmp_path, who):
+    """The other waits in JAX's shutdown, and would be aborted where its peer just disappears."""
+    with Processes(tmp_path, [], 2, env={"LATE": str(who)}) as run:
+        run.until("END")
+        run.popen[who].send_signal(signal.SIGTERM)
+        codes = run.wait(60)
+    assert (codes[who], codes[1 - who]) == (42, 0), (run.text(0), run.text(1))
 
 
 def test_single_process_stops_at_the_next_step(tmp_path):
