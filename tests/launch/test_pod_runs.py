@@ -252,7 +252,7 @@ def test_ten_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
 def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninterrupted):
     def command(out):
         return [sys.executable, "-m", "ddpm_jax", "sample", f"--workdir={uninterrupted}/run",
-                "--num=10", "--batch_size=2", f"--out={out}"]
+                "--num=20", "--batch_size=2", f"--out={out}"]
 
     run(tmp_path / "a", 1, 2, command(tmp_path / "one"))
     process = start(tmp_path / "b", 2, 1, command(tmp_path / "two"))
@@ -266,11 +266,12 @@ def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninte
     assert code in (0, 42), texts(tmp_path / "b")  # 0: it was quicker
     before = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.npy")}
     if code == 42:
-        assert before
+        # The signal may come after the last shard: then all is done, and the restart finds it so.
+        assert before or (tmp_path / "two" / "samples.npz").exists()
         process = start(tmp_path / "c", 2, 1, command(tmp_path / "two"))
         assert process.wait(150) == 0, texts(tmp_path / "c")
     images = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two")]
-    assert images[0].shape == (10, 8, 8, 1)
+    assert images[0].shape == (20, 8, 8, 1)
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
 
 
