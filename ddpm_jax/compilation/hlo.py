@@ -175,15 +175,25 @@ def execution(program: Program) -> Execution:
     return out
 
 
-def _read_bytes(body: list[Instruction], parameter: Instruction, program: Program) -> int:
-    """Bytes that a fusion's body reads of a parameter: where it is only cut, those of the cuts."""
-    total, same = 0, {parameter.name}  # the parameter under its other names
+def _uses(body: list[Instruction], parameter: Instruction):
+    """-> (names of a parameter in a fusion's body, bitcasts of it too; what uses it by any)."""
+    same, users = {parameter.name}, []
     for x in body:
         if x.opcode in ("constant", "parameter") or not same.intersection(x.operands):
             continue
         if x.opcode == "bitcast":
             same.add(x.name)
-        elif x.opcode in SLICES:
+        else:
+            users.append(x)
+    return same, users
+
+
+def _read_bytes(body: list[Instruction], parameter: Instruction, program: Program) -> int:
+    """Bytes that a fusion's body reads of a parameter: where it is only cut, those of the cuts."""
+    same, users = _uses(body, parameter)
+    total = 0
+    for x in users:
+        if x.opcode in SLICES:
             total += array_bytes(x.type)
         elif x.opcode == "fusion":
             inner = program.computations.get(x.attribute("calls"), [])
@@ -205,22 +215,14 @@ def _sliced_bytes(program: Program, i: Instruction, types: dict[str, str]) -> in
     names = {x.name: x for x in body}
     for x in body:
         if x.opcode == "parameter":
-            if root.opcode == "dynamic-update-slice" and _only_used_as_target(body, x, root):
+            same, users = _uses(body, x)
+            if (users == [root] and root.opcode == "dynamic-update-slice"
+                    and root.operands[0] in same):
                 # Written in place: neither this operand nor the result moves but for the update.
                 total += array_bytes(names[root.operands[1]].type) - array_bytes(i.type)
             else:
                 total += _read_bytes(body, x, program)
     return total
-
-
-def _only_used_as_target(body, parameter, root) -> bool:
-    same = {parameter.name}
-    for x in body:
-        if same.intersection(x.operands) and x.opcode not in ("constant", "parameter"):
-            if x is not root and x.opcode != "bitcast":
-                return False
-            same.add(x.name)
-    return root.operands[0] in same
 
 
 def _base(name: str) -> str:

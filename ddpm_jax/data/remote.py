@@ -218,10 +218,15 @@ def _download(source, folder, files):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"{name}.download"
             fs.get_file(join(root, name), str(temporary))
-            if temporary.stat().st_size != size or md5 and _md5(temporary) != md5:
+            if not _holds(temporary, size, md5):
                 raise UserError(f"{join(source, name)} is not what the bucket announced (changed "
                                 "meanwhile, or damaged on the way); start again")
             os.replace(temporary, folder / name)
+
+
+def _holds(path, size, md5) -> bool:
+    """Whether a file is what `listing` says; md5 may be ''."""
+    return path.stat().st_size == size and (not md5 or _md5(path) == md5)
 
 
 def _md5(path) -> str:
@@ -245,6 +250,6 @@ def upload(folder: pathlib.Path, url, last) -> None:
         for name, path in batch.items():
             # gcsfs leaves open where a small file that ends in \r ends.
             size, md5, _ = there.get(name, (-1, "", ""))
-            if size != path.stat().st_size or md5 and md5 != _md5(path):
+            if not _holds(path, size, md5):
                 raise UserError(f"{join(url, name)} is not what was sent (damaged on the way, or "
                                 "written by another process); start again")

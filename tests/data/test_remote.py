@@ -144,7 +144,7 @@ def test_an_upload_is_what_was_sent_or_an_error(tmp_path, storage, monkeypatch):
     fs, _ = remote.open_at(storage)
     put_file = fs.put_file
 
-    def cut(source, to):
+    def cut(source, to):  # no real service damages a file on demand
         whole = pathlib.Path(source).read_bytes()
         pathlib.Path(source).write_bytes(whole[:-1])
         put_file(source, to)
