@@ -191,6 +191,8 @@ def _uses(body: list[Instruction], parameter: Instruction):
 def _read_bytes(body: list[Instruction], parameter: Instruction, program: Program) -> int:
     """Bytes that a fusion's body reads of a parameter: where it is only cut, those of the cuts."""
     same, users = _uses(body, parameter)
+    if body[-1].name in same:  # handed on as it is, to be read by what surrounds this body
+        return array_bytes(parameter.type)
     total = 0
     for x in users:
         if x.opcode in SLICES:

@@ -60,19 +60,31 @@ def upsample_nearest(x):
 # ---- group norm, SiLU and dropout as one differentiable operation ----
 #
 # Written by hand for the bytes it moves: forward and backward read the activation once for all
-# sums and once to apply, keep only the activation itself (in the compute type) and two numbers a
-# group, and the barriers stop XLA from sharing a float32 copy of it between the two reads.
+# sums and once to apply, keep only the activation itself (in the compute type) and a few numbers a
+# channel, and the barriers stop XLA from sharing a float32 copy of it between the two reads.
 
 
-def _spread(v, channels):
-    """[B,groups] -> [B,C]: every channel gets its group's value."""
-    b, groups = v.shape
-    return jnp.broadcast_to(v[:, :, None], (b, groups, channels // groups)).reshape(b, channels)
+def _mean_by_reshape(v, groups):
+    b, channels = v.shape
+    shape = (b, groups, channels // groups)
+    return jnp.broadcast_to(v.reshape(shape).mean(axis=2, keepdims=True), shape).reshape(v.shape)
+
+
+def _mean_by_product(v, groups):
+    size = v.shape[1] // groups
+    group = jnp.arange(v.shape[1]) // size
+    same = (group[:, None] == group[None, :]).astype(v.dtype)
+    return jnp.dot(v, same, precision=lax.Precision.HIGHEST) / size
+
+
+# A TPU would pad [B,groups,C/groups] to 8 or 16 times its size.
+_GROUP_MEANS = {"tpu": _mean_by_product, "default": _mean_by_reshape}
 
 
 def _group_mean(v, groups):
-    """[B,C] -> [B,groups]."""
-    return v.reshape(v.shape[0], groups, -1).mean(axis=2)
+    """float32 [B,C] -> [B,C]: every channel gets the mean of its group's values."""
+    ways = {k: functools.partial(f, groups=groups) for k, f in _GROUP_MEANS.items()}
+    return lax.platform_dependent(v, **ways)
 
 
 def _channel_sums(x):
@@ -85,21 +97,13 @@ def _channel_sums(x):
 
 
 def _join_channels(sums, pixels, groups):
-    """Mean and variance of each group, [B,groups] each: its channels' moments joined as in Chan et
-    al. (1983), about the first channel's mean."""
-    first, shift, square = sums[0], sums[1] / pixels, sums[2] / pixels
-    mean = (first + shift).reshape(first.shape[0], groups, -1)
-    apart = mean - mean[:, :, :1]
-    within = _group_mean(square - jnp.square(shift), groups)
-    between = jnp.square(apart).mean(axis=2) - jnp.square(apart.mean(axis=2))
-    return mean.mean(axis=2), jnp.maximum(within + between, 0.0)
-
-
-def group_moments(x, groups):
-    """Mean and variance of each (image, group) of x [B,H,W,C], spread to float32 [B,C] each."""
-    b, height, width, channels = x.shape
-    moments = _join_channels(_channel_sums(x), height * width, groups)
-    return tuple(_spread(m, channels) for m in moments)
+    """From ``_channel_sums``, float32 [B,C] each: the channel's own mean, its group's mean, its
+    group's variance (channels' moments joined as in Chan et al. 1983)."""
+    first, centred, square = sums[0], sums[1] / pixels, sums[2] / pixels
+    channel = first + centred
+    mean = _group_mean(channel, groups)
+    variance = _group_mean(square - jnp.square(centred) + jnp.square(channel - mean), groups)
+    return channel, mean, jnp.maximum(variance, 0.0)
 
 
 def _drop(x, keep, rate):
@@ -114,40 +118,41 @@ def _pixels(v):
     return v[:, None, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def group_norm_act(x, scale, bias, bits, groups, eps, silu, rate):
-    """Group norm, then SiLU where ``silu``, then dropout at ``rate`` where bits is not None.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate):
+    """Group norm of x + shift, then SiLU where ``silu``, then dropout at ``rate`` where bits is
+    not None.
 
-    x [B,H,W,C] any float type; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None.
-    -> [B,H,W,C] in x's type.
+    x [B,H,W,C] any float type; shift float32 [B,C] or None: added in here, it costs no pass over
+    x; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None. -> [B,H,W,C] in x's type.
     """
-    return _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate)[0]
+    return _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate)[0]
 
 
-def _group_norm_act_fwd(x, scale, bias, bits, groups, eps, silu, rate):
+def _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate):
     # Without it a TPU repeats threefry at each use, and writes what it compares as float32.
     keep = None if bits is None else lax.optimization_barrier(bits >= _threshold(rate))
     # Without it XLA joins the sums over pixels and channels and reads x once more for each.
-    x, sums = lax.optimization_barrier((x, _channel_sums(x)))
-    mean, variance = _join_channels(sums, x.shape[1] * x.shape[2], groups)
+    x, (first, *sums) = lax.optimization_barrier((x, _channel_sums(x)))
+    first = first if shift is None else first + shift
+    channel, mean, variance = _join_channels((first, *sums), x.shape[1] * x.shape[2], groups)
     inverse = lax.rsqrt(variance + eps)
-    factor = _spread(inverse, x.shape[3]) * scale[None, :]
-    offset = bias[None, :] - _spread(mean, x.shape[3]) * factor
+    factor = inverse * scale[None, :]
+    offset = bias[None, :] - (mean if shift is None else mean - shift) * factor
     y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
     if silu:
         y = y * jax.nn.sigmoid(y)
     if keep is not None:
         y = _drop(y, keep, rate)
-    return y.astype(x.dtype), (x, scale, bias, keep, mean, inverse)
+    return y.astype(x.dtype), (x, shift, scale, bias, keep, channel, mean, inverse)
 
 
 def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
-    x, scale, bias, keep, mean, inverse = saved
-    channels = x.shape[3]
-    mean, inverse = _spread(mean, channels), _spread(inverse, channels)
+    x, shift, scale, bias, keep, channel, mean, inverse = saved
+    centre = mean if shift is None else mean - shift
 
     def normalised_and_gradient(x, g):
-        xhat = (x.astype(jnp.float32) - _pixels(mean)) * _pixels(inverse)
+        xhat = (x.astype(jnp.float32) - _pixels(centre)) * _pixels(inverse)
         dy = g.astype(jnp.float32)
         if keep is not None:
             dy = _drop(dy, keep, rate)
@@ -164,13 +169,18 @@ def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
     # Without it XLA reads x and g again for the sums over the batch, and keeps a float32 dy.
     x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
     pixels = x.shape[1] * x.shape[2]
-    mean_dy = _spread(_group_mean(sum_dy * scale[None, :], groups), channels) / pixels
-    mean_dy_xhat = _spread(_group_mean(sum_dy_xhat * scale[None, :], groups), channels) / pixels
+    sums = jnp.concatenate([sum_dy, sum_dy_xhat]) * (scale[None, :] / pixels)
+    mean_dy, mean_dy_xhat = jnp.split(_group_mean(sums, groups), 2)
     xhat, dy = normalised_and_gradient(x, g)
     dx = _pixels(inverse) * (
         dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
     )
-    return dx.astype(x.dtype), sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
+    dshift = None
+    if shift is not None:  # the sum of dx over the pixels
+        mean_xhat = (channel - mean) * inverse
+        dshift = sum_dy * scale[None, :] - pixels * (mean_dy + mean_xhat * mean_dy_xhat)
+        dshift = inverse * dshift
+    return dx.astype(x.dtype), dshift, sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
 
 
 group_norm_act.defvjp(_group_norm_act_fwd, _group_norm_act_bwd)
@@ -188,9 +198,10 @@ class GroupNorm(nn.Module):
         self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
         self.bias = self.param("bias", nn.initializers.zeros, (self.channels,))
 
-    def __call__(self, x, bits=None):
+    def __call__(self, x, bits=None, shift=None):
+        """x [B,H,W,C]; bits, shift: as in ``group_norm_act``."""
         return group_norm_act(
-            x, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate
+            x, shift, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate
         )
 
 
@@ -212,14 +223,16 @@ class Conv3x3(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
     def __call__(self, x):
-        y = lax.conv_general_dilated(
+        return self.without_bias(x) + self.bias.astype(self.dtype)[None, None, None, :]
+
+    def without_bias(self, x):
+        return lax.conv_general_dilated(
             x.astype(self.dtype),
             self.kernel.astype(self.dtype),
             (self.stride, self.stride),
             "SAME",
             dimension_numbers=("NHWC", "OHWI", "NHWC"),
         )
-        return y + self.bias.astype(self.dtype)[None, None, None, :]
 
 
 class Dense(nn.Module):
@@ -273,10 +286,10 @@ class ResBlock(nn.Module):
         if self.features_in != self.features:
             # x has three readers; where it is a concatenation XLA would write it twice.
             x = lax.optimization_barrier(x)
-        h = self.conv1(self.norm1(x))
-        # Without it cuDNN takes the projection as a side input, which XLA writes out in full.
-        h = lax.optimization_barrier(h) + projection[:, None, None, :]
-        h = self.conv2(self.norm2(h, bits))
+        h = self.conv1.without_bias(self.norm1(x))
+        # Added inside the norm, neither is a pass over h, nor is the sum that is their gradient.
+        shift = projection.astype(jnp.float32) + self.conv1.bias[None, :]
+        h = self.conv2(self.norm2(h, bits, shift))
         if self.features_in != self.features:
             x = self.shortcut(x)
         return x + h
@@ -304,4 +317,4 @@ class AttentionBlock(nn.Module):
         logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32)
         weights = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(self.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v)
-        return x + self.proj_out(h).reshape(x.shape)
+        return x + self.proj_out(h.reshape(x.shape))

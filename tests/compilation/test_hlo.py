@@ -33,6 +33,17 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f
   ROOT %n = f32[10]{0} negate(%inner)
 }
 
+%handed_on (p0: f32[100]) -> f32[10,10] {
+  %p0 = f32[100]{0} parameter(0)
+  ROOT %b = f32[10,10]{1,0} bitcast(%p0)
+}
+
+%fused_handed_on (p0: f32[100]) -> f32[10,10] {
+  %p0 = f32[100]{0} parameter(0)
+  %inner.1 = f32[10,10]{1,0} fusion(%p0), kind=kLoop, calls=%handed_on
+  ROOT %n.1 = f32[10,10]{1,0} negate(%inner.1)
+}
+
 %fused_update (p0: f32[100], p1: f32[10], p2: s32[]) -> f32[100] {
   %p0 = f32[100]{0} parameter(0)
   %p1 = f32[10]{0} parameter(1)
@@ -65,6 +76,7 @@ ENTRY %main (in: f32[8], w: bf16[4,8], big: f32[100], small: f32[10]) -> f32[8] 
   %loop_slice_fusion = f32[10]{0} fusion(%big, %small), kind=kLoop, calls=%fused_slice
   %loop_negate_fusion = f32[10]{0} fusion(%small, %big), kind=kLoop, calls=%fused_outer
   %loop_update_fusion = f32[100]{0} fusion(%big, %loop_slice_fusion, %zero), kind=kLoop, calls=%fused_update
+  %loop_handed_on_fusion = f32[10,10]{1,0} fusion(%big), kind=kLoop, calls=%fused_handed_on
   %conv = (bf16[4,8]{1,0}, u8[16]{0}) custom-call(%loop_multiply_fusion.7), custom_call_target="__cudnn$convForward"
   %start = (s32[], f32[8]{0}) tuple(%zero, %in)
   %while.1 = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
@@ -75,16 +87,18 @@ ENTRY %main (in: f32[8], w: bf16[4,8], big: f32[100], small: f32[10]) -> f32[8] 
 
 def test_counts_of_a_program_written_by_hand():
     found = hlo.summary(PROGRAM)
-    assert found["instructions"] == 3 + 3 + 4 + 4 + 4 + 5 + 4 + 13
-    assert found["entry_instructions"] == 13
-    assert found["opcodes"]["fusion"] == 5 and found["fusions"] == 4
+    assert found["instructions"] == 3 + 3 + 4 + 4 + 2 + 3 + 4 + 5 + 4 + 14
+    assert found["entry_instructions"] == 14
+    assert found["opcodes"]["fusion"] == 7 and found["fusions"] == 5
     assert found["loops"] == [{"name": "while.1", "trips": 5}]
     # The loop's all-reduce runs five times; constants, tuples and parameters launch nothing.
     assert found["collectives"] == {"all-reduce": {"count": 5, "bytes": 5 * 32}}
-    assert found["kernels"] == 4 + 1 + 5
+    assert found["kernels"] == 5 + 1 + 5
     multiply, sliced, update = 3 * 64, 400 + 40 + 40, 400 + 40 + 4 + 400
-    assert found["bytes"] == multiply + 2 * sliced + update + (64 + 64 + 16) + 5 * 64
-    assert found["bytes_sliced"] == (multiply + 2 * 3 * 40 + (40 + 40 + 4)
+    handed_on = 400 + 400
+    assert found["bytes"] == (multiply + 2 * sliced + handed_on + update
+                              + (64 + 64 + 16) + 5 * 64)
+    assert found["bytes_sliced"] == (multiply + 2 * 3 * 40 + handed_on + (40 + 40 + 4)
                                      + (64 + 64 + 16) + 5 * 64)
     assert found["custom_calls"] == {"__cudnn$convForward": 1}
     assert found["by_class"]["convolution"] == {"kernels": 1, "bytes": 144, "bytes_sliced": 144}
