@@ -65,16 +65,15 @@ def upsample_nearest(x):
 
 
 def _mean_by_reshape(v, groups):
-    b, channels = v.shape
-    shape = (b, groups, channels // groups)
-    return jnp.broadcast_to(v.reshape(shape).mean(axis=2, keepdims=True), shape).reshape(v.shape)
+    shape = (*v.shape[:-1], groups, v.shape[-1] // groups)
+    return jnp.broadcast_to(v.reshape(shape).mean(axis=-1, keepdims=True), shape).reshape(v.shape)
 
 
 def _mean_by_product(v, groups):
-    size = v.shape[1] // groups
-    group = jnp.arange(v.shape[1]) // size
+    size = v.shape[-1] // groups
+    group = jnp.arange(v.shape[-1]) // size
     same = (group[:, None] == group[None, :]).astype(v.dtype)
-    return jnp.dot(v, same, precision=lax.Precision.HIGHEST) / size
+    return jnp.matmul(v, same, precision=lax.Precision.HIGHEST) / size
 
 
 # A TPU would pad [B,groups,C/groups] to 8 or 16 times its size.
@@ -82,7 +81,7 @@ _GROUP_MEANS = {"tpu": _mean_by_product, "default": _mean_by_reshape}
 
 
 def _group_mean(v, groups):
-    """float32 [B,C] -> [B,C]: every channel gets the mean of its group's values."""
+    """float32 [...,C] -> [...,C]: every channel gets the mean of its group's values."""
     ways = {k: functools.partial(f, groups=groups) for k, f in _GROUP_MEANS.items()}
     return lax.platform_dependent(v, **ways)
 
@@ -169,8 +168,8 @@ def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
     # Without it XLA reads x and g again for the sums over the batch, and keeps a float32 dy.
     x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
     pixels = x.shape[1] * x.shape[2]
-    sums = jnp.concatenate([sum_dy, sum_dy_xhat]) * (scale[None, :] / pixels)
-    mean_dy, mean_dy_xhat = jnp.split(_group_mean(sums, groups), 2)
+    sums = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
+    mean_dy, mean_dy_xhat = _group_mean(sums, groups)
     xhat, dy = normalised_and_gradient(x, g)
     dx = _pixels(inverse) * (
         dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)

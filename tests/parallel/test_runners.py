@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from ddpm_jax import experiment as E
+from ddpm_jax.compilation import hlo
 from ddpm_jax.parallel.runners import RUNNERS, fetch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
@@ -134,12 +135,15 @@ def test_devices_of_a_process_lie_side_by_side():
 @pytest.mark.parametrize("fields", [{}, {"train.clip_scope": "per_replica"},
                                     {"train.accumulation": 2}])
 def test_under_jit_a_device_works_on_its_share(resident, fields):
-    """Equal results do not show it: every device could do all of the work."""
-    def flops(runner, devices):
+    """Equal results do not show it: every device could do all of the work, or pass it around."""
+    def compiled(runner, devices):
         exp = E.build(config(runner, **fields, **{"train.clip_replicas": devices}),
                       jax.devices()[:devices])
         count = len(IMAGES) if resident else None
         lowered = E.train_program(exp, count).lower(*E.train_arguments(exp, count))
-        return lowered.compile().cost_analysis()["flops"]
+        return lowered.compile()
 
-    assert flops("jit", 8) < 0.3 * flops("jit", 1)
+    cut, whole = compiled("jit", 8), compiled("jit", 1)
+    assert cut.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
+    collectives = set(hlo.summary(cut.as_text())["collectives"])
+    assert collectives <= {"all-reduce", "all-gather"}, collectives
