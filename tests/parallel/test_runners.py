@@ -132,12 +132,12 @@ def test_devices_of_a_process_lie_side_by_side():
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("fields, collectives", [
+@pytest.mark.parametrize("fields, allowed", [
     ({}, {"all-reduce"}),
     # XLA gathers these tiny maps for the kernels' gradients, not those of the paper's model.
     ({"train.clip_scope": "per_replica"}, {"all-reduce", "all-gather"}),
     ({"train.accumulation": 2}, {"all-reduce"})])
-def test_under_jit_a_device_works_on_its_share(resident, fields, collectives):
+def test_under_jit_a_device_works_on_its_share(resident, fields, allowed):
     """Equal results do not show it: every device could do all of the work, or pass it around."""
     def compiled(runner, devices):
         exp = E.build(config(runner, **fields, **{"train.clip_replicas": devices}),
@@ -148,4 +148,4 @@ def test_under_jit_a_device_works_on_its_share(resident, fields, collectives):
 
     cut, whole = compiled("jit", 8), compiled("jit", 1)
     assert cut.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
-    assert set(hlo.summary(cut.as_text())["collectives"]) == collectives
+    assert set(hlo.summary(cut.as_text())["collectives"]) <= allowed
