@@ -24,11 +24,11 @@ from ddpm_jax.evaluation import (
     references,
     scores,
     small_cnn,
-    storage,
-    weights,
 )
+from ddpm_jax.evaluation.inception import weights
 from ddpm_jax.parallel import distributed
 from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.storage import files
 
 OFFLINE_REALS = 10_000
 DEFAULT_NUM = 5_000
@@ -470,7 +470,7 @@ def _gatherer(folder, stop, protocol, say, memory):
         key = f"{name}-{collect.key(request)}"
         if (key, num) in memory:
             return memory[key, num]
-        where = folder and storage.join(folder, key)
+        where = folder and files.join(folder, key)
         started = time.monotonic()
         out = collect.collect(
             draws(extractor, quantise), num=num, batch=facts.get("batch", REAL_BATCH),
@@ -557,7 +557,7 @@ def evaluate_bound(exp, params, sources, options: Options, *, facts, batch, fold
         num = min(len(source), options.bpd_num or len(source))
         size = min(batch, num)
         request = facts | {"fingerprint": source.fingerprint, "split": split, "batch": size}
-        where = folder and storage.join(folder, f"bpd-{split}-{collect.key(request)}")
+        where = folder and files.join(folder, f"bpd-{split}-{collect.key(request)}")
         started = time.monotonic()
         sums = collect.collect(
             bound_draws(exp, params, source, options.seed, size, memory), num=num, batch=size,
@@ -694,17 +694,17 @@ def versions() -> dict:
 
 
 def results_path(workdir) -> str:
-    return storage.join(checkpoints.resolve(workdir), "evaluation.json")
+    return files.join(checkpoints.resolve(workdir), "evaluation.json")
 
 
 def write_records(path, step, protocol: str, records) -> dict:
     """Adds to evaluation.json: {step: {protocol: {label: {values, provenance}}}}. -> all of it."""
-    document = storage.read_json(path) if storage.exists(path) else {}
+    document = files.read_json(path) if files.exists(path) else {}
     at = document.setdefault(str(step), {}).setdefault(protocol, {})
     for label, values, provenance in records:
         old = at.get(label, {}).get("values", {})
         at[label] = {"values": old | values, "provenance": provenance | {"versions": versions()}}
-    storage.write_json(path, document)
+    files.write_json(path, document)
     return document
 
 
@@ -787,7 +787,7 @@ def make_reference(source, options: Options, out, *, features: int, overwrite=Fa
                    {"inception": inception.params})
     if jax.process_index() == 0:
         _write_reference(source, found["pool_3"], protocol, inception, out, features, overwrite)
-        storage.remove(folder)
+        files.remove(folder)
         if num <= measures.DIMENSIONS:
             say(f"warning: {num} images cannot fill a {measures.DIMENSIONS}-dimensional "
                 "covariance: FID against this file means little (use kid)")

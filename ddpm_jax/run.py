@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import checkpoints, experiment, metrics
+from ddpm_jax import checkpoints, experiment, run_log
 from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
@@ -88,7 +88,7 @@ class _Log:
         self._every, self._batch = config.train.log_every, config.train.batch_size
         self._rate = warmup(config.optimizer.learning_rate, config.optimizer.warmup_steps)
         self._writer, self._rows = writer, []
-        self._bar = metrics.progress(config.train.steps, start, images_per_step=self._batch)
+        self._bar = run_log.progress(config.train.steps, start, images_per_step=self._batch)
         self._mark = (start, time.monotonic())
 
     def __call__(self, step, values):
@@ -141,7 +141,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
                                     keep_every=config.checkpoint.keep_every,
                                     best=config.eval.best)
-    writer = metrics.open_writer(folder, enabled=first, config_text=json.dumps(stored, indent=2))
+    writer = run_log.open_writer(folder, enabled=first, config_text=json.dumps(stored, indent=2))
     try:
         step = store.latest()
         if step is None:
@@ -240,7 +240,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
     stop.unsaved(False)
     local = _local_folder(folder)
     if writer.folder is not None and (writer.folder / "metrics.jsonl").exists():
-        metrics.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
+        run_log.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
     stopped = outcome.stopped or interrupted
     say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
         f"{store.steps()}; {local or folder}/loss.png, metrics.jsonl, samples/")
@@ -274,7 +274,7 @@ class _GridSampler:
             self._writer.images(step, "samples", images)
             samples = self._writer.folder / "samples"
             samples.mkdir(exist_ok=True)
-            metrics.save_png(samples / f"{step:08d}.png", metrics.tile(images))
+            run_log.save_png(samples / f"{step:08d}.png", run_log.tile(images))
 
 
 # ---- sampling ----
@@ -334,7 +334,7 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
     done = _claim_samples(out, request, num, batch)
     program = experiment.sample_program(exp, chain)
     starts = range(0, num, batch)
-    bar = metrics.progress(num, 0, name="sample") if jax.process_index() == 0 else None
+    bar = run_log.progress(num, 0, name="sample") if jax.process_index() == 0 else None
     for k, start in enumerate(starts):
         if stop is not None and stop.requested(k):
             say(f"stopped; {out} holds {k} of {len(starts)} shards; the same command goes on")
@@ -424,9 +424,9 @@ def _finish(out, shards, progressive, png):
         images = np.load(file)["arr_0"]
     frames, columns = progressive
     if _local_folder(out):
-        metrics.save_png(out / "grid.png", metrics.tile(images[:100]))
-        metrics.save_png(out / "progressive.png", metrics.tile(frames, columns=columns))
+        run_log.save_png(out / "grid.png", run_log.tile(images[:100]))
+        run_log.save_png(out / "progressive.png", run_log.tile(frames, columns=columns))
         if png:
             (out / "png").mkdir(exist_ok=True)
             for i, image in enumerate(images):
-                metrics.save_png(out / "png" / f"{i:06d}.png", image)
+                run_log.save_png(out / "png" / f"{i:06d}.png", image)

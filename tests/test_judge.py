@@ -8,16 +8,8 @@ import threadpoolctl
 
 from ddpm_jax import experiment, judge
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import (
-    collect,
-    extract,
-    inception,
-    measures,
-    protocols,
-    references,
-    small_cnn,
-    weights,
-)
+from ddpm_jax.evaluation import collect, extract, measures, protocols, references, small_cnn
+from ddpm_jax.evaluation.inception import network, weights
 
 T = 6
 
@@ -202,7 +194,7 @@ def seeded_weights(tmp_path_factory):
     """A converted file with weights of the right shapes, made up."""
     rng = np.random.default_rng(0)
     state = {}
-    for name, shape in inception.state_shapes().items():
+    for name, shape in network.state_shapes().items():
         scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.05
         state[name] = (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale))
         if name.endswith(("bn.weight", "running_var")):
@@ -245,7 +237,7 @@ def test_reference_then_fid_is_the_formula_on_the_same_features(seeded_weights, 
     assert not (tmp_path / "ref.npz.shards").exists()
     values, _, provenance = judge.evaluate_images(image_subject(fake), options)
 
-    run = jax.jit(inception.features)
+    run = jax.jit(network.features)
     params = weights.load(seeded_weights).params
     a, b = (np.concatenate([np.asarray(run(params, x[None]).pool_3) for x in images])
             for images in (real, fake))
@@ -373,7 +365,7 @@ def test_fid_and_is_of_the_same_pngs_are_torch_fidelitys(seeded_weights, tmp_pat
 
     from ddpm_jax.evaluation import files
     state = {k: torch.from_numpy(np.array(v)) for k, v in np.load(seeded_weights).items()
-             if k in inception.state_shapes()}
+             if k in network.state_shapes()}
     torch.save(state, tmp_path / "w.pth")
     rng = np.random.default_rng(4)
     y, x = np.mgrid[0:32, 0:32] / 31

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_jax import checkpoints, experiment, run
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics import read_metrics
+from ddpm_jax.run_log import read_metrics
 
 FIELDS = {
     "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),

@@ -117,7 +117,7 @@ def step() -> list[dict]:
     import numpy as np
 
     from ddpm_jax import experiment
-    from ddpm_jax.cli import peers
+    from ddpm_jax.benchmark import peers
     from ddpm_jax.cli.compile import network_work
     from ddpm_jax.compilation import timing
 
@@ -242,7 +242,8 @@ def evaluation() -> list[dict]:
     from ddpm_jax import experiment
     from ddpm_jax.cli import compile as programs
     from ddpm_jax.compilation import timing
-    from ddpm_jax.evaluation import inception, moments
+    from ddpm_jax.evaluation import moments
+    from ddpm_jax.evaluation.inception import network
 
     FLAGS = flags.FLAGS
     exp = _start()
@@ -256,8 +257,8 @@ def evaluation() -> list[dict]:
         jax.block_until_ready(made.jitted(params, images))
 
     first = _first_call(run)
-    sums = moments.empty(inception.FEATURES)
-    features = generator.normal(size=(made.images, inception.FEATURES)).astype(np.float32)
+    sums = moments.empty(network.FEATURES)
+    features = generator.normal(size=(made.images, network.FEATURES)).astype(np.float32)
     steps = DENOISING_STEPS if exp.runner.loops_on_device else 1
     denoise = _chain_run(exp, experiment.sampling_chain(exp, steps=steps), made.images)
     denoise()
@@ -267,7 +268,7 @@ def evaluation() -> list[dict]:
     times["denoising step"] = [t / steps for t in times["denoising step"]]
     chain = experiment.sampling_chain(exp).num_steps
     flops = {"Inception-2015": made.flops,
-             "sums of features": 2.0 * inception.FEATURES ** 2 * made.images,
+             "sums of features": 2.0 * network.FEATURES ** 2 * made.images,
              "denoising step": made.images * programs.network_work(exp).forward_flops}
     rows = [timing.result("eval", name=name, times=timing.Times.of(t), images=made.images,
                           flops=flops[name], devices=jax.devices(), **_about(exp))
@@ -295,13 +296,14 @@ def statistics() -> list[dict]:
     import numpy as np
 
     from ddpm_jax.compilation import timing
-    from ddpm_jax.evaluation import inception, measures, moments, references, scores
+    from ddpm_jax.evaluation import measures, moments, references, scores
+    from ddpm_jax.evaluation.inception import network
 
     generator = np.random.default_rng(0)
-    features = generator.random((STATISTICS_OF, inception.FEATURES), np.float32)
+    features = generator.random((STATISTICS_OF, network.FEATURES), np.float32)
     reference = references.Reference(
-        *moments.mean_and_cov(features[:4 * inception.FEATURES]), n=4 * inception.FEATURES)
-    last = {"kernel": generator.standard_normal((inception.FEATURES, inception.CLASSES),
+        *moments.mean_and_cov(features[:4 * network.FEATURES]), n=4 * network.FEATURES)
+    last = {"kernel": generator.standard_normal((network.FEATURES, network.CLASSES),
                                                 np.float32) / 45}
 
     def peak():
@@ -321,7 +323,7 @@ MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation,
 
 
 def _compile() -> int:
-    from ddpm_jax.compilation import matrix
+    from ddpm_jax.benchmark import matrix
 
     FLAGS = flags.FLAGS
     cells = matrix.cells(FLAGS.matrix)
@@ -385,7 +387,7 @@ def _sweep() -> int:
 
 
 def _page() -> int:
-    from ddpm_jax.compilation import page
+    from ddpm_jax.benchmark import page
 
     files = page.write(flags.FLAGS.results, flags.FLAGS.page)
     print(", ".join(files))

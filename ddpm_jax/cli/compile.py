@@ -116,7 +116,7 @@ def inception(exp, num_examples) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from ddpm_jax.evaluation import inception as network
+    from ddpm_jax.evaluation.inception import network
 
     del num_examples
     runner, batch = exp.runner, exp.config.sampler.batch_size

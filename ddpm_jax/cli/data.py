@@ -20,9 +20,10 @@ import tempfile
 
 from absl import flags
 
-from ddpm_jax.data import datasets, remote
+from ddpm_jax.data import datasets
 from ddpm_jax.data.prepare import INFO, refuse_existing
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import remote
 
 
 def define_flags():

@@ -92,19 +92,20 @@ def options():
 
 def write_results(out, step, protocol, records, pictures, title, *, show=True):
     """evaluation.json, pictures and evaluation.html in the folder ``out``; numbers on stdout."""
-    from ddpm_jax import judge, metrics
-    from ddpm_jax.evaluation import report, storage
-    document = judge.write_records(storage.join(out, "evaluation.json"), step, protocol, records)
+    from ddpm_jax import judge, run_log
+    from ddpm_jax.evaluation import html_report
+    from ddpm_jax.storage import files
+    document = judge.write_records(files.join(out, "evaluation.json"), step, protocol, records)
     if "samples" in pictures:
-        storage.write_npz(storage.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
+        files.write_npz(files.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
     for name, picture in pictures.items():
-        storage.write_bytes(storage.join(out, f"{name}.png"), report.png(picture))
-    lines = storage.join(out, "metrics.jsonl")
-    history = metrics.read_metrics(lines) if storage.exists(lines) else []
-    page = report.page(title, [*report.evaluation_sections(document),
-                               *report.curve_sections(history),
-                               *report.picture_sections(pictures)])
-    storage.write_bytes(storage.join(out, "evaluation.html"), page.encode())
+        files.write_bytes(files.join(out, f"{name}.png"), html_report.png(picture))
+    lines = files.join(out, "metrics.jsonl")
+    history = run_log.read_metrics(lines) if files.exists(lines) else []
+    page = html_report.page(title, [*html_report.evaluation_sections(document),
+                               *html_report.curve_sections(history),
+                               *html_report.picture_sections(pictures)])
+    files.write_bytes(files.join(out, "evaluation.html"), page.encode())
     if not show:
         return
     shown = {label: {k: v for k, v in values.items() if not isinstance(v, list) or len(v) < 20}

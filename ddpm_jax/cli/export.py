@@ -71,14 +71,14 @@ def _which(exp, step, ema, facts) -> str:
 def export_safetensors(workdir, out, *, step=None, ema=True) -> int:
     """Write the file; -> the step exported."""
     from ddpm_jax import checkpoints
-    from ddpm_jax.interchange import names
-    from ddpm_jax.interchange.safetensors_file import save_safetensors
+    from ddpm_jax.formats.safetensors import save_safetensors
+    from ddpm_jax.interchange import parameter_names
 
     if os.path.exists(out):
         raise UserError(f"--out={out} exists: take another name, or remove it")
     exp, params, step, _ = _load(workdir, step, ema)
     config = checkpoints.read_config(workdir)
-    arrays = names.plain_names(params, config)
+    arrays = parameter_names.plain_names(params, config)
     save_safetensors(arrays, out, {
         "format": "ddpm_jax", "version": __version__, "step": step,
         "weights": "averaged" if ema else "raw", "config": json.dumps(config)})

@@ -70,7 +70,7 @@ KINDS = {"official": _official_from_flags, "diffusers": _diffusers_from_flags}
 def import_official(checkpoint, config, *, workdir, verify=True):
     """Official TF1 checkpoint -> run folder. -> Verdict. Raises UserError; then nothing is left."""
     from ddpm_jax import experiment
-    from ddpm_jax.interchange import names, official
+    from ddpm_jax.interchange import official, parameter_names
     from ddpm_jax.interchange.workdir import check_free
 
     check_free(workdir)
@@ -81,7 +81,7 @@ def import_official(checkpoint, config, *, workdir, verify=True):
         _say(f"note: {note}")
 
     def convert(part):
-        return _on_host(names.params_from_variables(part, stored))
+        return _on_host(parameter_names.params_from_variables(part, stored))
 
     ema_params = convert(found.ema_params)
     result = _verdict(exp, stored, ema_params, verify)
@@ -98,7 +98,7 @@ def import_diffusers(path, config=None, *, workdir, verify=True):
     """diffusers folder or weights file -> run folder. -> Verdict. Raises UserError; then nothing is
     left."""
     from ddpm_jax import experiment
-    from ddpm_jax.interchange import diffusers, names
+    from ddpm_jax.interchange import diffusers, parameter_names
     from ddpm_jax.interchange.workdir import check_free
 
     check_free(workdir)
@@ -111,7 +111,7 @@ def import_diffusers(path, config=None, *, workdir, verify=True):
     config = with_fields(config, model.fields)
     exp = _build(config)
     stored = experiment.to_json(config)
-    params = _on_host(names.params_from_state_dict(model.state_dict, stored))
+    params = _on_host(parameter_names.params_from_state_dict(model.state_dict, stored))
     result = _verdict(exp, stored, params, verify, model)
     _write(exp, stored, workdir, 0, params, params, {"mu": None, "nu": None}, result,
            origin=path, source=path if path.startswith("hf://") else os.path.abspath(path))
@@ -202,23 +202,23 @@ def _verdict(exp, stored, params, verify, model=None):
 
 
 def _peer_of_params(stored, params):
-    from ddpm_jax.interchange import diffusers, names, parity
+    from ddpm_jax.interchange import diffusers, parameter_names, parity
 
     return parity.diffusers_peer(diffusers.unet_config(stored),
-                                 names.state_dict_from_params(params, stored))
+                                 parameter_names.state_dict_from_params(params, stored))
 
 
 def _peer_of_file(model):
     """diffusers reading the file itself where that is safe, else handed the file's arrays: a .bin
     is a pickle, and whether its loader runs code depends on the versions installed."""
-    from ddpm_jax.interchange import diffusers, names, parity
-    from ddpm_jax.interchange.lazy import load
+    from ddpm_jax.formats.lazy import load
+    from ddpm_jax.interchange import diffusers, parameter_names, parity
 
     if model.config is None:
         raise UserError("no config.json beside the weights for diffusers to build the model from")
     if os.path.basename(model.weights) == f"{diffusers.WEIGHTS}.safetensors":
         return parity.diffusers_peer(model.config, folder=model.folder)
-    state = names.current_names(model.state_dict)
+    state = parameter_names.current_names(model.state_dict)
     return parity.diffusers_peer(model.config, {k: load(v) for k, v in state.items()})
 
 

@@ -24,7 +24,7 @@ def define_flags():
 
 
 def _convert(source, target):
-    from ddpm_jax.evaluation import weights
+    from ddpm_jax.evaluation.inception import weights
     facts = weights.convert(source, target, allow_unknown=FLAGS.allow_unknown_weights,
                             overwrite=FLAGS.overwrite)
     print(f"wrote {target}: 94 convolutions, source sha256 {facts['source_sha256']}, "
@@ -32,7 +32,7 @@ def _convert(source, target):
 
 
 def _check(path=None):
-    from ddpm_jax.evaluation import weights
+    from ddpm_jax.evaluation.inception import weights
     found = weights.load(weights.find(path), allow_unknown=FLAGS.allow_unknown_weights)
     error = weights.fingerprint_error(found)
     print(f"{found.path}: tensors sha256 {found.state_sha256}")

@@ -38,10 +38,10 @@ def main(argv):
     name, out = common.required("dataset"), common.required("out")
     from ddpm_jax import judge
     from ddpm_jax.data.datasets import open_source
-    from ddpm_jax.evaluation import storage
+    from ddpm_jax.storage import files
     if not out.endswith(".npz"):
         raise UserError(f"--out={out}: a reference must end in .npz")
-    if storage.exists(out) and not FLAGS.overwrite:
+    if files.exists(out) and not FLAGS.overwrite:
         raise UserError(f"--out={out} exists; name another file or add --overwrite")
     options = judge.Options(
         metrics=("is",), protocol=FLAGS.protocol, num=FLAGS.num, batch_size=FLAGS.batch_size,

@@ -103,7 +103,8 @@ def machine_rate() -> tuple[float, str]:
 
 def drawn_count(target) -> int:
     """Images that a target draws."""
-    from ddpm_jax import figures, judge
+    from ddpm_jax import judge
+    from ddpm_jax.reproduction import figures
     own = {"shared": figures.ROWS * figures.COLUMNS, "rate": 0,
            "interpolation": figures.ROWS * (figures.COLUMNS + 1),
            "progressive": FLAGS.num or judge.LOOKED_AT}
@@ -113,7 +114,7 @@ def drawn_count(target) -> int:
 
 def costs(config, target, rate) -> list[tuple]:
     """(part, FLOPs, hours on a v3-8 by the paper's speed or None, hours here)."""
-    from ddpm_jax.evaluation.paper_results import V3_8
+    from ddpm_jax.reproduction.paper_results import V3_8
     one = forward_flops(config)
     steps, batch, T = config.train.steps, config.train.batch_size, config.diffusion.num_timesteps
     paper = V3_8.get(config.data.image_size)
@@ -133,9 +134,9 @@ def costs(config, target, rate) -> list[tuple]:
 
 
 def existing(folder) -> dict:
-    from ddpm_jax.evaluation import storage
-    path = storage.join(folder, "evaluation.json")
-    return storage.read_json(path) if storage.exists(path) else {}
+    from ddpm_jax.storage import files
+    path = files.join(folder, "evaluation.json")
+    return files.read_json(path) if files.exists(path) else {}
 
 
 def missing_metrics(target, values) -> tuple:
@@ -153,12 +154,12 @@ def wanted_splits(target, sources) -> tuple:
 def references_for(config, folder, stop):
     """Reference statistics of both splits, made once into FOLDER/references."""
     from ddpm_jax import judge
-    from ddpm_jax.evaluation import storage
+    from ddpm_jax.storage import files
     found = {}
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     for split, source in judge.open_splits(config.data.name, config.data.dir, shape).items():
-        path = storage.join(folder, "references", f"{config.data.name}-{split}.npz")
-        if not judge.same_everywhere({"there": storage.exists(path)})["there"]:
+        path = files.join(folder, "references", f"{config.data.name}-{split}.npz")
+        if not judge.same_everywhere({"there": files.exists(path)})["there"]:
             say(f"reference statistics of {config.data.name}, {split}")
             judge.make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
                                  say=say)
@@ -195,7 +196,7 @@ def run_cell(name, target, root, stop, watchdog):
     """Train, then measure what is missing. -> what figures.Run takes: (experiment, params,
     sources, along)."""
     from ddpm_jax import checkpoints, judge, run
-    from ddpm_jax.evaluation.paper_results import ours
+    from ddpm_jax.reproduction.paper_results import ours
     folder = str(checkpoints.resolve(f"{root}/{name}"))
     config = cell_config(name)
     if not run.train(config, folder, stop=stop, watchdog=watchdog):
@@ -246,7 +247,7 @@ def all_values(document) -> dict:
 
 def table_rows(target, root, is_paper) -> list[list]:
     """model, key, the paper's value, band, ours, verdict."""
-    from ddpm_jax.evaluation.paper_results import CELLS, ours, verdict
+    from ddpm_jax.reproduction.paper_results import CELLS, ours, verdict
     rows = []
     for name in target.cells:
         cell = CELLS[name]
@@ -268,7 +269,7 @@ HEADER = ("model", "value", "the paper's", "band", "ours", "verdict")
 
 
 def print_table(rows, header):
-    from ddpm_jax.evaluation.report import number
+    from ddpm_jax.evaluation.html_report import number
     cells = [[number(c) for c in row] for row in [header, *rows]]
     widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
     for row in cells:
@@ -290,7 +291,7 @@ COST_HEADER = ("config", "part", "steps", "FLOPs", "hours, v3-8 (paper's speed)"
 
 
 def main(argv):
-    from ddpm_jax.evaluation.paper_results import TARGETS
+    from ddpm_jax.reproduction.paper_results import TARGETS
     if len(argv) != 2 or argv[1] not in TARGETS:
         raise UserError(f"reproduce {' '.join(argv[1:])}: expected one of {', '.join(TARGETS)}")
     target, is_paper = TARGETS[argv[1]], not FLAGS.config and not FLAGS.set
@@ -303,8 +304,10 @@ def main(argv):
         return 0
     root = common.required("workdir")
     stop, watchdog = common.join()
-    from ddpm_jax import figures, judge
-    from ddpm_jax.evaluation import report, storage
+    from ddpm_jax import judge
+    from ddpm_jax.evaluation import html_report
+    from ddpm_jax.reproduction import figures
+    from ddpm_jax.storage import files
     rows, how = cost_rows(target)
     sections = []
     try:
@@ -316,29 +319,29 @@ def main(argv):
                 sections += drawn.sections
                 if jax.process_index() == 0:
                     for title, picture in drawn.pictures.items():
-                        storage.write_bytes(f"{root}/{argv[1]}-{title}.png",
-                                            report.png(report.enlarged(picture)))
+                        files.write_bytes(f"{root}/{argv[1]}-{title}.png",
+                                            html_report.png(html_report.enlarged(picture)))
             lines = f"{root}/{name}/metrics.jsonl"
-            if jax.process_index() == 0 and storage.exists(lines):
-                from ddpm_jax import metrics
-                sections += report.curve_sections(metrics.read_metrics(lines))
+            if jax.process_index() == 0 and files.exists(lines):
+                from ddpm_jax import run_log
+                sections += html_report.curve_sections(run_log.read_metrics(lines))
             if jax.process_index() == 0:
-                sections += report.evaluation_sections(existing(f"{root}/{name}"))
+                sections += html_report.evaluation_sections(existing(f"{root}/{name}"))
     except judge.StoppedError:
         say("stopped; what is done is kept: the same command goes on")
         return distributed.EXIT_RESTART
     if jax.process_index() == 0:
         found = table_rows(target, root, is_paper)
-        note = report.note(
+        note = html_report.note(
             "The paper's values are the paper's. Bands are this project's." if is_paper else
             "Another config than the paper's: its values do not apply, so there is no verdict.")
-        values = [report.section("Values", note, report.table(found, HEADER))] if found else [note]
-        page = report.page(target.text, [
+        values = [html_report.section("Values", note, html_report.table(found, HEADER))] if found else [note]
+        page = html_report.page(target.text, [
             *values, *sections,
-            report.section("Cost", report.note(f"hours here: {how}"),
-                           report.table(rows, COST_HEADER))])
+            html_report.section("Cost", html_report.note(f"hours here: {how}"),
+                           html_report.table(rows, COST_HEADER))])
         path = f"{root}/{argv[1]}.html"
-        storage.write_bytes(path, page.encode())
+        files.write_bytes(path, page.encode())
         if found:
             print_table(found, HEADER)
         print(f"wrote {path}", file=sys.stderr)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data import images, prepare, remote
+from ddpm_jax.data import images, prepare
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import remote
 
 _FINGERPRINT_IMAGES = 256
 _KEPT_BYTES = 1 << 30  # smaller arrays of a bucket are fetched once and kept in memory

@@ -18,10 +18,11 @@ from itertools import islice
 
 import numpy as np
 
-from ddpm_jax import metrics
-from ddpm_jax.data import images, records
+from ddpm_jax import run_log
+from ddpm_jax.data import images
 from ddpm_jax.errors import UserError
 from ddpm_jax.folders import new_folder
+from ddpm_jax.formats import tfrecord
 
 INFO = "info.json"
 _CHUNK = 512
@@ -56,7 +57,7 @@ def write_store(folder, name, splits, shape, *, class_names=(), about=""):
             raise UserError(f"{folder}: {name} needs {need / 1e9:.1f} GB there, "
                             f"{free / 1e9:.1f} GB are free; give another --dir")
         for split, (count, items, labels, decode) in splits.items():
-            bar = metrics.progress(count, name=f"{name} {split}")
+            bar = run_log.progress(count, name=f"{name} {split}")
             items, done = iter(items), 0
             with open(temp / f"{split}_images.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, {
@@ -120,7 +121,7 @@ def lsun(name, data_dir, sources, *, image_size=None, channels=None):
 
     def exact(item):
         where, data = item
-        image = records.stylegan_image(data, where)
+        image = tfrecord.stylegan_image(data, where)
         if image.shape != shape:
             raise UserError(f"{where}: {image.shape} where {shape} is expected; use the file of "
                             f"resolution {size}, or --image_size")
@@ -132,12 +133,12 @@ def lsun(name, data_dir, sources, *, image_size=None, channels=None):
         if split in splits:
             raise UserError(f"--from={path}: a second source of the {split} split")
         if path.is_dir():
-            count, items = records.lmdb_items(path)
+            count, items = tfrecord.lmdb_items(path)
             splits[split] = (count, items, None, decode)
         elif path.suffix == ".zip":
             raise UserError(f"--from={path}: unpack it first, and give the folder")
         else:
-            offsets = records.tfrecord_offsets(path)
+            offsets = tfrecord.tfrecord_offsets(path)
             splits[split] = (len(offsets), _tfrecord_items(path, offsets), None, exact)
     write_store(data_dir, name, splits, shape, about=f"LSUN, {size}x{size}, from "
                 + ", ".join(pathlib.Path(s).name for s in sources))
@@ -147,7 +148,7 @@ def _tfrecord_items(path, offsets):
     with open(path, "rb") as file:
         for i, (offset, length) in enumerate(offsets):
             where = f"{path}, record {i}"
-            yield where, records.tfrecord_read(file, where, offset, length)
+            yield where, tfrecord.tfrecord_read(file, where, offset, length)
 
 
 def _build(name, data_dir, generate, parent, *, config=None):
@@ -207,7 +208,7 @@ def cifar10(name, data_dir, sources, *, image_size=None, channels=None):
             source = source / "cifar-10-binary.tar.gz"
         members = {p.name: io.BytesIO(p.read_bytes()) for p in source.rglob("*") if p.is_file()} \
             if source.is_dir() else {pathlib.PurePath(n).name: f
-                                     for n, f in records.tar_members(source)}
+                                     for n, f in tfrecord.tar_members(source)}
         needed = [*info.train_files, *info.test_files, *info.label_files]
         if missing := [n for n in needed if n not in members]:
             raise UserError(f"{source}: {missing[0]} is not in it; is it cifar-10-binary.tar.gz?")
@@ -217,7 +218,7 @@ def cifar10(name, data_dir, sources, *, image_size=None, channels=None):
         def examples(prefix, files):
             index = 0
             for file in files:
-                pixels, labels = records.cifar_batch(members[file].read(), f"{source}, {file}")
+                pixels, labels = tfrecord.cifar_batch(members[file].read(), f"{source}, {file}")
                 for image, label in zip(pixels, labels, strict=True):
                     yield index, {"id": f"{prefix}_{index:05d}", "label": int(label),
                                   "image": Image.fromarray(image)}
@@ -238,11 +239,11 @@ def fashion_mnist(name, data_dir, sources, *, image_size=None, channels=None):
 
     def load(stem, download):
         if given is None:
-            return records.read_idx(download(f"{parent.URL}{stem}.gz"))
+            return tfrecord.read_idx(download(f"{parent.URL}{stem}.gz"))
         found = [p for p in (given / f"{stem}.gz", given / stem) if p.exists()]
         if not found:
             raise UserError(f"--from={given}: {stem}.gz is not in it")
-        return records.read_idx(found[0])
+        return tfrecord.read_idx(found[0])
 
     def generate(builder, download):
         splits = {}
@@ -267,7 +268,7 @@ def celeb_a_hq(name, data_dir, sources, *, image_size=None, channels=None):
 
     def generate(builder, download):
         def examples():
-            for member, file in records.tar_members(path):
+            for member, file in tfrecord.tar_members(path):
                 image = images.decode(file, f"{path}, {member}", channels=3)
                 if image.shape != (256, 256, 3):
                     raise UserError(f"{path}, {member}: {image.shape}, not (256, 256, 3)")

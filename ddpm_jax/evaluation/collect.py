@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import storage
+from ddpm_jax.storage import files
 
 LAYOUT = 1       # raise when shards of older code must not be read
 SUM = "sum_"     # arrays of this prefix are added over shards; all others are rows, one an image
@@ -29,7 +29,7 @@ def _rows(arrays):
 
 def _is_whole(path, count):
     try:
-        return _rows(storage.read_npz(path)) == count
+        return _rows(files.read_npz(path)) == count
     except UserError:
         return False      # cut short or damaged: made again
 
@@ -39,9 +39,9 @@ def finished(folder, num: int, batch: int) -> np.ndarray:
     count = -(-num // batch)
     done = np.zeros(count, bool)
     if folder is not None and jax.process_index() == 0:
-        here = set(storage.listing(folder))
+        here = set(files.listing(folder))
         for k in range(count):
-            path = storage.join(folder, _name(k))
+            path = files.join(folder, _name(k))
             done[k] = _name(k) in here and _is_whole(path, min(batch, num - k * batch))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -69,20 +69,20 @@ def collect(produce, *, num: int, batch: int, folder=None, request=None, stop=No
     first = jax.process_index() == 0
     done = finished(folder, num, batch)
     if folder is not None and first and not done.any():
-        storage.write_json(storage.join(folder, "request.json"), request or {})
+        files.write_json(files.join(folder, "request.json"), request or {})
     parts = []
     for k, start in enumerate(range(0, num, batch)):
         if stop is not None and stop.requested(k):
             return None
         count = min(batch, num - start)
-        path = None if folder is None else storage.join(folder, _name(k))
+        path = None if folder is None else files.join(folder, _name(k))
         if done[k]:
-            arrays = storage.read_npz(path) if first else {}
+            arrays = files.read_npz(path) if first else {}
         else:
             arrays = produce(start, count)
             check_finite(arrays, start, what)
             if path is not None and first:
-                storage.write_npz(path, arrays)
+                files.write_npz(path, arrays)
         if first:
             parts.append(arrays)
         if progress is not None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ddpm_jax.evaluation import inception, small_cnn
+from ddpm_jax.evaluation import small_cnn
+from ddpm_jax.evaluation.inception import network
 
 
 class Extractor(NamedTuple):
@@ -19,7 +20,7 @@ class Extractor(NamedTuple):
 
 
 def _pool_3(params, images, precision):
-    return inception.features(params, images, precision=precision).pool_3
+    return network.features(params, images, precision=precision).pool_3
 
 
 def _classifier(params, images, precision):

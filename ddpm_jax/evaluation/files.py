@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import storage
+from ddpm_jax.storage import files
 
 
 class Images(NamedTuple):
@@ -43,14 +43,14 @@ def _decode(content, path):
 
 
 def _of_folder(path):
-    names = [n for n in storage.listing(path) if n.lower().endswith(".png")]
+    names = [n for n in files.listing(path) if n.lower().endswith(".png")]
     if not names:
         raise UserError(f"{path} holds no .png (looked for: PNG files, or one .npz with arr_0)")
     digest = hashlib.sha256()
-    shape = _decode(storage.read_bytes(storage.join(path, names[0])), names[0]).shape
+    shape = _decode(files.read_bytes(files.join(path, names[0])), names[0]).shape
 
     def read(i):
-        array = _decode(storage.read_bytes(storage.join(path, names[i])), names[i])
+        array = _decode(files.read_bytes(files.join(path, names[i])), names[i])
         if array.shape != shape:
             raise UserError(f"{path}/{names[i]} is {array.shape}, {names[0]} is {shape}: all "
                             "images must have one size")
@@ -58,7 +58,7 @@ def _of_folder(path):
 
     for name in names:
         digest.update(name.encode())
-        digest.update(hashlib.sha256(storage.read_bytes(storage.join(path, name))).digest())
+        digest.update(hashlib.sha256(files.read_bytes(files.join(path, name))).digest())
     return Images(len(names), shape, read, digest.hexdigest())
 
 
@@ -68,10 +68,10 @@ def open_images(path) -> Images:
     UserError: nothing there, another dtype or shape, sizes that differ.
     """
     if str(path).endswith(".npz"):
-        arrays = storage.read_npz(path)
+        arrays = files.read_npz(path)
         if "arr_0" not in arrays:
             raise UserError(f"{path} has no arr_0 (it has {', '.join(arrays) or 'nothing'})")
         return _of_array(arrays["arr_0"], path)
-    if not storage.exists(path):
+    if not files.exists(path):
         raise UserError(f"--samples={path}: no such folder or file")
     return _of_folder(path)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import storage
+from ddpm_jax.storage import files
 
 TEXT = ("dataset", "split", "protocol", "weights_sha256", "images_sha256", "versions")
 
@@ -40,7 +40,7 @@ def save(path, reference: Reference, *, overwrite: bool = False) -> None:
     """Written whole or not at all. UserError when the file is there."""
     if not str(path).endswith(".npz"):
         raise UserError(f"{path}: a reference must end in .npz")
-    if storage.exists(path) and not overwrite:
+    if files.exists(path) and not overwrite:
         raise UserError(f"{path} exists; name another file or add --overwrite")
     arrays = {"mu": np.asarray(reference.mu, np.float64),
               "sigma": np.asarray(reference.sigma, np.float64),
@@ -49,12 +49,12 @@ def save(path, reference: Reference, *, overwrite: bool = False) -> None:
     arrays |= {name: np.array(getattr(reference, name)) for name in TEXT}
     if reference.features is not None:
         arrays["features"] = np.asarray(reference.features, np.float32)
-    storage.write_npz(path, arrays)
+    files.write_npz(path, arrays)
 
 
 def load(path) -> Reference:
     """A file of `save`, or anybody's npz with mu and sigma (TTUR, EDM): then without provenance."""
-    arrays = storage.read_npz(path)
+    arrays = files.read_npz(path)
     missing = {"mu", "sigma"} - arrays.keys()
     if missing:
         names = " and no ".join(sorted(missing))

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.evaluation import storage
 from ddpm_jax.evaluation.frechet import frechet_distance
 from ddpm_jax.evaluation.moments import mean_and_cov
+from ddpm_jax.storage import files
 
 WIDTHS = (32, 64, 128)
 SMALL_SIDE = 16          # images up to this side get half the widths
@@ -270,11 +270,11 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
     the file between machines: retraining elsewhere gives other weights, hence another scale.
     """
     short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
-    path = storage.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
-    if not storage.exists(path):
+    path = files.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
+    if not files.exists(path):
         params, accuracy = train_classifier(images, labels, seed, progress=progress)
-        storage.write_npz(path, flatten(params) | {"accuracy": np.array(accuracy)})
-    arrays = storage.read_npz(path)
+        files.write_npz(path, flatten(params) | {"accuracy": np.array(accuracy)})
+    arrays = files.read_npz(path)
     accuracy = float(arrays.pop("accuracy"))
     params = unflatten(arrays)
     return Stored(params, accuracy, sha256(params))

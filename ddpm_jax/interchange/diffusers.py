@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.folders import new_folder
-from ddpm_jax.interchange import names
-from ddpm_jax.interchange.lazy import Lazy
-from ddpm_jax.interchange.safetensors_file import open_safetensors, save_safetensors
-from ddpm_jax.interchange.torch_file import open_torch
+from ddpm_jax.formats.lazy import Lazy
+from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
+from ddpm_jax.formats.torch_pickle import open_torch
+from ddpm_jax.interchange import parameter_names
 
 WEIGHTS = "diffusion_pytorch_model"
 READERS = {
@@ -447,7 +447,7 @@ def write_folder(out, params, config: Mapping, betas, *, step: int, weights: str
         "scheduler/scheduler_config.json": scheduler_config(config, betas),
         "model_index.json": MODEL_INDEX,
     }
-    state_dict = names.state_dict_from_params(params, config)
+    state_dict = parameter_names.state_dict_from_params(params, config)
     with new_folder(out) as staging:
         for name, value in files.items():
             (staging / name).parent.mkdir(exist_ok=True)

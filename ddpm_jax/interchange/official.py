@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange import names
-from ddpm_jax.interchange.lazy import Lazy, load
-from ddpm_jax.interchange.tensor_bundle import find_prefix, open_bundle
+from ddpm_jax.formats.lazy import Lazy, load
+from ddpm_jax.formats.tf_checkpoint import find_prefix, open_bundle
+from ddpm_jax.interchange import parameter_names
 
-_QUIET = ("beta1_power", "beta2_power", names.GLOBAL_STEP)  # follow from the step
+_QUIET = ("beta1_power", "beta2_power", parameter_names.GLOBAL_STEP)  # follow from the step
 
 
 class Checkpoint(NamedTuple):
@@ -33,8 +33,8 @@ class Checkpoint(NamedTuple):
 
 
 def _step(variables, prefix, notes):
-    if names.GLOBAL_STEP in variables:
-        return int(load(variables[names.GLOBAL_STEP]))
+    if parameter_names.GLOBAL_STEP in variables:
+        return int(load(variables[parameter_names.GLOBAL_STEP]))
     match = re.search(r"-(\d+)$", os.path.basename(prefix))
     step = int(match.group(1)) if match else 0
     notes.append(f"no global_step in the checkpoint: step {step} taken from its "
@@ -49,14 +49,14 @@ def open_official(path) -> Checkpoint:
     """
     prefix = find_prefix(path)
     variables = open_bundle(prefix)
-    parts = names.split_checkpoint(variables)
+    parts = parameter_names.split_checkpoint(variables)
     notes: list[str] = []
     step = _step(variables, prefix, notes)
     ignored = sorted(set(parts.pop("other")) - set(_QUIET))
     if ignored:
         notes.append(f"ignored, not the model's: {', '.join(ignored)}")
     if not parts["params"] and not parts["ema_params"]:
-        raise UserError(f"{prefix}: no variable named {names.SCOPE}/...: not a checkpoint of "
+        raise UserError(f"{prefix}: no variable named {parameter_names.SCOPE}/...: not a checkpoint of "
                         f"hojonathanho/diffusion (it holds {', '.join(sorted(variables)[:3])} ...)")
     if not parts["params"]:
         notes.append("no raw weights in the checkpoint: the EMA weights stand for both")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.interchange import names
+from ddpm_jax.interchange import parameter_names
 
 TOLERANCE = 1e-4  # of the largest |eps|, float32
 POINTS = 64  # of each golden eps
@@ -51,7 +51,7 @@ def fixed_input(shape, num_timesteps):
 def fingerprint(params, config) -> str:
     """sha256 of all weights in the table's order: one model, one hash, whatever file it was in."""
     digest = hashlib.sha256()
-    for entry in names.entries(config):
+    for entry in parameter_names.entries(config):
         leaf = params
         for part in entry.path:
             leaf = leaf[part]

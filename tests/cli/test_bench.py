@@ -36,14 +36,14 @@ def test_data_in_the_common_format(tmp_path):
 def test_features_are_a_share_of_sampling(tmp_path):
     from ddpm_jax import experiment
     from ddpm_jax.cli import compile as programs
-    from ddpm_jax.evaluation import inception
+    from ddpm_jax.evaluation.inception import network
     done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
                 "--config.sampler.batch_size=8", f"--out={tmp_path}/eval.json")
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
     config = experiment.load_config("digits")
     work = programs.network_work(experiment.build(config))
-    one = inception.flops_per_image() + 2 * 2048 ** 2
+    one = network.flops_per_image() + 2 * 2048 ** 2
     first = rows["Inception-2015"]
     assert first["share_of_flops"] == pytest.approx(one / (100 * work.forward_flops), rel=1e-6)
     seconds = {name: r["seconds"]["median"] for name, r in rows.items()}

@@ -15,8 +15,8 @@ from made_up import SMALL, assert_bit_equal, flat, random_params, small_config  
 from ddpm_jax import experiment  # noqa: E402
 from ddpm_jax.cli import export  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
+from ddpm_jax.formats.safetensors import open_safetensors  # noqa: E402
 from ddpm_jax.interchange import diffusers, names  # noqa: E402
-from ddpm_jax.interchange.safetensors_file import open_safetensors  # noqa: E402
 from ddpm_jax.interchange.workdir import write_run  # noqa: E402
 
 

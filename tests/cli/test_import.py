@@ -17,8 +17,8 @@ from made_up import SMALL, assert_bit_equal, random_params, small_config  # noqa
 from ddpm_jax import checkpoints, experiment, run  # noqa: E402
 from ddpm_jax.cli import import_  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
-from ddpm_jax.interchange import diffusers, names, official  # noqa: E402
-from ddpm_jax.interchange.lazy import Lazy  # noqa: E402
+from ddpm_jax.formats.lazy import Lazy  # noqa: E402
+from ddpm_jax.interchange import diffusers, official, parameter_names  # noqa: E402
 
 
 def lazy(array):
@@ -28,7 +28,7 @@ def lazy(array):
 @pytest.fixture
 def checkpoint(monkeypatch):
     """A made-up official checkpoint of SMALL at step 790: part i is the weights of seed i."""
-    parts = {part: {k: lazy(v) for k, v in names.variables_from_params(
+    parts = {part: {k: lazy(v) for k, v in parameter_names.variables_from_params(
         random_params(SMALL, i), SMALL).items()} for i, part in enumerate(
             ("params", "ema_params", "mu", "nu"))}
     found = official.Checkpoint("/x/model.ckpt-790", 790, **parts, notes=[])
@@ -89,7 +89,7 @@ def test_a_failed_verdict_leaves_nothing(tmp_path, checkpoint, monkeypatch):
 
 def test_a_model_that_diffusers_cannot_express_is_imported_but_not_compared(tmp_path, monkeypatch):
     arch = SMALL._replace(out_channels=6)
-    weights = {k: lazy(v) for k, v in names.variables_from_params(
+    weights = {k: lazy(v) for k, v in parameter_names.variables_from_params(
         random_params(arch), arch).items()}
     found = official.Checkpoint("/x/model.ckpt-1", 1, weights, weights, {}, {}, notes=[])
     monkeypatch.setattr(official, "open_official", lambda path: found)
@@ -164,7 +164,7 @@ def test_a_pickle_is_never_handed_to_another_loader(monkeypatch, ending, reads_i
     seen = {}
     monkeypatch.setattr(parity, "diffusers_peer",
                         lambda config, state=None, folder=None: seen.update(f=folder, s=state))
-    state = names.older_names({k: lazy(v) for k, v in names.state_dict_from_params(
+    state = parameter_names.older_names({k: lazy(v) for k, v in parameter_names.state_dict_from_params(
         random_params(SMALL), SMALL).items()})
     model = diffusers.Model(f"/x/diffusion_pytorch_model{ending}", state, {}, {}, "/x")
     import_._peer_of_file(model)
@@ -178,7 +178,7 @@ def test_imported_runs_sample_and_train_on(tmp_path, checkpoint, monkeypatch):
     config = small_config(data={"name": "digits", "channels": 1}, diffusion={"num_timesteps": 2},
                           optimizer={"warmup_steps": 0}, train={"steps": 792, "log_every": 1})
     arch = SMALL._replace(in_channels=1, out_channels=1)
-    parts = {part: {k: lazy(v) for k, v in names.variables_from_params(
+    parts = {part: {k: lazy(v) for k, v in parameter_names.variables_from_params(
         random_params(arch, i), arch).items()} for i, part in enumerate(("params", "ema_params"))}
     small = {k: lazy(1e-3 * np.abs(v.read())) for k, v in parts["params"].items()}
     whole = checkpoint._replace(**parts, mu=small, nu=small)
@@ -248,9 +248,9 @@ def test_commands_end_to_end_with_real_tensorflow_and_diffusers(tmp_path):
     said = ddpm("import", "diffusers", "--path=back", "--workdir=again")
     assert "parity: PASS" in said and "diffusers 0." in said
     state = restore(tmp_path / "again", small_config())
-    expected = {k.removesuffix(names.EMA_SUFFIX): v for k, v in held.items()
-                if k.endswith(names.EMA_SUFFIX)}
-    assert_bit_equal(names.variables_from_params(state.params, SMALL), expected)
+    expected = {k.removesuffix(parameter_names.EMA_SUFFIX): v for k, v in held.items()
+                if k.endswith(parameter_names.EMA_SUFFIX)}
+    assert_bit_equal(parameter_names.variables_from_params(state.params, SMALL), expected)
     ddpm("export", "safetensors", "--workdir=run", "--out=raw.safetensors", "--noema")
     assert "exists" in ddpm("export", "safetensors", "--workdir=run", "--out=raw.safetensors",
                             status=2)
@@ -280,10 +280,10 @@ def test_a_256_model_converts_within_four_gib(tmp_path):
 
     stored = experiment.to_json(experiment.load_config("lsun_church"))
     plain = {e.official: tuple(e.shape[a] for a in e.layout.official)
-             for e in names.entries(stored)}
+             for e in parameter_names.entries(stored)}
     write_noise(tmp_path / "model.ckpt-5", {
         k + suffix: shape for k, shape in plain.items()
-        for suffix in ("", names.EMA_SUFFIX, "/Adam", "/Adam_1")})
+        for suffix in ("", parameter_names.EMA_SUFFIX, "/Adam", "/Adam_1")})
 
     def peak(call):  # VmHWM: ru_maxrss of a child starts at its parent's
         done = subprocess.run([sys.executable, "-c", MEASURE.format(call), HELPERS], cwd=tmp_path,

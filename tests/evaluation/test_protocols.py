@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.evaluation import inception, protocols, scores
+from ddpm_jax.evaluation import protocols, scores
+from ddpm_jax.evaluation.inception import network
 
 LEVELS = np.arange(256)
 
@@ -32,7 +33,7 @@ def test_values_outside_are_clipped(name):
 def test_every_row_names_things_that_exist():
     for protocol in protocols.PROTOCOLS.values():
         assert protocol.quantise in protocols.QUANTISE
-        assert protocol.precision in inception.PRECISIONS
+        assert protocol.precision in network.PRECISIONS
         assert protocol.inception_score in scores.INCEPTION_SCORES
     texts = {protocols.describe(p) for p in protocols.PROTOCOLS.values()}
     assert len(texts) == len(protocols.PROTOCOLS)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ddpm_jax.interchange import names
+from ddpm_jax.interchange import parameter_names
 
-SMALL = names.Architecture(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
+SMALL = parameter_names.Architecture(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
                            image_size=16, in_channels=3, out_channels=3)
 
 
@@ -13,7 +13,7 @@ def random_params(arch, seed=0):
     N(0, 0.1^2), all independent."""
     rng = np.random.default_rng(seed)
     params = {}
-    for entry in names.entries(arch):
+    for entry in parameter_names.entries(arch):
         x = rng.standard_normal(entry.shape, dtype=np.float32)
         if len(entry.shape) > 1:
             fan_in = np.prod(entry.shape[1:]) if len(entry.shape) == 4 else entry.shape[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddpm_jax.interchange import names
+from ddpm_jax.interchange import parameter_names
 
 
 def write_checkpoint(folder, arch, params, *, step=790, steps_run=2, adam=True, ema=True,
@@ -13,7 +13,7 @@ def write_checkpoint(folder, arch, params, *, step=790, steps_run=2, adam=True, 
     """
     import tensorflow as tf
     tf1 = tf.compat.v1
-    start = names.variables_from_params(params, arch)
+    start = parameter_names.variables_from_params(params, arch)
     with tf1.Graph().as_default(), tf1.Session() as session:
         tf1.set_random_seed(0)
         variables = []

@@ -8,8 +8,8 @@ from made_up import SMALL, assert_bit_equal, random_params, small_config
 
 from ddpm_jax import experiment
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange import diffusers, names
-from ddpm_jax.interchange.safetensors_file import open_safetensors, save_safetensors
+from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
+from ddpm_jax.interchange import diffusers, parameter_names
 
 # As published (google/ddpm-cifar10-32, google/ddpm-ema-celebahq-256, google/ddpm-church-256).
 CIFAR10 = {
@@ -133,8 +133,8 @@ def write_model(folder, params, config=None, *, root=False, older=False, ending=
     (unet / "config.json").write_text(json.dumps(diffusers.unet_config(config)))
     (scheduler / "scheduler_config.json").write_text(
         json.dumps(diffusers.scheduler_config(config, [])))
-    state = names.state_dict_from_params(params, config)
-    state = names.older_names(state) if older else state
+    state = parameter_names.state_dict_from_params(params, config)
+    state = parameter_names.older_names(state) if older else state
     path = unet / f"diffusion_pytorch_model{ending}"
     save_safetensors(state, path)
     return folder
@@ -145,7 +145,7 @@ def write_model(folder, params, config=None, *, root=False, older=False, ending=
 def test_both_layouts_and_both_namings(tmp_path, root, older):
     params = random_params(SMALL)
     model = diffusers.open_diffusers(write_model(tmp_path, params, root=root, older=older))
-    assert_bit_equal(params, names.params_from_state_dict(model.state_dict, SMALL))
+    assert_bit_equal(params, parameter_names.params_from_state_dict(model.state_dict, SMALL))
     config = small_config()
     assert model.fields["model"]["attn_resolutions"] == config.model.attn_resolutions
     assert model.fields["diffusion"]["schedule"] == dict(config.diffusion.schedule)
@@ -155,7 +155,7 @@ def test_both_layouts_and_both_namings(tmp_path, root, older):
 
 def test_a_lone_weights_file_needs_a_config(tmp_path):
     path = tmp_path / "w.safetensors"
-    save_safetensors(names.state_dict_from_params(random_params(SMALL), SMALL), path)
+    save_safetensors(parameter_names.state_dict_from_params(random_params(SMALL), SMALL), path)
     with pytest.raises(UserError, match="no config.json"):
         diffusers.open_diffusers(path)
     model = diffusers.open_diffusers(path, has_config=True)
@@ -268,7 +268,7 @@ def test_exported_folder(tmp_path):
                  '"num_timesteps": 50', "num_inference_steps=50"):
         assert word in card
     model = diffusers.open_diffusers(out)
-    assert_bit_equal(params, names.params_from_state_dict(model.state_dict, config))
+    assert_bit_equal(params, parameter_names.params_from_state_dict(model.state_dict, config))
     _, metadata = open_safetensors(model.weights)
     assert metadata == {"format": "pt"}
     with pytest.raises(UserError, match="not an empty folder"):
@@ -285,13 +285,13 @@ def test_names_and_shapes_are_those_of_real_diffusers():
     lib = pytest.importorskip("diffusers")
     for released in (CIFAR10, CELEBAHQ):
         fields = diffusers.model_fields(released)
-        arch = names.architecture({**fields, "diffusion": {"variance": "fixed_small"}})
+        arch = parameter_names.architecture({**fields, "diffusion": {"variance": "fixed_small"}})
         import torch
         with torch.device("meta"):
             net = lib.UNet2DModel(**{k: v for k, v in released.items() if k[0] != "_"})
         theirs = {k: tuple(v.shape) for k, v in net.state_dict().items()}
         expected = {e.diffusers: tuple(e.shape[a] for a in e.layout.diffusers)
-                    + (1,) * e.layout.ones for e in names.entries(arch)}
+                    + (1,) * e.layout.ones for e in parameter_names.entries(arch)}
         assert theirs == expected
 
 
@@ -308,20 +308,20 @@ def test_bin_files_and_folders_that_real_diffusers_wrote(tmp_path, older):
                                   variance_type="fixed_large")
     lib.DDPMPipeline(unet=net, scheduler=scheduler).save_pretrained(tmp_path)
     model = diffusers.open_diffusers(tmp_path)
-    params = names.params_from_state_dict(model.state_dict, SMALL)
+    params = parameter_names.params_from_state_dict(model.state_dict, SMALL)
     state = {k: v.numpy() for k, v in net.state_dict().items()}
-    assert_bit_equal(names.state_dict_from_params(params, SMALL), state)
+    assert_bit_equal(parameter_names.state_dict_from_params(params, SMALL), state)
     for section in ("model", "diffusion"):
         for field, value in model.fields[section].items():
             value = list(value) if isinstance(value, tuple) else value
             assert config[section][field] == value
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
-    saved = names.older_names(net.state_dict()) if older else net.state_dict()
+    saved = parameter_names.older_names(net.state_dict()) if older else net.state_dict()
     torch.save(saved, weights.with_suffix(".bin"))
     again = diffusers.open_diffusers(tmp_path)
     assert again.weights.endswith(".bin")
-    assert_bit_equal(params, names.params_from_state_dict(again.state_dict, SMALL))
+    assert_bit_equal(params, parameter_names.params_from_state_dict(again.state_dict, SMALL))
 
 
 @pytest.mark.peer

@@ -5,8 +5,8 @@ import pytest
 from made_up import SMALL, assert_bit_equal, random_params
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange import names, official
-from ddpm_jax.interchange.lazy import Lazy
+from ddpm_jax.formats.lazy import Lazy
+from ddpm_jax.interchange import official, parameter_names
 
 
 def as_lazy(array):
@@ -22,17 +22,17 @@ def open_made_up(monkeypatch, variables, name="model.ckpt-12"):
 
 
 def parts(*suffixes):
-    plain = names.variables_from_params(random_params(SMALL), SMALL)
+    plain = parameter_names.variables_from_params(random_params(SMALL), SMALL)
     return {k + s: v + np.float32(i) for i, s in enumerate(suffixes) for k, v in plain.items()}
 
 
 def test_all_parts_arrive_under_their_names(monkeypatch):
-    stored = parts("", names.EMA_SUFFIX, "/Adam", "/Adam_1")
+    stored = parts("", parameter_names.EMA_SUFFIX, "/Adam", "/Adam_1")
     found = open_made_up(monkeypatch, {**stored, "global_step": np.int64(7),
                                        "beta1_power": np.float32(0.1)})
     assert found.step == 7 and found.notes == []
     for i, part in enumerate((found.params, found.ema_params, found.mu, found.nu)):
-        ours = names.params_from_variables(part, SMALL)
+        ours = parameter_names.params_from_variables(part, SMALL)
         np.testing.assert_array_equal(ours["conv_in"]["bias"],
                                       random_params(SMALL)["conv_in"]["bias"] + np.float32(i))
 
@@ -44,7 +44,7 @@ def test_what_is_absent_is_said(monkeypatch):
     for word in ("no global_step", "ignored, not the model's: stray", "no EMA weights",
                  "no Adam slots"):
         assert word in notes
-    found = open_made_up(monkeypatch, parts(names.EMA_SUFFIX), "model.ckpt")
+    found = open_made_up(monkeypatch, parts(parameter_names.EMA_SUFFIX), "model.ckpt")
     assert found.step == 0 and any("no raw weights" in n for n in found.notes)
 
 
@@ -64,12 +64,12 @@ def test_checkpoint_of_real_tensorflow(tmp_path):
     found = official.open_official(tmp_path)  # by the text file "checkpoint"
     assert found.prefix == prefix and found.step == 790
     assert found.notes == ["ignored, not the model's: other/thing"]
-    for part, suffix in ((found.params, ""), (found.ema_params, names.EMA_SUFFIX),
+    for part, suffix in ((found.params, ""), (found.ema_params, parameter_names.EMA_SUFFIX),
                          (found.mu, "/Adam"), (found.nu, "/Adam_1")):
-        ours = names.params_from_variables(part, SMALL)
-        back = names.variables_from_params(ours, SMALL)
+        ours = parameter_names.params_from_variables(part, SMALL)
+        back = parameter_names.variables_from_params(ours, SMALL)
         assert_bit_equal(back, {k: held[k + suffix] for k in back})
-    moved = names.params_from_variables(found.params, SMALL)
+    moved = parameter_names.params_from_variables(found.params, SMALL)
     assert not np.array_equal(moved["conv_in"]["kernel"], params["conv_in"]["kernel"])
 
 
@@ -85,7 +85,7 @@ def test_official_names_mean_what_the_paper_means_by_them():
     from ddpm_jax import experiment
 
     params = random_params(SMALL)
-    variables = names.variables_from_params(params, SMALL)
+    variables = parameter_names.variables_from_params(params, SMALL)
     x = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
     t = np.array([7, 940], np.int32)
     theirs = official_eps(variables, SMALL, x, t, groups=8)

@@ -9,7 +9,7 @@ import pytest
 from made_up import SMALL, flat, random_params, small_config
 
 from ddpm_jax import experiment
-from ddpm_jax.interchange import diffusers, names, parity
+from ddpm_jax.interchange import diffusers, parameter_names, parity
 from ddpm_jax.training import rng
 
 SHAPE = (4, 4, 3)
@@ -69,7 +69,7 @@ def test_golden_values_are_found_by_the_weights_hash(tmp_path):
 
 def test_the_hash_is_of_the_weights_not_of_the_file():
     params = random_params(SMALL)
-    again = names.params_from_state_dict(names.state_dict_from_params(params, SMALL), SMALL)
+    again = parameter_names.params_from_state_dict(parameter_names.state_dict_from_params(params, SMALL), SMALL)
     assert parity.fingerprint(params, SMALL) == parity.fingerprint(again, SMALL)
     swapped = {**params, "mid_block_1": params["mid_block_2"], "mid_block_2": params["mid_block_1"]}
     assert parity.fingerprint(swapped, SMALL) != parity.fingerprint(params, SMALL)
@@ -90,7 +90,7 @@ def torch_net(config, params):
 
     stored = experiment.to_json(config)
     net = lib.UNet2DModel(**{k: v for k, v in diffusers.unet_config(stored).items() if k[0] != "_"})
-    state = names.state_dict_from_params(params, stored)
+    state = parameter_names.state_dict_from_params(params, stored)
     net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     return net.eval()
 
@@ -114,7 +114,7 @@ def forward_and_gradients(config, batch, ts, backward=True):
     import torch
 
     exp = build(config)
-    params = random_params(names.architecture(config))
+    params = random_params(parameter_names.architecture(config))
     r = np.random.default_rng(1)
     x = r.standard_normal((batch, *exp.image_shape), dtype=np.float32)
     noise = r.standard_normal(x.shape, dtype=np.float32)
@@ -136,8 +136,8 @@ def forward_and_gradients(config, batch, ts, backward=True):
     errors = {"eps": relative(ours, from_torch(theirs)), "scale": float(theirs.abs().max())}
     if backward:
         ((theirs - to_torch(noise)) ** 2).mean().backward()
-        grads_theirs = flat(names.params_from_state_dict(
-            {k: v.grad.numpy() for k, v in net.named_parameters()}, names.architecture(config)))
+        grads_theirs = flat(parameter_names.params_from_state_dict(
+            {k: v.grad.numpy() for k, v in net.named_parameters()}, parameter_names.architecture(config)))
         largest = max(np.abs(g).max() for g in grads_theirs.values())
         errors["grad"] = max(
             np.abs(np.asarray(g) - grads_theirs[k]).max() / largest
@@ -202,7 +202,7 @@ def test_the_verdict_passes_and_a_changed_weight_fails():
     exp, params = build(config), random_params(SMALL)
     stored = experiment.to_json(config)
     peer = parity.diffusers_peer(diffusers.unet_config(stored),
-                                 names.state_dict_from_params(params, stored))
+                                 parameter_names.state_dict_from_params(params, stored))
     apply = jax.jit(exp.model.apply)
 
     def ours(p):

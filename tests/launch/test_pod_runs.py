@@ -410,7 +410,8 @@ def fashion(tmp_path, storage, monkeypatch):
     """40 random images as Fashion-MNIST in a bucket, with a copy in tmp_path/data; -> its URL."""
     import gzip
 
-    from ddpm_jax.data import prepare, remote
+    from ddpm_jax.data import prepare
+    from ddpm_jax.storage import remote
     rng = np.random.default_rng(0)
     for stem, n in (("train", 40), ("t10k", 4)):
         for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28), np.uint8)),

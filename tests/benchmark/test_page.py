@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ddpm_jax.compilation import page
+from ddpm_jax.benchmark import page
 from ddpm_jax.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import metrics
+from ddpm_jax import run_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
 
@@ -16,7 +16,7 @@ def lines(folder):
 
 
 def test_scalars_are_lines(tmp_path):
-    writer = metrics.open_writer(tmp_path / "run", config_text="seed: 0")
+    writer = run_log.open_writer(tmp_path / "run", config_text="seed: 0")
     writer.scalars(np.int32(1), {"loss": np.float32(0.5), "grad_norm": 2})
     assert lines(tmp_path / "run") == [{"step": 1, "loss": 0.5, "grad_norm": 2.0}]  # flushed
     writer.scalars(2, {"loss": float("nan"), "grad_norm": float("inf")})
@@ -41,7 +41,7 @@ def events(folder):
 
 
 def test_tensorboard_gets_scalars_and_images(tmp_path):
-    writer = metrics.open_writer(tmp_path)
+    writer = run_log.open_writer(tmp_path)
     writer.scalars(3, {"loss": 0.25})
     writer.images(3, "samples", np.zeros((4, 8, 8, 1), np.uint8))
     writer.close()
@@ -50,13 +50,13 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
 
 
 def test_a_resume_leaves_no_duplicates(tmp_path):
-    writer = metrics.open_writer(tmp_path)
+    writer = run_log.open_writer(tmp_path)
     for step in range(1, 8):
         writer.scalars(step, {"loss": step})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
-    writer = metrics.open_writer(tmp_path)
+    writer = run_log.open_writer(tmp_path)
     writer.truncate_after(5)
     assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3, 4, 5]
     writer.scalars(6, {"loss": 66})
@@ -65,11 +65,11 @@ def test_a_resume_leaves_no_duplicates(tmp_path):
     writer.close()
     assert [(r["step"], r["loss"]) for r in lines(tmp_path)][4:] == [(5, 5), (6, 67)]
     assert (6, "purge", None) in events(tmp_path / "tb")
-    metrics.open_writer(tmp_path / "new").truncate_after(0)
+    run_log.open_writer(tmp_path / "new").truncate_after(0)
 
 
 def test_a_disabled_writer_does_nothing(tmp_path):
-    writer = metrics.open_writer(tmp_path / "run", enabled=False)
+    writer = run_log.open_writer(tmp_path / "run", enabled=False)
     writer.scalars(1, {"loss": 1})
     writer.images(1, "x", np.zeros((1, 2, 2, 3), np.uint8))
     writer.truncate_after(0)
@@ -92,11 +92,11 @@ def store(failing=()):
 def test_a_bucket_gets_everything_and_a_resume_continues_it():
     files, put, get = store()
     for steps in ([1, 2], [3]):
-        writer = metrics.open_writer("gs://b/run/", put=put, get=get)
+        writer = run_log.open_writer("gs://b/run/", put=put, get=get)
         for step in steps:
             writer.scalars(step, {"loss": step})
         (writer.folder / "samples").mkdir()
-        metrics.save_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
+        run_log.save_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
         writer.close()
     text = files["gs://b/run/metrics.jsonl"].decode()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
@@ -106,7 +106,7 @@ def test_a_bucket_gets_everything_and_a_resume_continues_it():
 
 def test_uploads_happen_at_a_cadence_and_survive_an_outage(caplog):
     files, put, get = store([OSError("bucket is away")])
-    writer = metrics.open_writer("gs://b/run", put=put, get=get, upload_every=0.02)
+    writer = run_log.open_writer("gs://b/run", put=put, get=get, upload_every=0.02)
     writer.scalars(1, {"loss": 1})
     deadline = time.monotonic() + 20
     while "gs://b/run/metrics.jsonl" not in files and time.monotonic() < deadline:
@@ -118,31 +118,31 @@ def test_uploads_happen_at_a_cadence_and_survive_an_outage(caplog):
 
 def test_upload_through_epath(tmp_path):
     (tmp_path / "a").write_text("x")
-    metrics.upload(tmp_path / "a", str(tmp_path / "far/away/a"))
-    assert metrics.download(str(tmp_path / "far/away/a")) == b"x"
-    assert metrics.download(str(tmp_path / "far/b")) is None
+    run_log.upload(tmp_path / "a", str(tmp_path / "far/away/a"))
+    assert run_log.download(str(tmp_path / "far/away/a")) == b"x"
+    assert run_log.download(str(tmp_path / "far/b")) is None
 
 
 def test_tile():
     images = np.ones((5, 40, 33, 3), np.uint8) * np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1)
-    grid = metrics.tile(images)
+    grid = run_log.tile(images)
     assert grid.shape == (2 * 42 - 2, 3 * 35 - 2, 3) and grid.dtype == np.uint8
     assert [grid[0, c * 35, 0] for c in range(3)] == [1, 2, 3]
     assert [grid[42 + 39, c * 35 + 32, 2] for c in range(2)] == [4, 5]
     assert (grid[40:42] == 128).all() and (grid[42:, 70:] == 128).all()
-    assert metrics.tile(images[:, :8, :8, :1]).shape == (2 * 66 - 2, 3 * 66 - 2, 1)  # enlarged
-    assert metrics.tile(images, columns=5).shape == (40, 5 * 35 - 2, 3)
+    assert run_log.tile(images[:, :8, :8, :1]).shape == (2 * 66 - 2, 3 * 66 - 2, 1)  # enlarged
+    assert run_log.tile(images, columns=5).shape == (40, 5 * 35 - 2, 3)
     small = np.random.default_rng(0).integers(0, 256, (1, 2, 2, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(metrics.tile(small, scale=3)[::3, ::3], small[0])
+    np.testing.assert_array_equal(run_log.tile(small, scale=3)[::3, ::3], small[0])
     for bad in (images.astype(float), images[0], images[:0]):
         with pytest.raises(ValueError, match="tile needs uint8"):
-            metrics.tile(bad)
+            run_log.tile(bad)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png(tmp_path, channels):
     array = np.random.default_rng(0).integers(0, 256, (5, 4, channels), dtype=np.uint8)
-    metrics.save_png(tmp_path / "a.png", array)
+    run_log.save_png(tmp_path / "a.png", array)
     read = np.asarray(Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())))
     np.testing.assert_array_equal(read.reshape(array.shape), array)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -152,18 +152,18 @@ def test_loss_curve(tmp_path):
     records = [{"step": s, "loss": 1 / s, "eval_loss": None if s % 50 else 2 / s, "lr": 0.1}
                for s in range(1, 301)]
     (tmp_path / "m").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert metrics.plot_loss(tmp_path / "m", tmp_path / "loss.png")
+    assert run_log.plot_loss(tmp_path / "m", tmp_path / "loss.png")
     image = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
     assert len(image) > 100_000 and len(np.unique(image, axis=0)) > 20
     (tmp_path / "m").write_text('{"step": 0, "loss": null}\n')
-    assert not metrics.plot_loss(tmp_path / "m", tmp_path / "none.png")
+    assert not run_log.plot_loss(tmp_path / "m", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_damage_before_the_last_line_is_not_hidden(tmp_path):
     (tmp_path / "m").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(json.JSONDecodeError):
-        metrics.read_metrics(tmp_path / "m")
+        run_log.read_metrics(tmp_path / "m")
 
 
 class Screen(io.StringIO):
@@ -173,9 +173,9 @@ class Screen(io.StringIO):
 
 def test_progress_in_a_log_file(monkeypatch):
     clock = iter([0.0, 10.0, 40.0, 41.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
-    bar = metrics.progress(1000, 100, images_per_step=4, stream=out)
+    bar = run_log.progress(1000, 100, images_per_step=4, stream=out)
     bar.update(120, loss=0.5)  # too early for a line
     bar.update(180, loss=0.25)
     bar.update(1000, loss=0.125)  # the end is always said
@@ -187,7 +187,7 @@ def test_progress_in_a_log_file(monkeypatch):
 
 def test_progress_on_a_terminal():
     out = Screen()
-    bar = metrics.progress(10, 4, images_per_step=2, stream=out)
+    bar = run_log.progress(10, 4, images_per_step=2, stream=out)
     for step in range(5, 11):
         time.sleep(0.03)
         bar.update(step, loss=0.25)

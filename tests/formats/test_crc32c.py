@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.interchange import crc32c as module
-from ddpm_jax.interchange.crc32c import crc32c, masked_crc32c
+from ddpm_jax.formats import crc32c as module
+from ddpm_jax.formats.crc32c import crc32c, masked_crc32c
 
 
 @pytest.mark.parametrize("data, expected", [  # RFC 3720 B.4 and the customary check string

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.safetensors_file import open_safetensors, save_safetensors
+from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
 
 
 def arrays():

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import inception, weights
+from ddpm_jax.evaluation.inception import network, weights
 
-GENERATOR = pathlib.Path(__file__).parents[1] / "golden" / "make_inception.py"
+GENERATOR = pathlib.Path(__file__).parents[2] / "golden" / "make_inception.py"
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def state():
     spec = importlib.util.spec_from_file_location("make_inception", GENERATOR)
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    return {name: make.seeded(name, shape) for name, shape in inception.state_shapes().items()}
+    return {name: make.seeded(name, shape) for name, shape in network.state_shapes().items()}
 
 
 def text(s):
@@ -134,7 +134,7 @@ FORMATS = {"zip": zip_file, "legacy": legacy_file, "pb": graph_file,
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_bits(kind):
     found = weights.read_state(FORMATS[kind](state()))
-    assert list(found) == list(inception.state_shapes())
+    assert list(found) == list(network.state_shapes())
     for name, array in state().items():
         np.testing.assert_array_equal(found[name], array)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation import html_report
 
 
 def frames(n=5):
@@ -24,11 +24,11 @@ def page():
                    "mse_test": [0.1, 0.2, 0.5], "prior_test": 0.01},
         "provenance": {"seed": 0, "note": "<script>alert(1)</script>"}}}}}
     history = [{"step": s, "loss": 1 / s, "bpd_test": 4.0} for s in (1, 10, 100)]
-    return report.page("Title & more", [
-        *report.evaluation_sections(document), *report.curve_sections(history),
-        *report.picture_sections({"nearest_pixels": frames()[1]}),
-        report.section("along", report.scrubber(frames(), [f"frame {i}" for i in range(5)])),
-        report.section("verdicts", report.table([["x", "PASS"], ["y", "FAIL"]], ("a", "b")))])
+    return html_report.page("Title & more", [
+        *html_report.evaluation_sections(document), *html_report.curve_sections(history),
+        *html_report.picture_sections({"nearest_pixels": frames()[1]}),
+        html_report.section("along", html_report.scrubber(frames(), [f"frame {i}" for i in range(5)])),
+        html_report.section("verdicts", html_report.table([["x", "PASS"], ["y", "FAIL"]], ("a", "b")))])
 
 
 def test_nothing_refers_to_anything_outside(page):
@@ -47,15 +47,15 @@ def test_pictures_are_inside_bit_for_bit(page):
     found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[0]))))
     np.testing.assert_array_equal(found, frames()[1])
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(report.png(grey)))), grey[:, :, 0])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(html_report.png(grey)))), grey[:, :, 0])
 
 
 def test_curves_have_the_points_that_their_scales_can_take():
-    drawn = report.curve({"a": [(0, 1.0), (1, 2.0), (10, float("nan")), (100, 3.0)]},
+    drawn = html_report.curve({"a": [(0, 1.0), (1, 2.0), (10, float("nan")), (100, 3.0)]},
                          x_label="x", y_label="y", log_x=True)
     points, = re.findall(r'points="([^"]+)"', drawn)
     assert len(points.split()) == 2
-    assert "nothing to draw" in report.curve({"a": []}, x_label="x", y_label="y")
+    assert "nothing to draw" in html_report.curve({"a": []}, x_label="x", y_label="y")
 
 
 @pytest.mark.slow

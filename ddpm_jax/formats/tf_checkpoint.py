@@ -13,8 +13,8 @@ import struct
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.crc32c import masked_crc32c
-from ddpm_jax.interchange.lazy import Lazy, map_bytes
+from ddpm_jax.formats.crc32c import masked_crc32c
+from ddpm_jax.formats.lazy import Lazy, map_bytes
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48  # two block handles padded to 40 bytes, magic

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import inception, storage
+from ddpm_jax.evaluation.inception import network
+from ddpm_jax.storage import files
 
 ENVIRONMENT = "DDPM_JAX_INCEPTION"
 CONVERTED_NAME = "inception-2015-12-05.npz"
@@ -36,7 +37,7 @@ FINGERPRINT_SEED = 20151205
 
 
 class Weights(NamedTuple):
-    """params: of `inception.features`; state_sha256: of the tensors, the same for .pth and .pb."""
+    """params: of `network.features`; state_sha256: of the tensors, the same for .pth and .pb."""
     params: dict
     state_sha256: str
     source_sha256: str
@@ -266,15 +267,15 @@ def graph_names() -> dict:
     def walk_branch(steps, prefix, scope):
         n = 0
         for step in steps:
-            if isinstance(step, inception.Conv):
+            if isinstance(step, network.Conv):
                 names[prefix + step.name] = scope + numbered("conv", n)
                 n += 1
-            elif isinstance(step, inception.Split):
+            elif isinstance(step, network.Split):
                 for m, branch in enumerate(step.branches):
                     names[prefix + branch[0].name] = scope + "mixed/" + numbered("conv", m)
 
-    blocks = [s for s in inception.LAYERS if isinstance(s, inception.Split)]
-    walk_branch([s for s in inception.LAYERS if isinstance(s, inception.Conv)], "", "")
+    blocks = [s for s in network.LAYERS if isinstance(s, network.Split)]
+    walk_branch([s for s in network.LAYERS if isinstance(s, network.Conv)], "", "")
     for b, block in enumerate(blocks):
         scope, towers = numbered("mixed", b) + "/", 0
         for branch in block.branches:
@@ -316,9 +317,9 @@ def _read_pb(content):
     for name, norm in norms.items():
         epsilon = norm.get("variance_epsilon")
         epsilon = 1e-3 if epsilon is None else struct.unpack("<f", epsilon)[0]
-        if abs(epsilon - inception.BN_EPSILON) > 1e-6:
+        if abs(epsilon - network.BN_EPSILON) > 1e-6:
             raise UserError(f"{name}: batch norm's epsilon is {epsilon:g}, not "
-                            f"{inception.BN_EPSILON}: another graph")
+                            f"{network.BN_EPSILON}: another graph")
     return state
 
 
@@ -349,13 +350,13 @@ def _reader(content):
 
 
 def read_state(content: bytes) -> dict:
-    """The 472 tensors of `inception.state_shapes()` from a file's bytes, as float32."""
+    """The 472 tensors of `network.state_shapes()` from a file's bytes, as float32."""
     try:
         found = _reader(content)(content)
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, struct.error, KeyError,
             AttributeError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"damaged or truncated weights file: {error}") from error
-    shapes = inception.state_shapes()
+    shapes = network.state_shapes()
     found = {k: v for k, v in found.items() if not k.endswith("num_batches_tracked")}
     missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
     if missing or extra:
@@ -373,7 +374,7 @@ def read_state(content: bytes) -> dict:
 def state_sha256(state: dict) -> str:
     """Identity of the tensors themselves: equal for a .pth and a .pb with the same numbers."""
     digest = hashlib.sha256()
-    for name in inception.state_shapes():
+    for name in network.state_shapes():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(state[name], "<f4").tobytes())
     return digest.hexdigest()
@@ -388,7 +389,7 @@ def fingerprint_images() -> np.ndarray:
 def fingerprint(params: dict, *, precision: str = "highest") -> np.ndarray:
     """pool_3 of `fingerprint_images`, float32 [8,2048], on the machine at hand."""
     import jax
-    run = jax.jit(lambda p, x: inception.features(p, x, precision=precision).pool_3)
+    run = jax.jit(lambda p, x: network.features(p, x, precision=precision).pool_3)
     return np.concatenate([np.asarray(run(params, image[None])) for image in fingerprint_images()])
 
 
@@ -421,16 +422,16 @@ def convert(source, target, *, allow_unknown: bool = False, overwrite: bool = Fa
     """
     if not str(target).endswith(".npz"):
         raise UserError(f"{target}: the converted file must end in .npz")
-    if storage.exists(target) and not overwrite:
+    if files.exists(target) and not overwrite:
         raise UserError(f"{target} exists; name another file or add --overwrite")
-    content = storage.read_bytes(source)
+    content = files.read_bytes(source)
     digest = hashlib.sha256(content).hexdigest()
     _check_source(digest, len(content), source, allow_unknown)
     state = read_state(content)
     identity = state_sha256(state)
-    storage.write_npz(target, state | {
+    files.write_npz(target, state | {
         "source_sha256": np.array(digest), "state_sha256": np.array(identity),
-        "fingerprint": fingerprint(inception.fold(state))})
+        "fingerprint": fingerprint(network.fold(state))})
     return {"source_sha256": digest, "state_sha256": identity, "bytes": len(content)}
 
 
@@ -465,7 +466,7 @@ def find(explicit=None, environ=None) -> str:
     """Path of the weights, or UserError with everything needed to get them."""
     places = candidates(explicit, environ)
     for _, path in places:
-        if storage.exists(path):
+        if files.exists(path):
             return path
     raise UserError(missing_message(places))
 
@@ -473,13 +474,13 @@ def find(explicit=None, environ=None) -> str:
 def load(path, *, allow_unknown: bool = False) -> Weights:
     """Weights from a converted .npz (checked when converted), or straight from a source file."""
     if not str(path).endswith(".npz"):
-        content = storage.read_bytes(path)
+        content = files.read_bytes(path)
         digest = hashlib.sha256(content).hexdigest()
         _check_source(digest, len(content), path, allow_unknown)
         state = read_state(content)
-        return Weights(inception.fold(state), state_sha256(state), digest, str(path), None)
-    arrays = storage.read_npz(path)
-    shapes = inception.state_shapes()
+        return Weights(network.fold(state), state_sha256(state), digest, str(path), None)
+    arrays = files.read_npz(path)
+    shapes = network.state_shapes()
     wrong = [n for n, s in shapes.items() if n not in arrays or arrays[n].shape != s]
     if wrong or "state_sha256" not in arrays:
         raise UserError(f"{path} was not written by `ddpm inception convert`: "
@@ -488,5 +489,5 @@ def load(path, *, allow_unknown: bool = False) -> Weights:
     if identity != str(arrays["state_sha256"]):
         raise UserError(f"{path}: the tensors do not have the stored sha256: damaged file, convert "
                         "again")
-    return Weights(inception.fold(arrays), identity, str(arrays["source_sha256"]), str(path),
+    return Weights(network.fold(arrays), identity, str(arrays["source_sha256"]), str(path),
                    arrays["fingerprint"])

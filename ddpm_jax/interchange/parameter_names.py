@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.lazy import Lazy, load
+from ddpm_jax.formats.lazy import Lazy, load
 
 SCOPE = "model"  # run_cifar.py:39
 EMA_SUFFIX = "/ExponentialMovingAverage"  # tf.train.ExponentialMovingAverage's default name

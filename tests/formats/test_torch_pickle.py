@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.torch_file import open_torch
+from ddpm_jax.formats.torch_pickle import open_torch
 
 
 class Global:

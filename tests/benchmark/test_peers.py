@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from ddpm_jax import experiment
-from ddpm_jax.cli import peers
+from ddpm_jax.benchmark import peers
 from ddpm_jax.errors import UserError
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax.evaluation import inception
+from ddpm_jax.evaluation.inception import network as inception
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 
 
 def load_generator():

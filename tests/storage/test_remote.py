@@ -13,9 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from ddpm_jax.data import datasets, prepare, remote
+from ddpm_jax.data import datasets, prepare
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import remote
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # gcsfs leaves its session open
 RNG = np.random.default_rng(0)

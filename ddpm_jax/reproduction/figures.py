@@ -10,8 +10,8 @@ import numpy as np
 from ddpm_jax import experiment
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
-from ddpm_jax.evaluation import collect, measures, report
-from ddpm_jax.evaluation.paper_results import TABLE_4, rate_verdict
+from ddpm_jax.evaluation import collect, html_report, measures
+from ddpm_jax.reproduction.paper_results import TABLE_4, rate_verdict
 from ddpm_jax.training import rng
 
 ROWS = 4
@@ -75,9 +75,9 @@ def shared_latents(run) -> Drawn:
               for stop, r in zip(stops, rows, strict=True)}
     text = (f"One latent x_t a row, decoded {COLUMNS} times; t = {', '.join(map(str, stops))}. "
             "The later the fork, the more is shared.")
-    return Drawn({"shared_latents": picture}, [report.section(
-        "Samples that share a latent", report.note(text), report.image(picture, "fig. 7")),
-        report.section("Spread between the samples of a row, grey levels", report.table(
+    return Drawn({"shared_latents": picture}, [html_report.section(
+        "Samples that share a latent", html_report.note(text), html_report.image(picture, "fig. 7")),
+        html_report.section("Spread between the samples of a row, grey levels", html_report.table(
             list(spread.items()), ("row", "standard deviation")))], spread)
 
 
@@ -109,8 +109,8 @@ def interpolation(run) -> Drawn:
     picture = tile(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "
             f"{chain.num_steps}, decoded with the same noise.")
-    return Drawn({"interpolation": picture}, [report.section(
-        "Interpolation", report.note(text), report.image(picture, "fig. 8"))], {})
+    return Drawn({"interpolation": picture}, [html_report.section(
+        "Interpolation", html_report.note(text), html_report.image(picture, "fig. 8"))], {})
 
 
 def progressive(run) -> Drawn:
@@ -125,13 +125,13 @@ def progressive(run) -> Drawn:
     total = along.steps[-1]
     labels = [f"after {s} of {total} reverse steps" for s in along.steps]
     picture = tile(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
-    sections = [report.section("Predicted x_0 along the way", report.scrubber(frames, labels))]
+    sections = [html_report.section("Predicted x_0 along the way", html_report.scrubber(frames, labels))]
     for name in sorted(along.scores[0]):
         text = ("Not FID, and comparable with itself only. In the paper, Fig. 10 has IS and FID."
                 if name.startswith("FD-") else "")
-        sections.append(report.section(
-            f"{name} of the predicted x_0", report.note(text) if text else "",
-            report.curve({name: [(s, v[name]) for s, v in
+        sections.append(html_report.section(
+            f"{name} of the predicted x_0", html_report.note(text) if text else "",
+            html_report.curve({name: [(s, v[name]) for s, v in
                                  zip(along.steps, along.scores, strict=True)]},
                          x_label="reverse steps", y_label=name)))
     return Drawn({"progressive": picture}, sections, {
@@ -144,7 +144,7 @@ def rate(run) -> Drawn:
     exp, values = run.exp, run.values
     split = "test" if "test" in run.sources else "train"
     if f"terms_{split}" not in values:
-        return Drawn({}, [report.note(f"no bound of the {split} set in evaluation.json")], {})
+        return Drawn({}, [html_report.note(f"no bound of the {split} set in evaluation.json")], {})
     rates, rmse = measures.rate_distortion(values[f"terms_{split}"], values[f"prior_{split}"],
                                            values[f"mse_{split}"])
     total, is_paper = len(rates), exp.config.data.name == "cifar10" and len(rates) == 1000
@@ -161,12 +161,12 @@ def rate(run) -> Drawn:
     done = np.arange(1, total + 1)
     pick = np.unique(np.linspace(0, total - 1, 200).astype(int))
     sections = [
-        report.section(f"Rate and distortion, {split} set", report.table(rows, header)),
-        report.section("Fig. 5", report.curve({"RMSE": [(done[i], rmse[i]) for i in pick]},
+        html_report.section(f"Rate and distortion, {split} set", html_report.table(rows, header)),
+        html_report.section("Fig. 5", html_report.curve({"RMSE": [(done[i], rmse[i]) for i in pick]},
                                               x_label="reverse steps", y_label="RMSE"),
-                       report.curve({"rate": [(done[i], rates[i]) for i in pick]},
+                       html_report.curve({"rate": [(done[i], rates[i]) for i in pick]},
                                     x_label="reverse steps", y_label="bits/dim"),
-                       report.rate_curve(values, split))]
+                       html_report.rate_curve(values, split))]
     return Drawn({}, sections, numbers)
 
 

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.lazy import Lazy, bfloat16_to_float32, map_bytes
+from ddpm_jax.formats.lazy import Lazy, bfloat16_to_float32, map_bytes
 
 _STORAGES = {
     "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": "bf16",

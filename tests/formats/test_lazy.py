@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddpm_jax.interchange.lazy import Lazy, bfloat16_to_float32, load, map_bytes
+from ddpm_jax.formats.lazy import Lazy, bfloat16_to_float32, load, map_bytes
 
 
 def test_bfloat16_is_the_upper_half_of_float32():

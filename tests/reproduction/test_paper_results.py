@@ -3,7 +3,7 @@
 import pytest
 
 from ddpm_jax.configs.cifar10_table2 import CELLS as CONFIGS
-from ddpm_jax.evaluation import paper_results as paper
+from ddpm_jax.reproduction import paper_results as paper
 
 
 def test_cells_are_those_of_the_configs():

@@ -11,7 +11,7 @@ import struct
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange.lazy import Lazy, bfloat16_to_float32, map_bytes
+from ddpm_jax.formats.lazy import Lazy, bfloat16_to_float32, map_bytes
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
            "I8": "i1", "U8": "u1", "BOOL": "?"}

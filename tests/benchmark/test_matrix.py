@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from ddpm_jax.compilation import matrix
+from ddpm_jax.benchmark import matrix
 from ddpm_jax.errors import UserError
 
 CELL = "train_step/digits/jit/float32/O0/cpu:2"

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import experiment, figures, judge
+from ddpm_jax import experiment, judge
 from ddpm_jax.evaluation import small_cnn
-from ddpm_jax.evaluation.paper_results import TARGETS
+from ddpm_jax.reproduction import figures
+from ddpm_jax.reproduction.paper_results import TARGETS
 
 
 @pytest.fixture(scope="module")
