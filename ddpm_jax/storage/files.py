@@ -1,84 +1,100 @@
-"""Whole files or none: results are written beside their place and moved there when complete."""
+"""Files and folders, local or at an address such as gs://bucket/run, that appear whole or not at
+all: written beside their place, flushed to the disk, then renamed.
 
+Inside functions: PIL, which is slow to import and needed for pictures alone.
+"""
+
+import contextlib
 import io
 import json
 import os
+import secrets
 import shutil
 
 import numpy as np
+from etils import epath
 
 from ddpm_jax.errors import UserError
 
+PARTIAL = ".partial"  # ending of every temporary name; the name begins with a dot
 
-def _remote(path):
+
+def is_remote(path) -> bool:
     return "://" in str(path)
 
 
-def _path(path):
-    if _remote(path):
-        from etils import epath  # noqa: PLC0415
-        return epath.Path(path)
-    import pathlib
-    return pathlib.Path(path)
-
-
-def exists(path) -> bool:
-    return _path(path).exists()
+def resolve(path) -> epath.Path:
+    """Absolute path, with ~ expanded; an address such as gs://bucket/run stays as it is."""
+    text = str(path)
+    return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
 
 
 def join(folder, *names) -> str:
     return "/".join([str(folder).rstrip("/"), *names])
 
 
+def bucket_of(url) -> str:
+    """gs://bucket/a/b -> gs://bucket"""
+    scheme, _, rest = str(url).partition("://")
+    return f"{scheme}://{rest.split('/')[0]}"
+
+
+@contextlib.contextmanager
+def storage_errors(path, doing, advice="free space or name another place"):
+    """Turns what the disk, or a bucket's client, raises into one UserError with the remedy.
+
+    Any exception of a client is meant (gcsfs raises its own, aiohttp's, requests' and
+    google.auth's); on a disk only OSError, so that a mistake in the program keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
+        raise UserError(f"cannot {doing} {path}: {_reason(path, error, advice)}") from error
+
+
+def _reason(path, error, advice) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if isinstance(error, ImportError):
+        return f"{text}; pip install gcsfs"
+    local = isinstance(error, OSError) and error.errno and not (
+        is_remote(path) and isinstance(error, FileNotFoundError))
+    if local or not is_remote(path):
+        reason = getattr(error, "strerror", None) or text
+        return f"{reason}; {advice}" if advice else reason
+    bucket = bucket_of(path)
+    code = str(getattr(error, "code", ""))
+    if code == "404" or isinstance(error, FileNotFoundError):
+        return (f"nothing there, or no bucket {bucket}; gcloud storage ls {bucket} shows what "
+                "there is, check the address")
+    if code in ("401", "403") or any(w in text.lower() for w in ("forbidden", "anonymous",
+                                                                "credential")):
+        return (f"{text}; the account of this machine must be allowed to: gcloud storage buckets "
+                f"add-iam-policy-binding {bucket} --member=serviceAccount:SA "
+                "--role=roles/storage.objectUser (and the machine needs --scopes=cloud-platform)")
+    return text
+
+
+# ---- reading ----
+
+
+def exists(path) -> bool:
+    return epath.Path(path).exists()
+
+
 def listing(folder) -> list:
     """Names in a folder, sorted; [] where there is none."""
-    folder = _path(folder)
+    folder = epath.Path(folder)
     return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-
-
-def remove(path) -> None:
-    """A file or folder with all in it; nothing where there is none."""
-    path = _path(path)
-    if path.is_dir():
-        path.rmtree() if hasattr(path, "rmtree") else shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def read_bytes(path) -> bytes:
     """The file's bytes; UserError where it cannot be read."""
-    try:
-        return _path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def write_bytes(path, content: bytes) -> None:
-    """The file appears complete or not at all (a store of objects does that by itself)."""
-    target = _path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if _remote(path):
-            target.write_bytes(content)
-            return
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or name "
-                        "another place") from error
-
-
-def write_npz(path, arrays: dict) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    with storage_errors(path, "read", advice=""):
+        return epath.Path(path).read_bytes()
 
 
 def read_npz(path) -> dict:
@@ -87,18 +103,124 @@ def read_npz(path) -> dict:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except Exception as error:
+    except Exception as error:  # a damaged zip or array raises nearly anything
         raise UserError(f"{path} is not a readable .npz of plain arrays: {error}") from error
 
 
-def write_json(path, value) -> None:
-    """Strict JSON: a NaN or an infinity is an error, never a value in a result."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    write_bytes(path, f"{text}\n".encode())
-
-
 def read_json(path):
+    """The value; UserError where the file is no JSON."""
     try:
         return json.loads(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; move it away") from error
+
+
+# ---- writing ----
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Opens ``path`` for writing bytes; readers see the old file or the new one, whole.
+
+    Makes the folder. A library that needs a name writes to that of the file (local paths only).
+    An address gets its object at the end, from memory. UserError where it cannot be written;
+    then, and after any error inside, no trace is left.
+    """
+    target = epath.Path(path)
+    if is_remote(path):
+        buffer = io.BytesIO()
+        yield buffer
+        with storage_errors(path, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(buffer.getbuffer())
+        return
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+    try:
+        with storage_errors(path, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder):
+    """Makes a rename in ``folder`` outlive a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def write_json(path, value, **options) -> None:
+    """Strict JSON: a NaN or an infinity is a ValueError. options: other than the defaults, of
+    ``json.dumps``."""
+    text = json.dumps(value, **{"indent": 1, "sort_keys": True, "allow_nan": False, **options})
+    write_bytes(path, f"{text}\n".encode())
+
+
+def write_npz(path, arrays: dict) -> None:
+    """{name: array}, uncompressed."""
+    with whole_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def write_png(path, array) -> None:
+    """uint8 [H, W, C], C 1 or 3."""
+    from PIL import Image
+    array = np.asarray(array)
+    with whole_file(path) as file:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+
+
+def remove(path) -> None:
+    """A file or folder with all in it; nothing where there is none."""
+    path = epath.Path(path)
+    if path.is_dir():
+        path.rmtree()
+    elif path.exists():
+        path.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(out, advice="take another"):
+    """Yields a folder beside ``out`` that takes its name at the end; after an error none is left.
+
+    ``out`` may exist if it is empty. A bucket has no rename: there ``out`` itself is yielded, and
+    the caller writes last what readers know it by. UserError, ending with ``advice``, where
+    ``out`` has something in it or cannot be written.
+    """
+    out = resolve(out)
+    with storage_errors(out, "write", advice):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an empty folder: remove it, or {advice}")
+        staging = out
+        if not is_remote(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging = out.parent / f".{out.name}.{secrets.token_hex(4)}{PARTIAL}"
+            staging.mkdir()
+    if is_remote(out):
+        try:
+            yield out
+        except BaseException:
+            out.rmtree(missing_ok=True)
+            raise
+        return
+    try:
+        with storage_errors(out, "write", advice):
+            yield staging
+            os.replace(staging, out)
+            _sync_folder(out.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
