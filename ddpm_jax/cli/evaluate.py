@@ -81,8 +81,8 @@ def say(text):
 
 
 def options():
-    from ddpm_jax import judge
-    return judge.Options(
+    from ddpm_jax.evaluation.options import Options
+    return Options(
         metrics=tuple(m.strip() for m in FLAGS.metrics.split(",") if m.strip()),
         splits=tuple(FLAGS.splits), **{name: getattr(FLAGS, name) for name in (
             "protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
@@ -92,10 +92,11 @@ def options():
 
 def write_results(out, step, protocol, records, pictures, title, *, show=True):
     """evaluation.json, pictures and evaluation.html in the folder ``out``; numbers on stdout."""
-    from ddpm_jax import judge, run_log
+    from ddpm_jax import run_log
     from ddpm_jax.evaluation import html_report
+    from ddpm_jax.evaluation.records import write_records
     from ddpm_jax.storage import files
-    document = judge.write_records(files.join(out, "evaluation.json"), step, protocol, records)
+    document = write_records(files.join(out, "evaluation.json"), step, protocol, records)
     if "samples" in pictures:
         files.write_npz(files.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
     for name, picture in pictures.items():
@@ -114,40 +115,43 @@ def write_results(out, step, protocol, records, pictures, title, *, show=True):
 
 
 def of_samples(chosen, stop):
-    from ddpm_jax import judge
     from ddpm_jax.evaluation import files
+    from ddpm_jax.evaluation.evaluate import check_options, evaluate_images
+    from ddpm_jax.evaluation.features import Subject, image_draws, open_splits
+    from ddpm_jax.evaluation.options import BOUND, NN_QUERIES, REAL_BATCH
     from ddpm_jax.parallel.runners import RUNNERS
-    judge.check_options(chosen)
-    if judge.BOUND in chosen.metrics:
+    check_options(chosen)
+    if BOUND in chosen.metrics:
         raise UserError("--samples: bits/dim is of a model, not of images; leave bpd out of "
                         "--metrics")
     images = files.open_images(FLAGS.samples)
     sources = {}
     if FLAGS.dataset:
-        sources = judge.open_splits(FLAGS.dataset, FLAGS.data_dir, images.shape)
+        sources = open_splits(FLAGS.dataset, FLAGS.data_dir, images.shape)
     runner = RUNNERS["jit"](jax.devices())
-    batch = FLAGS.batch_size or judge.REAL_BATCH
+    batch = FLAGS.batch_size or REAL_BATCH
     memory = {}
-    kept = images.size if chosen.keep_images else judge.NN_QUERIES
-    subject = judge.Subject(
-        judge.image_draws(runner, images.read, batch, images_kept=kept, memory=memory),
+    kept = images.size if chosen.keep_images else NN_QUERIES
+    subject = Subject(
+        image_draws(runner, images.read, batch, images_kept=kept, memory=memory),
         {"samples": str(FLAGS.samples), "samples_sha256": images.identity}, images.size, batch,
         images.shape, sources, runner)
     out = FLAGS.out or FLAGS.workdir
     folder = out and f"{out}/evaluation"
-    values, pictures, provenance = judge.evaluate_images(
+    values, pictures, provenance = evaluate_images(
         subject, chosen, folder=folder, stop=stop, say=say, memory=memory)
     label = f"{FLAGS.samples}, {provenance['num']} images"
     return f"samples-{images.identity[:8]}", [(label, values, provenance)], pictures, out
 
 
 def of_run(chosen, stop):
-    from ddpm_jax import checkpoints, judge, run
-    judge.check_options(chosen)
+    from ddpm_jax import checkpoints, run
+    from ddpm_jax.evaluation.evaluate import check_options, evaluate_run
+    check_options(chosen)
     workdir = checkpoints.resolve(common.required("workdir"))
     exp, params, step = run.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
     facts = {"workdir": str(workdir), "step": step, "weights": "ema" if FLAGS.ema else "raw"}
-    records, pictures = judge.evaluate_run(
+    records, pictures = evaluate_run(
         exp, params, chosen, facts=facts, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)
     return step, records, pictures, FLAGS.out or str(workdir)
 
@@ -158,7 +162,7 @@ def main(argv):
         raise UserError("--workdir=DIR (a run) or --samples=FOLDER_OR_NPZ is missing")
     chosen = options()
     stop, _ = common.join()
-    from ddpm_jax.judge import StoppedError
+    from ddpm_jax.evaluation.options import StoppedError
     try:
         step, records, pictures, out = (of_samples if FLAGS.samples else of_run)(chosen, stop)
     except StoppedError:

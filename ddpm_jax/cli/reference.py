@@ -36,24 +36,26 @@ def define_flags():
 def main(argv):
     common.no_positionals(argv)
     name, out = common.required("dataset"), common.required("out")
-    from ddpm_jax import judge
     from ddpm_jax.data.datasets import open_source
+    from ddpm_jax.evaluation.evaluate import check_options
+    from ddpm_jax.evaluation.make_reference import make_reference
+    from ddpm_jax.evaluation.options import Options, StoppedError
     from ddpm_jax.storage import files
     if not out.endswith(".npz"):
         raise UserError(f"--out={out}: a reference must end in .npz")
     if files.exists(out) and not FLAGS.overwrite:
         raise UserError(f"--out={out} exists; name another file or add --overwrite")
-    options = judge.Options(
+    options = Options(
         metrics=("is",), protocol=FLAGS.protocol, num=FLAGS.num, batch_size=FLAGS.batch_size,
         inception_weights=FLAGS.inception_weights,
         allow_unknown_weights=FLAGS.allow_unknown_weights)
-    judge.check_options(options)
+    check_options(options)
     source = open_source(name, FLAGS.data_dir, FLAGS.split, image_size=FLAGS.image_size)
     stop, _ = common.join()
     try:
-        judge.make_reference(source, options, out, features=FLAGS.features,
+        make_reference(source, options, out, features=FLAGS.features,
                              overwrite=FLAGS.overwrite, stop=stop, say=say)
-    except judge.StoppedError:
+    except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
         return distributed.EXIT_RESTART
     if jax.process_index() == 0:

@@ -103,12 +103,12 @@ def machine_rate() -> tuple[float, str]:
 
 def drawn_count(target) -> int:
     """Images that a target draws."""
-    from ddpm_jax import judge
+    from ddpm_jax.evaluation.options import BOUND, DEFAULT_NUM, DRAWN, LOOKED_AT
     from ddpm_jax.reproduction import figures
     own = {"shared": figures.ROWS * figures.COLUMNS, "rate": 0,
            "interpolation": figures.ROWS * (figures.COLUMNS + 1),
-           "progressive": FLAGS.num or judge.LOOKED_AT}
-    wanted = [judge.DRAWN.get(m, judge.DEFAULT_NUM) for m in target.metrics if m != judge.BOUND]
+           "progressive": FLAGS.num or LOOKED_AT}
+    wanted = [DRAWN.get(m, DEFAULT_NUM) for m in target.metrics if m != BOUND]
     return own[target.figure] if target.figure else FLAGS.num or max(wanted, default=0)
 
 
@@ -153,23 +153,25 @@ def wanted_splits(target, sources) -> tuple:
 
 def references_for(config, folder, stop):
     """Reference statistics of both splits, made once into FOLDER/references."""
-    from ddpm_jax import judge
+    from ddpm_jax.evaluation.features import open_splits
+    from ddpm_jax.evaluation.make_reference import make_reference
+    from ddpm_jax.evaluation.records import same_everywhere
     from ddpm_jax.storage import files
     found = {}
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    for split, source in judge.open_splits(config.data.name, config.data.dir, shape).items():
+    for split, source in open_splits(config.data.name, config.data.dir, shape).items():
         path = files.join(folder, "references", f"{config.data.name}-{split}.npz")
-        if not judge.same_everywhere({"there": files.exists(path)})["there"]:
+        if not same_everywhere({"there": files.exists(path)})["there"]:
             say(f"reference statistics of {config.data.name}, {split}")
-            judge.make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
+            make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
                                  say=say)
         found[split] = path
     return found
 
 
 def _options(metrics, reference=None):
-    from ddpm_jax import judge
-    return judge.Options(
+    from ddpm_jax.evaluation.options import Options
+    return Options(
         metrics=metrics, protocol=FLAGS.protocol, num=FLAGS.num, bpd_num=FLAGS.bpd_num,
         reference=reference, inception_weights=FLAGS.inception_weights,
         allow_unknown_weights=FLAGS.allow_unknown_weights, classifier_dir=FLAGS.classifier_dir)
@@ -177,11 +179,11 @@ def _options(metrics, reference=None):
 
 def _with_weights(metrics) -> tuple:
     """The metrics that can be had here: without Inception's weights, offline stands in for FID."""
-    from ddpm_jax import judge
+    from ddpm_jax.evaluation.evaluate import load_weights
     if not {"fid", "is"} & set(metrics):
         return metrics
     try:
-        judge.load_weights(_options(("is",)))
+        load_weights(_options(("is",)))
         return metrics
     except UserError as error:
         if FLAGS.inception_weights:
@@ -195,18 +197,23 @@ def _with_weights(metrics) -> tuple:
 def run_cell(name, target, root, stop, watchdog):
     """Train, then measure what is missing. -> what figures.Run takes: (experiment, params,
     sources, along)."""
-    from ddpm_jax import checkpoints, judge, run
+    from ddpm_jax import checkpoints, run
+    from ddpm_jax.evaluation.along import evaluate_along
+    from ddpm_jax.evaluation.evaluate import evaluate_run
+    from ddpm_jax.evaluation.features import open_splits
+    from ddpm_jax.evaluation.options import StoppedError
+    from ddpm_jax.evaluation.records import same_everywhere
     from ddpm_jax.reproduction.paper_results import ours
     folder = str(checkpoints.resolve(f"{root}/{name}"))
     config = cell_config(name)
     if not run.train(config, folder, stop=stop, watchdog=watchdog):
-        raise judge.StoppedError
+        raise StoppedError
     watchdog.pause()
     exp, params, step = run.load_run(folder)
     # The first process's folder decides, or processes would wait for each other for ever.
     values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
-    values = judge.same_everywhere(values)
-    sources = judge.open_splits(config.data.name, config.data.dir, exp.image_shape)
+    values = same_everywhere(values)
+    sources = open_splits(config.data.name, config.data.dir, exp.image_shape)
     splits = wanted_splits(target, sources)
     metrics = _with_weights(missing_metrics(target, values) if values.get("step") == step
                             else target.metrics)
@@ -219,7 +226,7 @@ def run_cell(name, target, root, stop, watchdog):
             wanted.append((("fid",), paths["test"]))
     for chosen, reference in wanted:
         if chosen:
-            records, pictures = judge.evaluate_run(
+            records, pictures = evaluate_run(
                 exp, params, _options(chosen, reference)._replace(splits=splits), facts=facts,
                 folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
             if jax.process_index() == 0:
@@ -229,7 +236,7 @@ def run_cell(name, target, root, stop, watchdog):
     def along(looks, shown):
         chosen = _with_weights(("is", "fid"))
         reference = references_for(config, root, stop)["train"] if "fid" in chosen else None
-        return judge.evaluate_along(
+        return evaluate_along(
             exp, params, _options(chosen, reference), facts=facts, looks=looks, shown=shown,
             folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
 
@@ -304,8 +311,8 @@ def main(argv):
         return 0
     root = common.required("workdir")
     stop, watchdog = common.join()
-    from ddpm_jax import judge
     from ddpm_jax.evaluation import html_report
+    from ddpm_jax.evaluation.options import StoppedError
     from ddpm_jax.reproduction import figures
     from ddpm_jax.storage import files
     rows, how = cost_rows(target)
@@ -327,7 +334,7 @@ def main(argv):
                 sections += html_report.curve_sections(run_log.read_metrics(lines))
             if jax.process_index() == 0:
                 sections += html_report.evaluation_sections(existing(f"{root}/{name}"))
-    except judge.StoppedError:
+    except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
         return distributed.EXIT_RESTART
     if jax.process_index() == 0:

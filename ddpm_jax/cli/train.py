@@ -21,8 +21,9 @@ def main(argv):
     common.no_positionals(argv)
     config, workdir = common.required("config"), common.required("workdir")
     stop, watchdog = common.join(config)
-    from ddpm_jax import judge, run
+    from ddpm_jax import run
+    from ddpm_jax.evaluation.monitor import periodic
 
     done = run.train(config, workdir, stop=stop, watchdog=watchdog,
-                     evaluate=judge.periodic(stop=stop))
+                     evaluate=periodic(stop=stop))
     return 0 if done else distributed.EXIT_RESTART

@@ -21,7 +21,7 @@ FRAMES = 20
 
 class Run(NamedTuple):
     """What a figure is drawn from. values: all of the run's evaluation; along(looks, shown) ->
-    judge.Along or None. All processes draw together."""
+    evaluation.along.Along or None. All processes draw together."""
     exp: experiment.Experiment
     params: Any
     sources: dict

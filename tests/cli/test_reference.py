@@ -1,4 +1,4 @@
-"""`ddpm reference`: what it refuses before any work (the statistics: tests/test_judge.py)."""
+"""`ddpm reference`: what it refuses before any work (the statistics: tests/evaluation/)."""
 
 import pytest
 

@@ -49,10 +49,10 @@ def test_dry_run_of_table_2_says_what_the_paper_found_unstable(capsys):
 
 @pytest.mark.usefixtures("fresh_flags")
 def test_verdicts_where_a_run_exists(capsys, tmp_path):
-    from ddpm_jax import judge
     from ddpm_jax.cli import main
+    from ddpm_jax.evaluation.records import write_records
     facts = {"reference": {"split": "train"}}
-    judge.write_records(tmp_path / "eps_fixed_simple/evaluation.json", 800_000, "paper", [
+    write_records(tmp_path / "eps_fixed_simple/evaluation.json", 800_000, "paper", [
         ("ema, a", {"fid": 3.2, "is_openai10": 9.0}, facts), ("ema, b", {"bpd_test": 3.76}, {})])
     assert main.main(["reproduce", "table1", "--dry_run", f"--workdir={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()

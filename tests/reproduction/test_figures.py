@@ -4,8 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import experiment, judge
+from ddpm_jax import experiment
 from ddpm_jax.evaluation import small_cnn
+from ddpm_jax.evaluation.along import evaluate_along
+from ddpm_jax.evaluation.evaluate import evaluate_images, run_subject
+from ddpm_jax.evaluation.features import open_splits
+from ddpm_jax.evaluation.options import Options
 from ddpm_jax.reproduction import figures
 from ddpm_jax.reproduction.paper_results import TARGETS
 
@@ -21,7 +25,7 @@ def run():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
                           exp.abstract_state.params)
-    return figures.Run(exp, params, judge.open_splits("digits", "", exp.image_shape), {})
+    return figures.Run(exp, params, open_splits("digits", "", exp.image_shape), {})
 
 
 def cells(picture, rows):
@@ -54,11 +58,11 @@ def test_interpolation_starts_and_ends_with_the_images(run):
 
 def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
     monkeypatch.setattr(small_cnn, "default_epochs", lambda n: 1)
-    options = judge.Options(metrics=("offline",), num=40, classifier_dir=str(tmp_path))
+    options = Options(metrics=("offline",), num=40, classifier_dir=str(tmp_path))
     facts = {"step": 1, "weights": "ema"}
 
     def along(looks, shown):
-        return judge.evaluate_along(run.exp, run.params, options, facts=facts, looks=looks,
+        return evaluate_along(run.exp, run.params, options, facts=facts, looks=looks,
                                     shown=shown)
 
     drawn = figures.progressive(run._replace(along=along))
@@ -68,7 +72,7 @@ def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
     page = "".join(drawn.sections)
     assert page.count('class="frame"') == 8 and "after 1 of 8 reverse steps" in page
     # The last look is the image itself, and scored like one.
-    values, _, _ = judge.evaluate_images(judge.run_subject(
+    values, _, _ = evaluate_images(run_subject(
         run.exp, run.params, options, facts, {}), options)
     for name in ("FD-rand@0", key):
         assert drawn.numbers[f"{name} after 8"] == pytest.approx(values[name], rel=1e-3)

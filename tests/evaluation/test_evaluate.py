@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from ddpm_jax import experiment, judge
+from ddpm_jax import experiment
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect, extract, measures, protocols, references, small_cnn
+from ddpm_jax.evaluation.evaluate import check_options, evaluate_images, evaluate_run
+from ddpm_jax.evaluation.features import Subject, bound_draws, image_draws, model_draws
 from ddpm_jax.evaluation.inception import network, weights
+from ddpm_jax.evaluation.make_reference import make_reference
+from ddpm_jax.evaluation.monitor import periodic
+from ddpm_jax.evaluation.options import Options
+from ddpm_jax.evaluation.records import write_records
+from ddpm_jax.parallel.runners import RUNNERS
 
 T = 6
 
@@ -69,7 +76,7 @@ def gaussian_bound():
     exp = exp._replace(model=ExactDenoiser(exp.schedule), image_shape=(12, 12, 1))
     pixels = np.random.default_rng(0).standard_normal((768, 12, 12, 1)) * SPREAD
     images = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-    sums = collect.collect(judge.bound_draws(exp, {}, images, 3, 256, {}), num=768, batch=256)
+    sums = collect.collect(bound_draws(exp, {}, images, 3, 256, {}), num=768, batch=256)
     return measures.likelihood(sums), np.asarray(exp.betas, np.float64)
 
 
@@ -142,11 +149,11 @@ def measure(devices, runner="shard_map"):
     exp, params = tiny(devices, **{"parallel.runner": runner})
     images = np.random.default_rng(1).integers(0, 256, (21, 8, 8, 1), dtype=np.uint8)
     bound = measures.likelihood(collect.collect(
-        judge.bound_draws(exp, params, images, 0, 8, {}), num=21, batch=8))
+        bound_draws(exp, params, images, 0, 8, {}), num=21, batch=8))
     extractor = extract.make({"random": small_cnn.random_params(1), "channels": {}})
-    given = collect.collect(judge.image_draws(exp.runner, images.__getitem__, 8)(extractor),
+    given = collect.collect(image_draws(exp.runner, images.__getitem__, 8)(extractor),
                             num=21, batch=8)
-    draws = judge.model_draws(exp, experiment.sampling_chain(exp), params, 5, 10, images_kept=4,
+    draws = model_draws(exp, experiment.sampling_chain(exp), params, 5, 10, images_kept=4,
                               memory={})
     drawn = collect.collect(draws(extractor, "none"), num=21, batch=10)
     return bound, given, drawn
@@ -180,7 +187,7 @@ def test_images_are_those_of_the_sampler_whatever_the_batch():
     expected = np.asarray(experiment.sample_program(exp, chain)(
         params, np.uint32(5), exp.runner.put("batch", np.arange(24, dtype=np.int32))))
     extractor = extract.make({"images": {}, "channels": {}})
-    draws = judge.model_draws(exp, chain, params, 5, 11, images_kept=13, memory={})
+    draws = model_draws(exp, chain, params, 5, 11, images_kept=13, memory={})
     found = collect.collect(draws(extractor, "round"), num=20, batch=11)
     np.testing.assert_array_equal(found["images"], expected[:13])       # only what is wanted
     assert len(found["channels"]) == 20
@@ -206,9 +213,9 @@ def seeded_weights(tmp_path_factory):
 
 
 def image_subject(images, batch=4):
-    runner = judge.RUNNERS["jit"](jax.devices()[:1])
-    return judge.Subject(
-        judge.image_draws(runner, images.__getitem__, batch, memory={}), {"samples": "x"},
+    runner = RUNNERS["jit"](jax.devices()[:1])
+    return Subject(
+        image_draws(runner, images.__getitem__, batch, memory={}), {"samples": "x"},
         len(images), batch, images.shape[1:], {}, runner)
 
 
@@ -231,11 +238,11 @@ def test_reference_then_fid_is_the_formula_on_the_same_features(seeded_weights, 
     rng = np.random.default_rng(2)
     real, fake = (rng.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8) for _ in range(2))
     out = tmp_path / "ref.npz"
-    options = judge.Options(metrics=("fid", "is", "kid", "pr"), reference=str(out), batch_size=4,
+    options = Options(metrics=("fid", "is", "kid", "pr"), reference=str(out), batch_size=4,
                             inception_weights=str(seeded_weights))
-    judge.make_reference(Pictures(real), options, out, features=10)
+    make_reference(Pictures(real), options, out, features=10)
     assert not (tmp_path / "ref.npz.shards").exists()
-    values, _, provenance = judge.evaluate_images(image_subject(fake), options)
+    values, _, provenance = evaluate_images(image_subject(fake), options)
 
     run = jax.jit(network.features)
     params = weights.load(seeded_weights).params
@@ -251,23 +258,23 @@ def test_reference_then_fid_is_the_formula_on_the_same_features(seeded_weights, 
     assert provenance["protocol"] == "paper" and provenance["precision"] == "highest"
 
     with pytest.raises(UserError, match="protocol is .*--force"):
-        judge.evaluate_images(image_subject(fake), options._replace(protocol="monitor"))
+        evaluate_images(image_subject(fake), options._replace(protocol="monitor"))
     with pytest.raises(UserError, match=r"image_shape is \(8, 8, 3\)"):
-        judge.evaluate_images(image_subject(np.zeros((3, 16, 16, 3), np.uint8)), options)
-    forced = judge.evaluate_images(image_subject(np.zeros((3, 16, 16, 3), np.uint8)),
+        evaluate_images(image_subject(np.zeros((3, 16, 16, 3), np.uint8)), options)
+    forced = evaluate_images(image_subject(np.zeros((3, 16, 16, 3), np.uint8)),
                                    options._replace(metrics=("fid",), force=True))
     assert "forced: image_shape" in forced[2]["warnings"][0]
     with pytest.raises(UserError, match="--num=11: there are only 10"):
-        judge.evaluate_images(image_subject(fake), options._replace(num=11))
+        evaluate_images(image_subject(fake), options._replace(num=11))
 
 
 def test_nan_stops_before_a_metric_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(small_cnn, "default_epochs", lambda n: 1)
     exp, params = tiny(1)
     params = jax.tree.map(lambda x: x * np.nan, params)
-    options = judge.Options(num=4, metrics=("offline",), classifier_dir=str(tmp_path / "c"))
+    options = Options(num=4, metrics=("offline",), classifier_dir=str(tmp_path / "c"))
     with pytest.raises(UserError, match="samples 0: .* is not finite"):
-        judge.evaluate_run(exp, params, options, facts={"step": 1, "weights": "ema"},
+        evaluate_run(exp, params, options, facts={"step": 1, "weights": "ema"},
                            folder=str(tmp_path / "e"))
     assert not list((tmp_path / "e").rglob("shard-*"))
 
@@ -282,20 +289,20 @@ def test_nan_stops_before_a_metric_is_written(tmp_path, monkeypatch):
 def test_bad_options_are_one_line(changes, message):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     with pytest.raises(UserError, match=message):
-        judge.evaluate_images(image_subject(images), judge.Options()._replace(**changes))
+        evaluate_images(image_subject(images), Options()._replace(**changes))
 
 
 def test_fid_without_a_reference_says_how_to_make_one(seeded_weights):
-    options = judge.Options(metrics=("fid",), inception_weights=str(seeded_weights))
+    options = Options(metrics=("fid",), inception_weights=str(seeded_weights))
     with pytest.raises(UserError, match="--reference=FILE is missing.*ddpm reference"):
-        judge.evaluate_images(image_subject(np.zeros((2, 8, 8, 3), np.uint8)), options)
+        evaluate_images(image_subject(np.zeros((2, 8, 8, 3), np.uint8)), options)
 
 
 @pytest.mark.slow
 def test_periodic_gives_the_same_numbers_twice_and_compiles_once(tmp_path, monkeypatch):
     monkeypatch.setattr(small_cnn, "default_epochs", lambda n: 1)
     exp, params = tiny(1, **{"eval.metrics": "offline"})
-    evaluate = judge.periodic(classifier_dir=str(tmp_path))
+    evaluate = periodic(classifier_dir=str(tmp_path))
     first = evaluate(exp, params, 10)
     compiled = []
     monkeypatch.setattr(type(exp.runner), "compile", compiled.append, raising=False)
@@ -307,9 +314,9 @@ def test_periodic_gives_the_same_numbers_twice_and_compiles_once(tmp_path, monke
 
 def test_records_are_kept_beside_each_other(tmp_path):
     path = tmp_path / "evaluation.json"
-    judge.write_records(path, 7, "paper", [("ema", {"bpd": 1.0}, {"seed": 0})])
-    judge.write_records(path, 7, "monitor", [("ema", {"fid": 2.0}, {})])
-    found = judge.write_records(path, 7, "paper", [("ema", {"kid": 3.0}, {"seed": 0})])
+    write_records(path, 7, "paper", [("ema", {"bpd": 1.0}, {"seed": 0})])
+    write_records(path, 7, "monitor", [("ema", {"fid": 2.0}, {})])
+    found = write_records(path, 7, "paper", [("ema", {"kid": 3.0}, {"seed": 0})])
     assert found["7"]["paper"]["ema"]["values"] == {"bpd": 1.0, "kid": 3.0}
     assert found["7"]["monitor"]["ema"]["values"] == {"fid": 2.0}
     assert "jax" in found["7"]["paper"]["ema"]["provenance"]["versions"]
@@ -317,8 +324,8 @@ def test_records_are_kept_beside_each_other(tmp_path):
 
 def test_every_protocol_is_described_by_what_references_store():
     for name in protocols.PROTOCOLS:
-        assert judge.check_options(judge.Options(protocol=name)).name == name
-    assert judge.check_options(judge.Options(quantise="truncate")).quantise == "truncate"
+        assert check_options(Options(protocol=name)).name == name
+    assert check_options(Options(quantise="truncate")).quantise == "truncate"
 
 
 # --- beside torch-fidelity -------------------------------------------------------------------
@@ -401,10 +408,10 @@ def test_fid_and_is_of_the_same_pngs_are_torch_fidelitys(seeded_weights, tmp_pat
     their_is = isc_features_to_metric(found["fake"][1], splits=10, shuffle=False)
 
     out = tmp_path / "ref.npz"
-    options = judge.Options(metrics=("fid", "is"), reference=str(out), batch_size=2,
+    options = Options(metrics=("fid", "is"), reference=str(out), batch_size=2,
                             inception_weights=str(tmp_path / "w.pth"), allow_unknown_weights=True)
-    judge.make_reference(Pictures(batches["real"]), options, out, features=0)
-    ours, _, _ = judge.evaluate_images(image_subject(batches["fake"], 2), options)
+    make_reference(Pictures(batches["real"]), options, out, features=0)
+    ours, _, _ = evaluate_images(image_subject(batches["fake"], 2), options)
     assert ours["fid"] == pytest.approx(their_fid["frechet_inception_distance"], rel=1e-3)
     assert their_is["inception_score_mean"] > 1.04
     assert ours["is_openai10"] == pytest.approx(their_is["inception_score_mean"], rel=1e-3)
