@@ -15,7 +15,7 @@ from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
@@ -52,7 +52,7 @@ def _open_data(exp, split):
     if len(source) < 1:
         raise UserError(f"{config.data.name}, split {split}, has no images")
     # One host may download what the others have: they wait here rather than in a collective.
-    distributed.check_same_everywhere({"data": source.fingerprint}, patience_s=7200)
+    hosts.check_same_everywhere({"data": source.fingerprint}, patience_s=7200)
     return source
 
 
@@ -127,7 +127,7 @@ def _local_folder(folder):
 def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
-    stop: parallel.distributed.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
+    stop: parallel.stop.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
     step) -> {name: number}, or None where a signal cut it short; called every config.eval.every
     steps, at a restart first for a step that is saved but not evaluated. -> False where a signal
     ended it early (everything is saved). Raises UserError for what the user can mend.

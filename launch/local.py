@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def environment(options, index: int, port: int) -> dict[str, str]:
-    """The variables of process `index`; ddpm_jax/parallel/distributed.py reads DDPM_*."""
+    """The variables of process `index`; ddpm_jax/parallel/pod.py reads DDPM_*."""
     env = dict(os.environ)
     env.update(DDPM_COORD=f"127.0.0.1:{port}", DDPM_NPROC=str(options.processes),
                DDPM_PROC=str(index), PYTHONUNBUFFERED="1")

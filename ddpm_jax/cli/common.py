@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from ddpm_jax import experiment
 from ddpm_jax.compilation.cache import enable_compilation_cache
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import hosts, pod, stop, watchdog
 
 FLAGS = flags.FLAGS
 
@@ -58,12 +58,12 @@ def with_packaged_configs(argv: list[str]) -> list[str]:
 def join(config=None):
     """Cache, pod, agreement of the hosts: before anything touches a device. -> (stop, watchdog)"""
     cache = enable_compilation_cache()
-    distributed.initialize()
+    pod.initialize()
     facts = {}
     if config is not None:
         text = json.dumps(experiment.to_json(config), sort_keys=True)
         facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
-    distributed.check_same_everywhere(facts)
+    hosts.check_same_everywhere(facts)
     if jax.process_index() == 0:
         print(f"compilation cache: {cache or 'off'}", file=sys.stderr)
-    return distributed.watch_for_stop(), distributed.start_watchdog()
+    return stop.watch_for_stop(), watchdog.start_watchdog()

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from absl import flags
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import hosts, pod
 
 FLAGS = flags.FLAGS
 WORKER = "DDPM_DOCTOR_FOLDER"  # set in the processes of the dry run
@@ -51,7 +51,7 @@ def define_flags():
     flags.DEFINE_bool("pod", False, "join the other hosts and compare versions")
     flags.DEFINE_integer("processes", 0, "dry run of a pod: processes", lower_bound=0)
     flags.DEFINE_integer("devices", 2, "dry run of a pod: devices of each", lower_bound=1)
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def main(argv):
@@ -80,7 +80,7 @@ def report(findings) -> int:
 
 
 def check_python() -> Finding:
-    found = distributed.versions()
+    found = hosts.versions()
     needed = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     absent = [name for name in needed if found[name] == "absent"]
     text = ", ".join(f"{name} {version}" for name, version in found.items()
@@ -128,16 +128,16 @@ def check_disk(folder=None, need_gb=2) -> Finding:
 def check_port() -> Finding:
     """The coordinator's port: free here (process 0) or reachable (--coordinator of another)."""
     port = FLAGS.coordinator_port or int(os.environ.get("JAX_COORDINATOR_PORT")
-                                         or distributed.DEFAULT_PORT)
+                                         or pod.DEFAULT_PORT)
     address = FLAGS.coordinator or os.environ.get("DDPM_COORD")
     if address and (FLAGS.process_id or os.environ.get("DDPM_PROC", "0")) not in (0, "0"):
-        host, port = distributed.split_address(address if ":" in address else f"{address}:{port}")
-        problem = distributed.probe_once(host, port, 3.0)
+        host, port = pod.split_address(address if ":" in address else f"{address}:{port}")
+        problem = pod.probe_once(host, port, 3.0)
         refused = problem is not None and "nothing listens" in problem
         return Finding("coordinator", None if refused else problem is None,
                        problem or f"{host}:{port} answers")
     try:
-        distributed.require_free_port(port)
+        pod.require_free_port(port)
     except UserError as error:
         return Finding("coordinator port", False, str(error))
     return Finding("coordinator port", True, f"{port} is free on {socket.gethostname()}")
@@ -221,16 +221,16 @@ def bucket_problem(bucket: str, error) -> str:
 
 def check_pod() -> Finding:
     """Joins, compares versions (UserError names the host that differs), adds one number up."""
-    pod = distributed.initialize()
-    if pod.num_processes == 1:
+    joined = pod.initialize()
+    if joined.num_processes == 1:
         return Finding("pod", None, "this process is alone: no other host is configured here")
-    distributed.check_same_everywhere({})
+    hosts.check_same_everywhere({})
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import multihost_utils
     total = int(np.sum(multihost_utils.process_allgather(jnp.ones((), jnp.int32))))
-    return Finding("pod", total == pod.num_processes,
-                   f"{total} of {pod.num_processes} hosts answer, with equal versions")
+    return Finding("pod", total == joined.num_processes,
+                   f"{total} of {joined.num_processes} hosts answer, with equal versions")
 
 
 # ---- dry run of a pod ----

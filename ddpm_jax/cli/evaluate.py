@@ -21,7 +21,7 @@ from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, pod
 
 FLAGS = flags.FLAGS
 
@@ -72,7 +72,7 @@ def define_flags():
     define("bool", "force", False, "compare with a reference of another protocol or dataset")
     define("bool", "keep_images", False, "write the generated images to samples.npz")
     define("string", "out", None, "folder for the results; default: --workdir")
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def say(text):
@@ -167,7 +167,7 @@ def main(argv):
         step, records, pictures, out = (of_samples if FLAGS.samples else of_run)(chosen, stop)
     except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
-        return distributed.EXIT_RESTART
+        return exit_codes.EXIT_RESTART
     if jax.process_index() == 0:
         if out:
             write_results(out, step, chosen.protocol, records, pictures,

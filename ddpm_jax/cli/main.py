@@ -36,7 +36,7 @@ def usage() -> str:
 def _print_help(module, name: str) -> None:
     print((module.__doc__ or "").strip() + "\n\nflags:")
     own = flags.FLAGS.flags_by_module_dict()
-    for owner in (module.__name__, "ddpm_jax.cli.common", "ddpm_jax.parallel.distributed"):
+    for owner in (module.__name__, "ddpm_jax.cli.common", "ddpm_jax.parallel.pod"):
         for flag in own.get(owner, []):
             default = "" if flag.default in (None, "") else f" (default: {flag.default})"
             print(f"  --{flag.name}: {flag.help}{default}")
@@ -72,12 +72,12 @@ def main(argv: list[str]) -> int:
 def _leave_pod(error: BaseException) -> int:
     """Exit status of bad input; in a pod, ends the process rather than wait 300 s for the others,
     and tells a save that failed for a lost peer (restart) from one that a user must mend."""
-    distributed = sys.modules.get("ddpm_jax.parallel.distributed")
-    if distributed is None:
+    exit_codes = sys.modules.get("ddpm_jax.parallel.exit_codes")
+    if exit_codes is None:
         return USER_ERROR
-    lost = error.__cause__ is not None and distributed.is_lost_peer(error.__cause__)
-    code = distributed.EXIT_LOST if lost and distributed.in_pod() else USER_ERROR
-    distributed.leave(code)
+    lost = error.__cause__ is not None and exit_codes.is_lost_peer(error.__cause__)
+    code = exit_codes.EXIT_LOST if lost and exit_codes.in_pod() else USER_ERROR
+    exit_codes.leave(code)
     return code
 
 

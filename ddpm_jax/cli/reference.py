@@ -14,7 +14,7 @@ from absl import flags
 from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags, definer, say
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, pod
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +30,7 @@ def define_flags():
     define("integer", "features", 10_000, "images whose features are kept, for kid and pr")
     define("integer", "batch_size", None, "images at a time, all devices together")
     define("string", "out", None, "the .npz to write")
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def main(argv):
@@ -57,7 +57,7 @@ def main(argv):
                              overwrite=FLAGS.overwrite, stop=stop, say=say)
     except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
-        return distributed.EXIT_RESTART
+        return exit_codes.EXIT_RESTART
     if jax.process_index() == 0:
         print(f"wrote {out}", file=sys.stderr)
     return 0

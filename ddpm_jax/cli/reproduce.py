@@ -24,7 +24,7 @@ from absl import flags
 from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags, definer, say, write_results
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, pod
 
 FLAGS = flags.FLAGS
 MFU = 0.4       # of a chip's peak, where nothing was measured: an estimate, and called one
@@ -43,7 +43,7 @@ def define_flags():
     define("integer", "num", None, "generated images; default: 50,000 for tables, 1,000 for fig10")
     define("integer", "bpd_num", None, "real images for bits/dim; default: all")
     define("string", "classifier_dir", None, "where the small classifiers are kept")
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def cell_config(name: str):
@@ -336,7 +336,7 @@ def main(argv):
                 sections += html_report.evaluation_sections(existing(f"{root}/{name}"))
     except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
-        return distributed.EXIT_RESTART
+        return exit_codes.EXIT_RESTART
     if jax.process_index() == 0:
         found = table_rows(target, root, is_paper)
         note = html_report.note(

@@ -8,7 +8,7 @@ was cut off goes on where it stopped.
 from absl import flags
 
 from ddpm_jax.cli import common
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, pod
 
 FLAGS = flags.FLAGS
 
@@ -25,7 +25,7 @@ def define_flags():
     flags.DEFINE_integer("steps", None, "steps of the chain, evenly spaced; default: the run's "
                          "sampler.steps")
     flags.DEFINE_bool("png", False, "write each image as a PNG too")
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def main(argv):
@@ -38,4 +38,4 @@ def main(argv):
         workdir, out, num=FLAGS.num, step=FLAGS.step, seed=FLAGS.seed,
         batch_size=FLAGS.batch_size, ema=FLAGS.ema, sampler=FLAGS.sampler, steps=FLAGS.steps,
         png=FLAGS.png, stop=stop)
-    return 0 if done else distributed.EXIT_RESTART
+    return 0 if done else exit_codes.EXIT_RESTART

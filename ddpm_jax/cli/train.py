@@ -8,13 +8,13 @@ A SIGTERM saves and exits with 42; run the same command again to continue.
 """
 
 from ddpm_jax.cli import common
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, pod
 
 
 def define_flags():
     common.define_config_flag()
     common.define_workdir_flag()
-    distributed.define_flags()
+    pod.define_flags()
 
 
 def main(argv):
@@ -26,4 +26,4 @@ def main(argv):
 
     done = run.train(config, workdir, stop=stop, watchdog=watchdog,
                      evaluate=periodic(stop=stop))
-    return 0 if done else distributed.EXIT_RESTART
+    return 0 if done else exit_codes.EXIT_RESTART

@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
 
 def versions() -> dict:
     device = jax.devices()[0]
-    return distributed.versions() | {"device": device.device_kind, "devices": jax.device_count()}
+    return hosts.versions() | {"device": device.device_kind, "devices": jax.device_count()}
 
 
 def write_records(path, step, protocol: str, records) -> dict:

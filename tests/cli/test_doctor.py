@@ -46,8 +46,8 @@ def test_full_disk(tmp_path):
 
 def test_versions_that_do_not_match(monkeypatch):
     assert doctor.check_python().ok
-    found = {**doctor.distributed.versions(), "jaxlib": "0.0.1"}
-    monkeypatch.setattr(doctor.distributed, "versions", lambda: found)
+    found = {**doctor.hosts.versions(), "jaxlib": "0.0.1"}
+    monkeypatch.setattr(doctor.hosts, "versions", lambda: found)
     assert "same version of both" in doctor.check_python().text
     found["optax"] = "absent"
     assert "optax not installed" in doctor.check_python().text
@@ -191,7 +191,7 @@ def test_bucket_on_the_storage_emulator(tmp_path):
            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
     try:
-        assert doctor.distributed.probe("127.0.0.1", port, 30) is None
+        assert doctor.pod.probe("127.0.0.1", port, 30) is None
         done = subprocess.run(
             [sys.executable, "-m", "ddpm_jax", "doctor", "--workdir=gs://ddpm/run"], env=env,
             capture_output=True, text=True, timeout=120)

@@ -83,9 +83,9 @@ def test_shape_command_and_codes(capsys):
     assert {"name": "A", "value": "1: 2"} in box["env"]
     assert {"name": "DDPM_INIT_TIMEOUT", "value": "3600"} in box["env"]
     codes = job["podFailurePolicy"]["rules"][1]["onExitCodes"]
-    from ddpm_jax.parallel import distributed
-    restart = {distributed.EXIT_RESTART, distributed.EXIT_LOST, distributed.EXIT_HUNG,
-               distributed.EXIT_UNREACHABLE, 137, 143}
+    from ddpm_jax.parallel import exit_codes
+    restart = {exit_codes.EXIT_RESTART, exit_codes.EXIT_LOST, exit_codes.EXIT_HUNG,
+               exit_codes.EXIT_UNREACHABLE, 137, 143}
     assert codes["operator"] == "NotIn" and restart <= set(codes["values"])
     assert not {0, 1, 2, 126} & set(codes["values"]) and len(codes["values"]) <= 255
     assert given["failurePolicy"]["rules"][0]["action"] == "FailJobSet"

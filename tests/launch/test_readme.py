@@ -40,9 +40,9 @@ def test_commands_parse(program, least):
 def test_files_and_codes_exist():
     for path in re.findall(r"launch/[\w./]+\w", TEXT):
         assert (LAUNCH.parent / path).exists(), path
-    from ddpm_jax.parallel import distributed
-    for code in (distributed.EXIT_RESTART, distributed.EXIT_LOST, distributed.EXIT_HUNG,
-                 distributed.EXIT_UNREACHABLE):
+    from ddpm_jax.parallel import exit_codes
+    for code in (exit_codes.EXIT_RESTART, exit_codes.EXIT_LOST, exit_codes.EXIT_HUNG,
+                 exit_codes.EXIT_UNREACHABLE):
         assert re.search(rf"^\| [\d, ]*\b{code}\b", TEXT, re.MULTILINE), code
 
 

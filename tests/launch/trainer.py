@@ -11,22 +11,24 @@ import time
 
 from absl import flags
 
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART
+from ddpm_jax.parallel.pod import define_flags, initialize
+from ddpm_jax.parallel.stop import watch_for_stop
 
 flags.DEFINE_float("delay", 0.02, "seconds a step")
 flags.DEFINE_integer("every", 10, "steps between checkpoints")
-distributed.define_flags()
+define_flags()
 
 
 def main(argv):
     _, workdir, steps = flags.FLAGS(argv)
-    pod = distributed.initialize()
+    pod = initialize()
     import jax
     import jax.numpy as jnp
     import orbax.checkpoint as ocp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    stop = distributed.watch_for_stop()
+    stop = watch_for_stop()
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     start = jnp.arange(float(jax.device_count()))
@@ -52,7 +54,7 @@ def main(argv):
             stop.unsaved(False)
             print(f"trainer: saved {done}", flush=True)
             manager.close()
-            return distributed.EXIT_RESTART
+            return EXIT_RESTART
         time.sleep(flags.FLAGS.delay)
     manager.close()
     stop.unsaved(False)

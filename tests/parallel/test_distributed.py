@@ -11,19 +11,23 @@ import time
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel import exit_codes, hosts, pod, stop
 
 # A stand-in for the loops: argv is a list of words, each does one thing.
 PROGRAM = '''
 import ctypes, os, signal, sys, time
 from absl import flags
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import distributed
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART
+from ddpm_jax.parallel.hosts import check_same_everywhere
+from ddpm_jax.parallel.pod import define_flags, initialize
+from ddpm_jax.parallel.stop import watch_for_stop
+from ddpm_jax.parallel.watchdog import start_watchdog
 # What a shell starts in the background ignores SIGINT, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-distributed.define_flags()
+define_flags()
 words = flags.FLAGS(["x", *sys.argv[1:]])[1:]
-pod = distributed.initialize()
+pod = initialize()
 import jax, jax.numpy as jnp
 def block(libc):
     # As a compilation: a call of C in the main thread that no signal cuts short. CDLL lets go of
@@ -34,13 +38,13 @@ def block(libc):
 from jax.experimental import multihost_utils
 if "facts" in words:
     try:
-        distributed.check_same_everywhere({"config": os.environ["CONFIG"]})
+        check_same_everywhere({"config": os.environ["CONFIG"]})
     except UserError as error:
         print("DIFFER", error, flush=True)
         sys.exit(2)
     print("SAME", flush=True)
-stop = distributed.watch_for_stop()
-dog = distributed.start_watchdog()
+stop = watch_for_stop()
+dog = start_watchdog()
 if "compile" in words:
     print("READY", flush=True)
     block(ctypes.CDLL(None))
@@ -63,7 +67,7 @@ if "loop" in words:
                 time.sleep(2)
             print("SAVED", step, flush=True)
             stop.unsaved(False)
-            sys.exit(distributed.EXIT_RESTART)
+            sys.exit(EXIT_RESTART)
         time.sleep(0.005)
 print("END", pod.process_id, pod.num_processes, flush=True)
 if os.environ.get("LATE") == str(pod.process_id):
@@ -185,7 +189,7 @@ def test_sigint_stays_keyboard_interrupt(tmp_path):
 
 def test_watchdog_prints_the_hung_line(tmp_path):
     with Processes(tmp_path, ["loop", "hang"], 1, flags=["--watchdog=1.5"]) as run:
-        assert run.wait(40) == [distributed.EXIT_HUNG]
+        assert run.wait(40) == [exit_codes.EXIT_HUNG]
     text = run.text(0)
     assert "no step for 1.5 s after step 60" in text
     hung = 1 + [i for i, x in enumerate(PROGRAM.splitlines()) if "time.sleep(60)" in x][0]
@@ -205,7 +209,7 @@ def test_exception_in_one_process_ends_the_run_with_its_code(tmp_path, who):
                    env=lambda i: {"RAISE": str(int(i == who))}) as run:
         codes = run.wait(40)
     # The bug's own code survives in the process that has it; the other says "peer lost".
-    assert codes[who] == 1 and codes[1 - who] in (-signal.SIGABRT, distributed.EXIT_LOST)
+    assert codes[who] == 1 and codes[1 - who] in (-signal.SIGABRT, exit_codes.EXIT_LOST)
     assert "AssertionError: RAISE" in run.text(who)
 
 
@@ -229,42 +233,42 @@ def test_worker_killed_ends_the_run_within_the_heartbeat(tmp_path):
         run.until("READY")
         run.popen[1].kill()
         codes = run.wait(30)
-    assert codes[0] in (-signal.SIGABRT, distributed.EXIT_LOST)
+    assert codes[0] in (-signal.SIGABRT, exit_codes.EXIT_LOST)
     assert codes[1] == -signal.SIGKILL
 
 
 def test_no_coordinator_is_one_line_with_host_port_and_remedy(tmp_path):
     with Processes(tmp_path, [], 2, flags=["--init_timeout=1"], only=[1]) as run:
-        assert run.wait(30) == [distributed.EXIT_UNREACHABLE]
+        assert run.wait(30) == [exit_codes.EXIT_UNREACHABLE]
     said = [x for x in run.text(0).splitlines() if x.startswith("ddpm: ")]
     assert "process 1 of 2" in said[0] and "waiting for process 0 at 127.0.0.1:" in said[0]
     assert "nothing listens on port" in said[1] and "Traceback" not in run.text(0)
 
 
 def test_probe_tells_the_cases_apart():
-    assert "unknown here" in distributed.probe("no-such-host.invalid", 8476, 0.1)
-    assert "nothing listens" in distributed.probe("127.0.0.1", free_port(), 0.1)
+    assert "unknown here" in pod.probe("no-such-host.invalid", 8476, 0.1)
+    assert "nothing listens" in pod.probe("127.0.0.1", free_port(), 0.1)
     # 192.0.2.0/24 is reserved for documentation: no route, or silence, or a refusing gateway.
-    assert "192.0.2.1:8476" in distributed.probe("192.0.2.1", 8476, 0.3)
+    assert "192.0.2.1:8476" in pod.probe("192.0.2.1", 8476, 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        assert distributed.probe("127.0.0.1", listener.getsockname()[1], 1.0) is None
+        assert pod.probe("127.0.0.1", listener.getsockname()[1], 1.0) is None
 
 
 def test_lost_peers_are_told_from_bugs():
-    assert distributed.is_lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547]"))
-    assert distributed.is_lost_peer(RuntimeError("UNAVAILABLE: Connection reset by peer"))
-    assert not distributed.is_lost_peer(ValueError("Incompatible shapes for dot"))
-    assert not distributed.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert exit_codes.is_lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547]"))
+    assert exit_codes.is_lost_peer(RuntimeError("UNAVAILABLE: Connection reset by peer"))
+    assert not exit_codes.is_lost_peer(ValueError("Incompatible shapes for dot"))
+    assert not exit_codes.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
 
 
 def test_firewall_command_when_packets_vanish(monkeypatch):
     def silent(address, timeout):
         raise TimeoutError("timed out")
     monkeypatch.setattr(socket, "create_connection", silent)
-    assert "firewall-rules create" in distributed.probe("10.0.0.2", 8476, 0.1)
-    assert "tcp:8476" in distributed.probe("10.0.0.2", 8476, 0.1)
+    assert "firewall-rules create" in pod.probe("10.0.0.2", 8476, 0.1)
+    assert "tcp:8476" in pod.probe("10.0.0.2", 8476, 0.1)
 
 
 def test_taken_port_is_an_error():
@@ -273,8 +277,8 @@ def test_taken_port_is_an_error():
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"coordinator_port {port} is taken"):
-            distributed.require_free_port(port)
-    distributed.require_free_port(free_port())
+            pod.require_free_port(port)
+    pod.require_free_port(free_port())
 
 
 @pytest.fixture
@@ -287,14 +291,14 @@ def clean_env(monkeypatch):
 
 
 def test_one_process_is_a_no_op(clean_env):
-    assert distributed.initialize() == (0, 1, None, "alone")
-    distributed.check_same_everywhere({"anything": "x"})
+    assert pod.initialize() == (0, 1, None, "alone")
+    hosts.check_same_everywhere({"anything": "x"})
     clean_env.setenv("DDPM_NPROC", "1")
-    assert distributed.initialize().num_processes == 1
+    assert pod.initialize().num_processes == 1
     # A pod of a plain Deployment, and one task under SLURM, are alone too.
     clean_env.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     clean_env.delenv("DDPM_NPROC")
-    assert distributed.initialize().num_processes == 1
+    assert pod.initialize().num_processes == 1
 
 
 @pytest.mark.parametrize("env, message", [
@@ -307,7 +311,7 @@ def test_bad_settings_are_one_line(clean_env, env, message):
     for name, value in env.items():
         clean_env.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        distributed.initialize()
+        pod.initialize()
 
 
 def test_slurm_is_detected(clean_env):
@@ -315,12 +319,12 @@ def test_slurm_is_detected(clean_env):
                         "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
                         "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}.items():
         clean_env.setenv(name, value)
-    pod, ids = distributed._detect(None, 5)
-    assert pod == (1, 2, f"n1:{61440 + 7}", "slurm") and ids == [0]
+    found, ids = pod._detect(None, 5)
+    assert found == (1, 2, f"n1:{61440 + 7}", "slurm") and ids == [0]
     clean_env.setenv("SLURM_GPUS_ON_NODE", "4")  # one task a node: all four
-    assert distributed._detect(9000, 5) == ((1, 2, "n1:9000", "slurm"), [0, 1, 2, 3])
+    assert pod._detect(9000, 5) == ((1, 2, "n1:9000", "slurm"), [0, 1, 2, 3])
     clean_env.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
-    assert distributed._detect(None, 5)[1] == [0]
+    assert pod._detect(None, 5)[1] == [0]
 
 
 def test_gke_tpu_slice_needs_no_metadata_server(clean_env):
@@ -331,27 +335,27 @@ def test_gke_tpu_slice_needs_no_metadata_server(clean_env):
     clean_env.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1,w1,w2")
     clean_env.setenv("TPU_WORKER_ID", "2")
     clean_env.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    pod, ids = distributed._detect(None, 2)
-    assert pod == (2, 3, f"127.0.0.1:{distributed.DEFAULT_PORT}", "gketpu") and ids is None
+    found, ids = pod._detect(None, 2)
+    assert found == (2, 3, f"127.0.0.1:{pod.DEFAULT_PORT}", "gketpu") and ids is None
     assert "MEGASCALE_NUM_SLICES" not in os.environ  # libtpu reads it too
     clean_env.setenv("MEGASCALE_NUM_SLICES", "2")
     clean_env.setenv("MEGASCALE_SLICE_ID", "1")
     clean_env.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost:9999")
-    assert distributed._detect(8500, 2)[0] == (5, 6, "localhost:8500", "gketpu")
+    assert pod._detect(8500, 2)[0] == (5, 6, "localhost:8500", "gketpu")
 
 
 def test_stop_puts_the_old_handler_back():
     before = signal.getsignal(signal.SIGTERM)
-    stop = distributed.watch_for_stop()
-    assert not stop.requested(0)
-    stop.unsaved(True)
+    watch = stop.watch_for_stop()
+    assert not watch.requested(0)
+    watch.unsaved(True)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested(1) and stop.requested(2)
-    stop.close()
+    assert watch.requested(1) and watch.requested(2)
+    watch.close()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_versions_name_what_must_agree():
     import jax
-    assert distributed.versions()["jax"] == jax.__version__
-    assert set(distributed.versions()) >= {"python", "jaxlib", "flax", "orbax-checkpoint"}
+    assert hosts.versions()["jax"] == jax.__version__
+    assert set(hosts.versions()) >= {"python", "jaxlib", "flax", "orbax-checkpoint"}

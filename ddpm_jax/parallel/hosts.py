@@ -1,0 +1,111 @@
+"""Agree, broadcast, gather: what the processes of a pod exchange outside compiled programs."""
+
+import importlib.metadata
+import json
+import platform
+import socket
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel.exit_codes import pod_state
+
+_checks = []  # one entry for every check_same_everywhere of this process
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every host: Python and the packages that make the program."""
+    facts = {"python": platform.python_version()}
+    for name in ("ddpm_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint",
+                 "numpy", "grain"):
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "absent"
+    return facts
+
+
+def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):
+    """Compares `facts` and `versions()` with those of process 0; call on every process.
+
+    patience_s: how long the slowest may take to come here (a dead one is known by its heartbeat).
+
+    Goes through the coordination service, so it needs no device and no compiled program: hosts
+    that differ would not compile the same program.
+
+    Raises:
+      UserError: on every process, naming the hosts that differ, the fact and both values.
+    """
+    client = pod_state().client
+    if client is None:
+        return
+    state = pod_state()
+    _checks.append(0)
+    root = f"ddpm/facts/{len(_checks)}"
+    mine = {**versions(), **{name: str(value) for name, value in facts.items()}}
+    if state.process_id == 0:
+        client.key_value_set(f"{root}/first", json.dumps(mine))
+    first = json.loads(client.blocking_key_value_get(f"{root}/first", 1000 * patience_s))
+    wrong = [f"{name}={mine.get(name, 'absent')} (process 0 has {first.get(name, 'absent')})"
+             for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
+    if wrong:
+        client.key_value_set(
+            f"{root}/differs/{state.process_id}",
+            f"process {state.process_id} on {socket.gethostname()}: {', '.join(wrong)}")
+    client.wait_at_barrier(f"{root}/all", 1000 * patience_s)
+    differs = sorted(client.key_value_dir_get(f"{root}/differs/"))
+    if differs:
+        lines = [value for _, value in differs]
+        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise UserError("hosts differ: " + "; ".join(lines[:4]) + more
+                        + "; the same wheels, config and data belong on every host")
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, which writes the files and prints."""
+    return jax.process_index() == 0
+
+
+def broadcast_json(value):
+    """Process 0's value, as JSON carries it, on every process; blocks until process 0 is here."""
+    if jax.process_count() == 1:
+        return value
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(raw), np.int32)))
+    buffer = np.zeros(size, np.uint8)
+    buffer[:min(size, len(raw))] = raw[:size]
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def broadcast_arrays(tree):
+    """Process 0's arrays (a pytree; the same shapes and dtypes on every process) as numpy."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def gather_rows(rows) -> np.ndarray:
+    """The rows [n, ...] of every process, one after another: [processes * n, ...] on each."""
+    if jax.process_count() == 1:
+        return np.asarray(rows)
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def all_rows(runner, result) -> np.ndarray:
+    """All rows of a 'batch' result of ``runner``'s program, in order, on every process."""
+    return gather_rows(runner.local(result))
+
+
+def local_slots(runner, batch: int) -> tuple[int, int, int]:
+    """(first, count, total): this process's part of a batch rounded up to all devices."""
+    total = -(-batch // runner.num_devices) * runner.num_devices
+    count = total // jax.process_count()
+    return jax.process_index() * count, count, total
+
+
+def local_indices(runner, start: int, batch: int):
+    """Global indices start ... start+batch-1, rounded up to all devices, on the devices: int32."""
+    first, count, _ = local_slots(runner, batch)
+    return runner.put("batch", np.arange(start + first, start + first + count, dtype=np.int32))

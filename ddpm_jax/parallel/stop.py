@@ -1,0 +1,213 @@
+"""SIGTERM: all processes of a pod save at the same step and exit with EXIT_RESTART."""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART, LEAVE_PATIENCE_S, log, pod_state
+
+LEAVE_DELAY_S = 3.0     # a main thread that is not stuck comes to requested() within this time
+
+
+class Stop:
+    """Tells the loops when to save and leave. Made by `watch_for_stop`."""
+
+    def __init__(self, client, process_id: int, manager):
+        self._client, self._process_id, self._manager = client, process_id, manager
+        self._calls = 0
+        self._noticed = self._signalled = False
+        self._unsaved = self._agreed = self._leaving = False
+        self._changed = threading.Condition()
+        self._chain = None
+        self._wake_read, self._wake_write = os.pipe()
+        for end in (self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
+        self._old_handler = self._old_wakeup = None
+        self._closed = False
+        self._watcher = threading.Thread(target=self._watch, name="ddpm-stop", daemon=True)
+        self._leaver = threading.Thread(target=self._leave_if_stuck, name="ddpm-leave", daemon=True)
+
+    def requested(self, step: int) -> bool:
+        """True when all processes are to save now and exit with EXIT_RESTART.
+
+        Every process calls it equally often, at the same steps, in every loop (training,
+        evaluation, sampling); all get True from the same call on. `step` is for the log.
+        """
+        if self._agreed:
+            return True
+        self._calls += 1
+        if self._manager is None:
+            agreed = self._noticed
+        else:
+            # Calls are counted here because the protocol stops at (highest count so far) + 1:
+            # given steps, it would wait for one that a loop of several steps a call never names.
+            agreed = self._manager.reached_sync_point(self._calls)
+        if agreed:
+            with self._changed:
+                self._agreed = True
+            log(f"process {self._process_id}: stopping at step {step} on SIGTERM")
+        return agreed
+
+    def unsaved(self, unsaved: bool):
+        """Says whether there is work that a checkpoint does not hold yet (False at the start).
+
+        While False, a SIGTERM that the loops do not see within 3 s (a long compilation) ends the
+        process with EXIT_RESTART. Set False only after the save is complete, not while it runs.
+        """
+        with self._changed:
+            self._unsaved = bool(unsaved)
+            self._changed.notify_all()
+
+    def close(self):
+        """Puts the former signal handler back and ends the threads; runs at exit by itself."""
+        if self._closed:
+            return
+        atexit.unregister(self._at_exit)
+        if self._leaving:  # a thread is ending the process: do not race it
+            self._leaver.join()
+        self._closed = True
+        signal.set_wakeup_fd(self._old_wakeup)
+        signal.signal(signal.SIGTERM, self._old_handler or signal.SIG_DFL)
+        os.write(self._wake_write, b"\0")
+        # Not left to the interpreter: a daemon thread that it ends inside a call of the
+        # coordination service aborts the whole process ("exception not rethrown").
+        for thread in (self._watcher, self._leaver):
+            if thread.is_alive():
+                thread.join(4 * LEAVE_PATIENCE_S)
+        for end in (self._wake_read, self._wake_write):
+            os.close(end)
+
+    def _at_exit(self):
+        self.close()
+        if self._client is not None:
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"ddpm/done/{self._process_id}", "")
+        # The process is on its way out; one more signal must not change its exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _install(self):
+        before = _c_handler()
+        self._old_handler = signal.signal(signal.SIGTERM, self._on_python_signal)
+        self._old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        # JAX's handler is C++ and only raises a flag: Python does not know of it, so it is called
+        # by its address. Where the address is Python's own there is nothing to call.
+        if self._client is not None and before not in (0, 1, _c_handler()):
+            self._chain = ctypes.CFUNCTYPE(None, ctypes.c_int)(before)
+        self._watcher.start()
+        atexit.register(self._at_exit)
+
+    def _on_python_signal(self, signum, frame):
+        # In case something else took the wake-up descriptor. Nothing that takes a lock: this
+        # runs between any two instructions of the main thread.
+        self._noticed = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, bytes([signum]))
+
+    def _on_signal(self):
+        if self._signalled:
+            return
+        self._noticed = self._signalled = True
+        if self._chain is not None:
+            self._chain(signal.SIGTERM)
+        log(f"process {self._process_id}: received SIGTERM; stopping at the next step")
+        self._leaver.start()
+
+    def _watch(self):
+        # A pipe, because the C half of Python's handler writes to it at once, while the Python
+        # half waits for the main thread to come back from XLA, which may take minutes.
+        every = max(2.0, pod_state().num_processes / 500) if self._client else None
+        while not self._closed:
+            ready, _, _ = select.select([self._wake_read], [], [], every)
+            if self._closed:
+                break
+            if ready and signal.SIGTERM in os.read(self._wake_read, 4096):
+                self._on_signal()
+            if self._client is None or self._leaving:
+                continue
+            try:
+                peers = self._client.key_value_dir_get("ddpm/leave/")
+            except Exception:  # the service is gone: JAX itself ends the process
+                break
+            if peers:
+                self._leaver = threading.current_thread()
+                self._leave(f"{peers[0][1]} is leaving")
+
+    def _leave_if_stuck(self):
+        idle_since = time.monotonic()
+        while time.monotonic() - idle_since < LEAVE_DELAY_S:
+            with self._changed:
+                self._changed.wait(0.1)
+                if self._closed or self._agreed or self._leaving:
+                    return
+                if self._unsaved:
+                    idle_since = time.monotonic()
+        self._leave("SIGTERM and nothing unsaved")
+
+    def _leave(self, why: str):
+        """Ends this process, and through the coordination service the others, with 42."""
+        with self._changed:
+            if self._leaving:
+                return
+            self._leaving = True
+        if self._client is not None:
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"ddpm/leave/{self._process_id}",
+                                           f"process {self._process_id}")
+            deadline = time.monotonic() + LEAVE_PATIENCE_S
+            with self._changed:
+                while self._unsaved and time.monotonic() < deadline:
+                    self._changed.wait(0.1)
+            with contextlib.suppress(Exception):
+                if not self._client.key_value_dir_get("ddpm/done/"):
+                    self._client.wait_at_barrier("ddpm/leave", int(1500 * LEAVE_PATIENCE_S))
+            with contextlib.suppress(Exception):
+                if self._client.key_value_dir_get("ddpm/done/"):
+                    # JAX's own way out, in which those wait: without it they would be aborted.
+                    self._client.shutdown()
+            if self._process_id == 0:
+                time.sleep(1.0)  # the service lives here: let the others go first
+        log(f"process {self._process_id}: {why}: exit {EXIT_RESTART}")
+        sys.stdout.flush()
+        os._exit(EXIT_RESTART)
+
+
+def watch_for_stop() -> Stop:
+    """Takes SIGTERM over and returns the `Stop` that the loops ask. Main thread, once, after
+    `initialize`. SIGINT stays KeyboardInterrupt."""
+    state = pod_state()
+    manager = None
+    if state.client is not None and state.preemption_sync_manager is not None:
+        manager = state.preemption_sync_manager
+        if isinstance(manager, _NoSyncPoint):
+            manager = manager.manager
+        # Orbax asks the same manager with step numbers, from a thread of its own as well, and so
+        # overwrites the count of whoever polls it. From here on it is told "no preemption".
+        state.preemption_sync_manager = _NoSyncPoint(manager)
+    stop = Stop(state.client, state.process_id, manager)
+    stop._install()
+    return stop
+
+
+class _NoSyncPoint:
+    def __init__(self, manager):
+        self.manager = manager
+
+    def reached_sync_point(self, step_id):
+        return False
+
+    def shutdown(self):
+        self.manager.shutdown()
+
+
+def _c_handler() -> int:
+    """Address of the C handler of SIGTERM (0: default, 1: ignored)."""
+    # struct sigaction begins with the handler on Linux and macOS; the rest is room.
+    action = (ctypes.c_void_p * 64)()
+    ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
+    return action[0] or 0
