@@ -1,16 +1,18 @@
-"""Which image is slot i of step s, and getting it there.
+"""The image in slot i of step s, and streams of batches.
 
 Slot i of step s is position p = s * batch_size + i of an endless stream. Epoch p // N visits all N
 examples once, in its own pseudo-random order, so the example is a pure function of (seed, p): there
-is no iterator state to save, and nothing repeats or goes missing after a resume, at any host count.
-(The official code repeats before it shuffles, so that epochs blend: tpu_utils/datasets.py:57-60.)
+is no iterator state to save, and a resume on any number of hosts repeats and skips nothing. (The
+official code, hojonathanho/diffusion, repeats before it shuffles, so that epochs blend:
+tpu_utils/datasets.py:57-60.) jax and grain are imported where they are used: slow, and the order
+alone needs neither.
 """
 
 import functools
 
 import numpy as np
 
-SMALL_BYTES = 1 << 30  # below this a dataset lives on the device
+SMALL_BYTES = 1 << 30  # smaller datasets are stored on the device
 _ROUNDS = 8
 
 
@@ -40,7 +42,7 @@ def shuffled_index(seed, position, num_examples, xp=np):
     seed: int (its low 32 bits count). position: integers [...] in [0, 2**32), so a run may draw
     steps * batch_size < 2**32 images. num_examples: a Python int in [1, 2**31). xp: numpy, or
     jax.numpy (also under jit), with equal results. -> int32 [...] in [0, num_examples).
-    A Feistel network on the next power of two; what falls outside goes through it again.
+    A Feistel network on the next power of two, applied again to values of num_examples or more.
     """
     if not 1 <= num_examples < 2**31:
         raise ValueError(f"num_examples must be in [1, 2**31), not {num_examples}")
@@ -71,7 +73,7 @@ def batch_indices(seed, step, batch_size, num_examples, xp=np):
 
 
 def is_small(source) -> bool:
-    """Whether the images fit beside the model on one device (less than 1 GiB)."""
+    """Whether the images (less than 1 GiB) can be stored on the device beside the model."""
     return len(source) * int(np.prod(source.shape)) < SMALL_BYTES
 
 
@@ -95,9 +97,9 @@ class _Slots:
 def stream(source, *, seed, start_step, batch_size, slots, threads=16, prefetch=2):
     """Batches of `source` from `start_step` on, decoded by grain's worker threads.
 
-    slots: which positions of the global batch this process feeds, e.g. range(0, 64) of 128.
-    prefetch: batches read ahead. Yields uint8 [len(slots), H, W, C], one per step, without end in
-    practice (2**32 images). What a worker raises (UserError for a corrupt image) is raised here.
+    slots: the positions of the global batch that this process feeds, e.g. range(0, 64) of 128.
+    prefetch: batches read ahead. Yields uint8 [len(slots), H, W, C], one per step, for 2**32
+    images. Exceptions of a worker (UserError for a damaged image) are raised here.
     """
     import grain
     slots = list(slots)

@@ -1,4 +1,7 @@
-"""Image files to arrays: one rule for decoding, cropping and resizing, used for every dataset."""
+"""Image files to arrays: one rule for decoding, cropping and resizing, used for every dataset.
+
+PIL is imported where it is used: runs on prepared data need none.
+"""
 
 import pathlib
 from typing import NamedTuple
@@ -17,11 +20,11 @@ SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation",
 def decode(file, where, *, image_size=None, channels=None) -> np.ndarray:
     """Read one image -> uint8 [H, W, C].
 
-    file: path or binary stream; where: how errors name it. image_size: centre crop to the short
+    file: path or binary stream; where: its name in errors. image_size: centre crop to the short
     side, then PIL's antialiased Lanczos (as StyleGAN's dataset_tool made the LSUN files of the
-    paper); None leaves the size alone, and so does an image that is that size already.
-    channels: 1, 3 or None (as the file). Grey becomes RGB where 3 are asked for; colour where 1 is
-    asked for, transparency and more than 8 bits a channel raise UserError.
+    paper); an image of that size, and None, are left unchanged. channels: 1, 3 or None (as the
+    file); grey becomes RGB for 3. Raises UserError for colour if channels is 1, transparency, more
+    than 8 bits a channel, and files that cannot be decoded.
     """
     from PIL import Image, ImageOps
     try:
@@ -51,7 +54,7 @@ def decode(file, where, *, image_size=None, channels=None) -> np.ndarray:
 
 
 def first_shape(path, *, image_size=None, channels=None) -> tuple:
-    """(H, W, C) that a folder's first image sets for all the others; UserError if not square."""
+    """(H, W, C) of a folder's first image, required of all others; UserError if not square."""
     shape = decode(path, path, image_size=image_size, channels=channels).shape
     if shape[0] != shape[1]:
         raise UserError(f"{path} is {shape[1]}x{shape[0]}, not square; give an image size "
@@ -69,25 +72,21 @@ def decode_as(path, shape, *, image_size=None) -> np.ndarray:
     return image
 
 
-def _images_in(folder) -> list:
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+def _images_in(folder, pattern="*") -> list:
+    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in SUFFIXES
+                  and not p.name.startswith(".") and p.is_file())
 
 
 def _class_folders(folder) -> dict:
-    found = {}
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        paths = sorted(p for p in sub.rglob("*") if p.suffix.lower() in SUFFIXES
-                       and not p.name.startswith(".") and p.is_file())
-        if paths:
-            found[sub.name] = paths
-    return found
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {sub.name: _images_in(sub, "**/*") for sub in subfolders}
+    return {name: paths for name, paths in found.items() if paths}
 
 
 class Tree(NamedTuple):
-    """Images of a folder: splits {name: (paths, labels int32 [N] or None)}; () for flat folders."""
+    """The images of a folder."""
 
-    splits: dict
+    splits: dict  # {name: (paths, labels int32 [N], or None without classes)}
     class_names: tuple
 
 

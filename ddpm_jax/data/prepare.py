@@ -1,8 +1,10 @@
-"""Make the form of a dataset that training reads, once, from the network or from given files.
+"""Convert a dataset, once, from the network or from given files, to the form that training reads.
 
 cifar10, fashion_mnist and celeb_a_hq become TFDS's own format (array_record, without TensorFlow),
 so `tfds.data_source` reads them too; folder and lsun_* become one array of pixels a split. A
-dataset appears complete in its folder or not at all, and an existing one is never touched.
+dataset appears complete in its folder or not at all, and an existing one is never changed.
+
+tensorflow_datasets and PIL are imported where they are used: slow, and needed by few functions.
 """
 
 import contextlib
@@ -13,19 +15,54 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax import run_log
 from ddpm_jax.data import images
 from ddpm_jax.errors import UserError
 from ddpm_jax.folders import new_folder
 from ddpm_jax.formats import tfrecord
+from ddpm_jax.storage import remote
 
 INFO = "info.json"
+_TFDS_INFO = "dataset_info.json"
 _CHUNK = 512
+
+
+class Options(NamedTuple):
+    """What a preparation may be given besides its sources; rows that need none ignore them."""
+
+    image_size: int | None = None
+    channels: int | None = None
+    progress: Callable = lambda total, name: (lambda done: None, lambda: None)  # -> update, close
+
+
+DEFAULTS = Options()
+
+
+def prepare(row, name, folder, sources, options=DEFAULTS):
+    """Make `folder/name` by the row of DATASETS; on gs:// made here first, then uploaded.
+
+    folder: see datasets.data_folder. sources: files or folders to read; [] downloads, where a row
+    can. Raises UserError: nothing to prepare, sources that are missing, damaged or of another kind,
+    no space, and a dataset that exists (before anything is read).
+    """
+    if row.prepare is None:
+        raise UserError(f"{name} needs no preparation: it is {row.about}")
+    if not remote.is_remote(folder):
+        _refuse_existing(folder, name)
+        return row.prepare(name, folder, sources, options)
+    target = remote.join(folder, name)
+    if {INFO, _TFDS_INFO} & {path.split("/")[-1] for path in remote.listing(target)}:
+        raise UserError(f"{target} exists already; remove it first, or give another --dir")
+    with tempfile.TemporaryDirectory(prefix="ddpm_prepare_") as here:
+        row.prepare(name, pathlib.Path(here), sources, options)
+        remote.upload(pathlib.Path(here) / name, target, last={INFO, _TFDS_INFO})
 
 
 def as_file(data):
@@ -33,31 +70,31 @@ def as_file(data):
     return io.BytesIO(data) if isinstance(data, bytes) else data
 
 
-def refuse_existing(folder, name):
-    """UserError if `folder/name` is there: nothing is overwritten."""
+def _refuse_existing(folder, name):
     if (folder / name).exists():
-        raise UserError(f"{folder / name} is there already; remove it first, or give another --dir")
+        raise UserError(f"{folder / name} exists already; remove it first, or give another --dir")
 
 
-def _appearing(folder, name):
-    """A temporary folder that becomes `folder/name` when the block ends well, else vanishes."""
-    refuse_existing(folder, name)
+def _new_dataset(folder, name):
+    """A temporary folder that becomes `folder/name` if the block succeeds, and vanishes if not."""
+    _refuse_existing(folder, name)
     return new_folder(folder / name, "give another --dir")
 
 
-def write_store(folder, name, splits, shape, *, class_names=(), about=""):
+def write_store(folder, name, splits, shape, *, class_names=(), about="",
+                progress=DEFAULTS.progress):
     """Write `folder/name`: info.json and, per split, SPLIT_images.npy uint8 [N, H, W, C], labels.
 
     splits: {name: (count, iterable of items, labels or None, decode)}; decode(item) -> uint8
     `shape`, runs in threads, and raises UserError for what it cannot read.
     """
     need = sum(count for count, *_ in splits.values()) * int(np.prod(shape))
-    with _appearing(folder, name) as temp, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _new_dataset(folder, name) as temp, ThreadPoolExecutor(os.cpu_count()) as pool:
         if (free := shutil.disk_usage(temp).free) < need:
             raise UserError(f"{folder}: {name} needs {need / 1e9:.1f} GB there, "
                             f"{free / 1e9:.1f} GB are free; give another --dir")
         for split, (count, items, labels, decode) in splits.items():
-            bar = run_log.progress(count, name=f"{name} {split}")
+            update, close = progress(count, name=f"{name} {split}")
             items, done = iter(items), 0
             with open(temp / f"{split}_images.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, {
@@ -66,10 +103,10 @@ def write_store(folder, name, splits, shape, *, class_names=(), about=""):
                     for image in pool.map(decode, chunk):
                         file.write(image.tobytes())
                     done += len(chunk)
-                    bar.update(done)
-            bar.close()
+                    update(done)
+            close()
             if done != count:
-                raise UserError(f"{name} {split}: {done} images where {count} were announced")
+                raise UserError(f"{name} {split}: {done} images where {count} were expected")
             if class_names:
                 np.save(temp / f"{split}_labels.npy", np.asarray(labels, np.int32))
         (temp / INFO).write_text(json.dumps({
@@ -79,6 +116,7 @@ def write_store(folder, name, splits, shape, *, class_names=(), about=""):
 
 
 def _one(sources, what):
+    """The only source, as a Path that exists; UserError asking for `what` else."""
     if len(sources) != 1:
         raise UserError(f"--from: give {what}" + (f", not {len(sources)}" if sources else ""))
     path = pathlib.Path(sources[0]).expanduser()
@@ -87,30 +125,31 @@ def _one(sources, what):
     return path
 
 
-def folder(name, data_dir, sources, *, image_size=None, channels=None):
+def folder(name, data_dir, sources, options=DEFAULTS):
     """A folder of images (see images.image_tree) -> arrays."""
     root = _one(sources, "one folder of images")
+    size = options.image_size
     tree = images.image_tree(root)
-    shape = images.first_shape(tree.splits["train"][0][0], image_size=image_size,
-                               channels=channels)
+    shape = images.first_shape(tree.splits["train"][0][0], image_size=size,
+                               channels=options.channels)
 
     def decode(path):
-        return images.decode_as(path, shape, image_size=image_size)
+        return images.decode_as(path, shape, image_size=size)
 
     splits = {split: (len(paths), paths, labels, decode)
               for split, (paths, labels) in tree.splits.items()}
-    resized = f", centre crop and Lanczos to {image_size}" if image_size else ""
+    resized = f", centre crop and Lanczos to {size}" if size else ""
     write_store(data_dir, name, splits, shape, class_names=tree.class_names,
-                about=f"images of {root.resolve().name}{resized}")
+                about=f"images of {root.resolve().name}{resized}", progress=options.progress)
 
 
-def lsun(name, data_dir, sources, *, image_size=None, channels=None):
-    """LSUN's LMDB folders (train, and *_val_lmdb) or one TFRecord of StyleGAN's -> arrays.
+def lsun(name, data_dir, sources, options=DEFAULTS):
+    """LSUN's LMDB folders (train, and *_val_lmdb) or one of StyleGAN's TFRecord files -> arrays.
 
-    LMDB: centre crop to the short side, Lanczos to image_size (256). TFRecord: as it is, of that
-    size already (the paper's files, resolution 2**8: NAME-r08.tfrecords).
+    LMDB: centre crop to the short side, Lanczos to image_size (256). TFRecord: unchanged, its
+    images must have that size (the paper's files have resolution 2**8: NAME-r08.tfrecords).
     """
-    size = image_size or 256
+    size = options.image_size or 256
     shape = (size, size, 3)
     if not sources:
         raise UserError("--from: give the unpacked LMDB folder(s), or a StyleGAN .tfrecords file")
@@ -141,7 +180,7 @@ def lsun(name, data_dir, sources, *, image_size=None, channels=None):
             offsets = tfrecord.tfrecord_offsets(path)
             splits[split] = (len(offsets), _tfrecord_items(path, offsets), None, exact)
     write_store(data_dir, name, splits, shape, about=f"LSUN, {size}x{size}, from "
-                + ", ".join(pathlib.Path(s).name for s in sources))
+                + ", ".join(pathlib.Path(s).name for s in sources), progress=options.progress)
 
 
 def _tfrecord_items(path, offsets):
@@ -152,10 +191,10 @@ def _tfrecord_items(path, offsets):
 
 
 def _build(name, data_dir, generate, parent, *, config=None):
-    """Write `data_dir/name` in TFDS's format by `parent` (a TFDS builder) with our reader.
+    """Write `data_dir/name` in TFDS's format: `parent` (a TFDS builder) with another reader.
 
-    generate(builder, download) -> {split: iterable of (key, example)}; its images are PIL images or
-    encoded files, for which TFDS needs no TensorFlow (numpy arrays it would encode by it).
+    generate(builder, download) -> {split: iterable of (key, example)}. Its images are PIL images or
+    encoded files, because TFDS encodes numpy arrays with TensorFlow.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
@@ -179,13 +218,13 @@ def _build(name, data_dir, generate, parent, *, config=None):
             def _generate_examples(self):
                 raise NotImplementedError
 
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its ten retries are not the user's news
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # hide its ten retries
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    with _appearing(data_dir, name) as temp:
+    with _new_dataset(data_dir, name) as temp:
         inside = temp / "tfds"
         builder = Builder(data_dir=inside, config=config, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # it would name the temporary folder
+        with contextlib.redirect_stdout(io.StringIO()):  # its message names the temporary folder
             builder.download_and_prepare(
                 download_dir=temp / "downloads",
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False))
@@ -195,7 +234,7 @@ def _build(name, data_dir, generate, parent, *, config=None):
         shutil.rmtree(inside)
 
 
-def cifar10(name, data_dir, sources, *, image_size=None, channels=None):
+def cifar10(name, data_dir, sources, options=DEFAULTS):
     """The binary CIFAR-10: cifar-10-binary.tar.gz, or a folder with it or its unpacked files."""
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -211,7 +250,7 @@ def cifar10(name, data_dir, sources, *, image_size=None, channels=None):
                                      for n, f in tfrecord.tar_members(source)}
         needed = [*info.train_files, *info.test_files, *info.label_files]
         if missing := [n for n in needed if n not in members]:
-            raise UserError(f"{source}: {missing[0]} is not in it; is it cifar-10-binary.tar.gz?")
+            raise UserError(f"{source}: {missing[0]} is not in it; give cifar-10-binary.tar.gz")
         names = members[info.label_files[0]].read().decode().split()
         builder.info.features["label"].names = names
 
@@ -230,7 +269,7 @@ def cifar10(name, data_dir, sources, *, image_size=None, channels=None):
     _build(name, data_dir, generate, tfds.builder_cls("cifar10"))
 
 
-def fashion_mnist(name, data_dir, sources, *, image_size=None, channels=None):
+def fashion_mnist(name, data_dir, sources, options=DEFAULTS):
     """Fashion-MNIST's four idx files, e.g. those of Debian's dataset-fashion-mnist package."""
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -260,7 +299,7 @@ def fashion_mnist(name, data_dir, sources, *, image_size=None, channels=None):
     _build(name, data_dir, generate, parent)
 
 
-def celeb_a_hq(name, data_dir, sources, *, image_size=None, channels=None):
+def celeb_a_hq(name, data_dir, sources, options=DEFAULTS):
     """CelebA-HQ at 256x256 from the data256x256.tar that TFDS's builder names, 30,000 images."""
     import tensorflow_datasets as tfds
     path = _one(sources, "data256x256.tar (how to make it: github.com/tkarras/"

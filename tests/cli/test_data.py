@@ -35,13 +35,13 @@ def test_prepare_then_info(tmp_path, pictures):
     fingerprint = done.stdout.split("test: 2 images 8x8x3, fingerprint ")[1][:16]
     assert fingerprint in info.stdout
     again = ddpm("prepare", *args, f"--from={pictures}")
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 BAD = [
     (["prepare", "--name=imagenet"], "--name=imagenet is unknown; known: digits,"),
     (["prepare"], "--name=None is unknown"),
-    (["unpack", "--name=digits"], "say prepare or info"),
+    (["unpack", "--name=digits"], "expected prepare or info"),
     (["prepare", "--name=digits"], "digits needs no preparation"),
     (["info", "--name=cifar10", "--dir=nowhere"], "ddpm data prepare --name=cifar10 --dir=nowhere"),
     (["prepare", "--name=folder", "--from=nowhere"], "--from=nowhere: no such file or folder"),

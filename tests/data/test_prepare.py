@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.data import prepare
-from ddpm_jax.data.datasets import open_source
+from ddpm_jax.data.datasets import DATASETS, open_source
 from ddpm_jax.errors import UserError
 
 RNG = np.random.default_rng(2)
@@ -17,6 +17,10 @@ RNG = np.random.default_rng(2)
 
 def pixels(*shape):
     return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def run(name, out, sources, **options):
+    prepare.prepare(DATASETS[name], name, out, sources, prepare.Options(**options))
 
 
 def png(array):
@@ -48,7 +52,7 @@ def class_folders(make, root, shape=(8, 8, 3)):
 
 def test_folder_with_classes(tmp_path, make):
     made = class_folders(make, tmp_path / "in")
-    prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+    run("folder", tmp_path / "out", [str(tmp_path / "in")])
     train = open_source("folder", tmp_path / "out", "train", image_size=8, channels=3)
     np.testing.assert_array_equal(train.array(), list(made.values())[:3])
     assert train.labels.tolist() == [0, 0, 1] and train.class_names == ("a", "b")
@@ -61,8 +65,8 @@ def test_folder_with_classes(tmp_path, make):
         open_source("folder", tmp_path / "out", "val")
     with pytest.raises(UserError, match=r"is 8x8 .*not 16"):
         open_source("folder", tmp_path / "out", "train", image_size=16)
-    with pytest.raises(UserError, match="there already"):
-        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+    with pytest.raises(UserError, match="exists already"):
+        run("folder", tmp_path / "out", [str(tmp_path / "in")])
 
 
 def test_folder_crops_and_resizes(tmp_path, make):
@@ -70,17 +74,17 @@ def test_folder_crops_and_resizes(tmp_path, make):
         make.save(tmp_path / f"in/{i}.png", pixels(*shape))
     source = [str(tmp_path / "in")]
     with pytest.raises(UserError, match="0.png is 14x10, not square; give an image size"):
-        prepare.folder("folder", tmp_path / "out", source)
+        run("folder", tmp_path / "out", source)
     with pytest.raises(UserError, match="1.png: a colour image where grey"):
-        prepare.folder("folder", tmp_path / "out", source, image_size=8)
+        run("folder", tmp_path / "out", source, image_size=8)
     assert nothing_left(tmp_path / "out")
-    prepare.folder("folder", tmp_path / "out", source, image_size=8, channels=3)
+    run("folder", tmp_path / "out", source, image_size=8, channels=3)
     assert open_source("folder", tmp_path / "out", "train").array().shape == (3, 8, 8, 3)
     shutil.rmtree(tmp_path / "in")
     make.save(tmp_path / "in/0.png", pixels(8, 8))
     make.save(tmp_path / "in/1.png", pixels(8, 12))
     with pytest.raises(UserError, match="1.png is 12x8, the first image is 8x8"):
-        prepare.folder("folder", tmp_path / "out2", source)
+        run("folder", tmp_path / "out2", source)
 
 
 def test_a_truncated_image_leaves_nothing_behind(tmp_path, make):
@@ -88,7 +92,7 @@ def test_a_truncated_image_leaves_nothing_behind(tmp_path, make):
     broken = tmp_path / "in/train/b/0.png"
     broken.write_bytes(broken.read_bytes()[:-900])
     with pytest.raises(UserError, match=r"train/b/0.png: not a readable image"):
-        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+        run("folder", tmp_path / "out", [str(tmp_path / "in")])
     assert nothing_left(tmp_path / "out")
     live = open_source("folder", tmp_path / "in", "train")
     with pytest.raises(UserError, match=r"train/b/0.png: not a readable image"):
@@ -98,22 +102,22 @@ def test_a_truncated_image_leaves_nothing_behind(tmp_path, make):
 def test_sources_given_badly(tmp_path):
     for sources in ([], ["a", "b"]):
         with pytest.raises(UserError, match="give one folder of images"):
-            prepare.folder("folder", tmp_path, sources)
+            run("folder", tmp_path, sources)
     with pytest.raises(UserError, match="nowhere: no such file"):
-        prepare.folder("folder", tmp_path, [str(tmp_path / "nowhere")])
+        run("folder", tmp_path, [str(tmp_path / "nowhere")])
 
 
 def test_no_place_to_write(tmp_path, make):
     class_folders(make, tmp_path / "in")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*file.*; give another --dir"):
-        prepare.folder("folder", tmp_path / "file", [str(tmp_path / "in")])
+        run("folder", tmp_path / "file", [str(tmp_path / "in")])
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked").chmod(0o500)
     if os.access(tmp_path / "locked", os.W_OK):
         return  # root may write anywhere
     with pytest.raises(UserError, match="cannot write .*locked.*; give another --dir"):
-        prepare.folder("folder", tmp_path / "locked", [str(tmp_path / "in")])
+        run("folder", tmp_path / "locked", [str(tmp_path / "in")])
 
 
 @pytest.mark.parametrize("free", [10, 10**9])
@@ -127,7 +131,7 @@ def test_a_full_disk(tmp_path, monkeypatch, free, make):
             raise OSError(28, "No space left on device")
         monkeypatch.setattr(prepare.np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(UserError, match="GB are free|No space left"):
-        prepare.folder("folder", tmp_path / "out", [str(tmp_path / "in")])
+        run("folder", tmp_path / "out", [str(tmp_path / "in")])
     assert nothing_left(tmp_path / "out")
 
 
@@ -135,7 +139,7 @@ def test_lsun_from_lmdb(tmp_path, make):
     made = {f"{i:02}": pixels(20 + i, 24, 3) for i in range(3)}
     train = make.lmdb(tmp_path / "church_outdoor_train_lmdb", {k: png(v) for k, v in made.items()})
     val = make.lmdb(tmp_path / "church_outdoor_val_lmdb", {"0": png(made["01"])})
-    prepare.lsun("lsun_church", tmp_path / "out", [str(train), str(val)], image_size=16)
+    run("lsun_church", tmp_path / "out", [str(train), str(val)], image_size=16)
     source = open_source("lsun_church", tmp_path / "out", "train", image_size=16)
     assert len(source) == 3 and source.labels is None
     top = (21 - 21) // 2, (24 - 21) // 2
@@ -146,26 +150,26 @@ def test_lsun_from_lmdb(tmp_path, make):
                                   expected)
     bad = make.lmdb(tmp_path / "bad", {"00": png(made["00"]), "01": png(made["01"])[:-300]})
     with pytest.raises(UserError, match="bad, key 01: not a readable image"):
-        prepare.lsun("lsun_church", tmp_path / "out2", [str(bad)])
+        run("lsun_church", tmp_path / "out2", [str(bad)])
     with pytest.raises(UserError, match="second source of the train split"):
-        prepare.lsun("lsun_church", tmp_path / "out2", [str(train), str(bad)])
+        run("lsun_church", tmp_path / "out2", [str(train), str(bad)])
 
 
 def test_lsun_from_tfrecord(tmp_path, make):
     made = pixels(3, 16, 16, 3)
     path = make.tfrecord(tmp_path / "cat-r04.tfrecords", made)
-    prepare.lsun("lsun_cat", tmp_path / "out", [str(path)], image_size=16)
+    run("lsun_cat", tmp_path / "out", [str(path)], image_size=16)
     np.testing.assert_array_equal(open_source("lsun_cat", tmp_path / "out", "train").array(), made)
     with pytest.raises(UserError, match=r"record 0: \(16, 16, 3\) where \(256, 256, 3\)"):
-        prepare.lsun("lsun_cat", tmp_path / "out2", [str(path)])
+        run("lsun_cat", tmp_path / "out2", [str(path)])
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="r04.tfrecords, record 2: wrong checksum of the data"):
-        prepare.lsun("lsun_cat", tmp_path / "out2", [str(path)], image_size=16)
+        run("lsun_cat", tmp_path / "out2", [str(path)], image_size=16)
     assert nothing_left(tmp_path / "out2")
     with pytest.raises(UserError, match="unpacked LMDB"):
-        prepare.lsun("lsun_cat", tmp_path / "out2", [])
+        run("lsun_cat", tmp_path / "out2", [])
 
 
 def cifar_files(per_file=4):
@@ -183,7 +187,7 @@ def cifar_files(per_file=4):
 def test_cifar10_from_its_tarball(tmp_path):
     made, files = cifar_files()
     path = make_tar(tmp_path / "cifar-10-binary.tar.gz", files)
-    prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+    run("cifar10", tmp_path / "out", [str(path)])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["cifar10"]
     train = open_source("cifar10", tmp_path / "out", "train")
     expected = {i.tobytes(): int(y) for n, pair in made.items() if n.startswith("data")
@@ -214,14 +218,14 @@ def test_cifar10_with_a_file_missing_or_cut(tmp_path):
     del files["cifar-10-batches-bin/data_batch_3.bin"]
     path = make_tar(tmp_path / "a.tar.gz", files)
     with pytest.raises(UserError, match="data_batch_3.bin is not in it"):
-        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+        run("cifar10", tmp_path / "out", [str(path)])
     whole["cifar-10-batches-bin/data_batch_3.bin"] = b"\x01" * 3000
     path = make_tar(tmp_path / "b.tar.gz", whole)
     with pytest.raises(UserError, match="data_batch_3.bin: not a batch"):
-        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+        run("cifar10", tmp_path / "out", [str(path)])
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="b.tar.gz: missing, damaged"):
-        prepare.cifar10("cifar10", tmp_path / "out", [str(path)])
+        run("cifar10", tmp_path / "out", [str(path)])
     assert nothing_left(tmp_path / "out")
 
 
@@ -237,7 +241,7 @@ def fashion_files(make, folder):
 
 def test_fashion_mnist(tmp_path, make):
     made = fashion_files(make, tmp_path / "in")
-    prepare.fashion_mnist("fashion_mnist", tmp_path / "out", [str(tmp_path / "in")])
+    run("fashion_mnist", tmp_path / "out", [str(tmp_path / "in")])
     source = open_source("fashion_mnist", tmp_path / "out", "train", image_size=32)
     assert source.shape == (32, 32, 1)
     everything = source.array()
@@ -250,13 +254,13 @@ def test_fashion_mnist(tmp_path, make):
         open_source("fashion_mnist", tmp_path / "out", "train", image_size=16)
     (tmp_path / "in/t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz is not in it"):
-        prepare.fashion_mnist("fashion_mnist", tmp_path / "out2", [str(tmp_path / "in")])
+        run("fashion_mnist", tmp_path / "out2", [str(tmp_path / "in")])
 
 
 def test_celeb_a_hq(tmp_path):
     made = {f"data256x256/{i:05}.png": pixels(256, 256, 3) for i in range(2)}
     path = make_tar(tmp_path / "data256x256.tar", {k: png(v) for k, v in made.items()})
-    prepare.celeb_a_hq("celeb_a_hq", tmp_path / "out", [str(path)])
+    run("celeb_a_hq", tmp_path / "out", [str(path)])
     source = open_source("celeb_a_hq", tmp_path / "out", "train", image_size=256)
     assert source.labels is None and source.splits == ("train",)
     assert {i.tobytes() for i in source.array()} == {i.tobytes() for i in made.values()}
@@ -264,7 +268,7 @@ def test_celeb_a_hq(tmp_path):
         open_source("celeb_a_hq", tmp_path / "out", "test")
     path = make_tar(tmp_path / "small.tar", {"a.png": png(pixels(8, 8, 3))})
     with pytest.raises(UserError, match=r"small.tar, a.png: \(8, 8, 3\), not"):
-        prepare.celeb_a_hq("celeb_a_hq", tmp_path / "out2", [str(path)])
+        run("celeb_a_hq", tmp_path / "out2", [str(path)])
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
@@ -275,5 +279,5 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.download.DownloadManager, "download", unreachable)
     with pytest.raises(UserError, match=r"cannot download https://\S+cifar-10-binary.tar.gz \(no "
                                         r"route to host\); fetch it elsewhere .* --from="):
-        prepare.cifar10("cifar10", tmp_path / "out", [])
+        run("cifar10", tmp_path / "out", [])
     assert nothing_left(tmp_path / "out")

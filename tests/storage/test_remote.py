@@ -287,4 +287,4 @@ def test_prepare_into_a_bucket(tmp_path, storage, stages):
     assert "in gs://ddpm/made/folder (0.0 MB)" in done.stdout
     assert "train: 3 images 8x8x3" in done.stdout
     again = subprocess.run(args, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2 and "gs://ddpm/made/folder is there already" in again.stderr
+    assert again.returncode == 2 and "gs://ddpm/made/folder exists already" in again.stderr
