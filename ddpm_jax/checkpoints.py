@@ -13,9 +13,11 @@ import logging
 import math
 import os
 
+import jax
 from etils import epath
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel.runners import fetch
 
 # What a resumed run may change; everything else belongs to the run and must stay.
 RESUME_MAY_CHANGE = (
@@ -192,8 +194,6 @@ class Checkpoints:
 
     def scored(self, step: int, values: dict) -> None:
         """Record the metrics of ``step``, the same on every process."""
-        import jax
-
         self.scores[step] = dict(values)
         if jax.process_index() == 0:
             with self._failures(f"recording the metrics of step {step}"):
@@ -223,22 +223,24 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def restore(self, step: int, like):
-        """The TrainState saved at ``step``, laid out as ``like`` (arrays or ShapeDtypeStructs)."""
+    def restore(self, step: int, like, runner=None):
+        """The TrainState saved at ``step``, laid out as ``like`` (arrays or ShapeDtypeStructs) or,
+        with ``runner``, on its devices as its programs take it."""
         args = self._ocp.args
+        like = _on_all_devices(like, runner)
         with self._damage(step):
             read = self._manager.restore(step, args=args.Composite(
                 params=args.StandardRestore(like.params),
                 ema_params=args.StandardRestore(like.ema_params),
                 training=args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
             ))
-        return like._replace(
+        return _as_programs_take(like._replace(
             params=read.params, ema_params=read.ema_params, step=read.training["step"],
             opt_state=read.training["opt_state"],
-        )
+        ), runner)
 
-    def restore_weights(self, step: int | None, like, *, ema: bool):
-        """-> (params, step): the weights alone. step None is the newest.
+    def restore_weights(self, step: int | None, like, *, ema: bool, runner=None):
+        """-> (params, step): the weights alone, laid out as by ``restore``. step None: the newest.
 
         Raises UserError where there is no such checkpoint (the ones there are are listed), or
         it is damaged.
@@ -247,9 +249,9 @@ class Checkpoints:
         args = self._ocp.args
         item = "ema_params" if ema else "params"
         with self._damage(step):
-            read = self._manager.restore(
-                step, args=args.Composite(**{item: args.StandardRestore(like)}))
-        return read[item], step
+            read = self._manager.restore(step, args=args.Composite(
+                **{item: args.StandardRestore(_on_all_devices(like, runner))}))
+        return _as_programs_take(read[item], runner), step
 
     def find(self, step: int | None) -> int:
         """The checkpoint asked for, or the newest. Raises UserError where there is none."""
@@ -286,6 +288,22 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}; delete the "
                 f"folder {step} to go on from another (there are: {others or 'none'})"
             ) from error
+
+
+def _on_all_devices(like, runner):
+    """What Orbax restores: one copy on every device of every process."""
+    if runner is None:
+        return like
+    sharding = jax.sharding.NamedSharding(runner.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), like)
+
+
+def _as_programs_take(tree, runner):
+    """Restored arrays as the runner's programs take them (pmap's are laid out otherwise)."""
+    if runner is None or runner.to_global(tree) is tree:
+        return tree
+    return runner.put("replicated", fetch(tree))
 
 
 def _reason(error) -> str:

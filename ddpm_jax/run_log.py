@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,12 @@ class Writer(NamedTuple):
     truncate_after: Callable  # (step) -> None: forget lines and events of later steps
     close: Callable  # () -> None
     folder: pathlib.Path | None
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the main process only."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _write_atomically(path, data: bytes):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,15 +18,11 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests already run side by side
 
-import importlib.util  # noqa: E402
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for tiny_run, bucket
 
+import bucket  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-_spec = importlib.util.spec_from_file_location(
-    "bucket", pathlib.Path(__file__).parent / "bucket.py")
-bucket = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bucket)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -59,3 +56,12 @@ def storage(_storage_emulator, monkeypatch):
     for name, value in _storage_emulator.items():
         monkeypatch.setenv(name, value)
     return "gs://ddpm"
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """A folder with a finished run of 12 steps that nothing interrupted; not to be written to."""
+    from tiny_run import train
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder)
+    return folder

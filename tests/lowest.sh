@@ -13,4 +13,4 @@ make_venv "$venv"
 "$venv/bin/uv" pip install -q --python "$venv/bin/python" --resolution lowest-direct -e . \
     'pytest>=8' 'hypothesis>=6.100' 'pytest-xdist>=3.6'
 "$venv/bin/python" -m pytest -n 2 tests/training tests/test_checkpoints.py \
-    "tests/test_run.py::test_a_run_cut_off_and_continued_is_bit_equal" -W ignore
+    "tests/test_train.py::test_a_run_cut_off_and_continued_is_bit_equal" -W ignore

@@ -265,7 +265,7 @@ def _worker(folder) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from ddpm_jax import experiment, run
+    from ddpm_jax import experiment, train
     from ddpm_jax.training import steps
     heard = []
     build, draw = experiment.build, steps.draw
@@ -305,7 +305,7 @@ def _worker(folder) -> int:
         return {"dry_run": float(step)}
 
     config = dry_config(jax.device_count())
-    run.train(config, folder / "run", stop=stop, watchdog=watchdog, evaluate=evaluate)
+    train.train(config, folder / "run", stop=stop, watchdog=watchdog, evaluate=evaluate)
     jax.effects_barrier()
     (folder / f"heard_{jax.process_index()}.json").write_text(
         json.dumps({"heard": heard, "params": params}))

@@ -145,11 +145,11 @@ def of_samples(chosen, stop):
 
 
 def of_run(chosen, stop):
-    from ddpm_jax import checkpoints, run
+    from ddpm_jax import checkpoints, sample
     from ddpm_jax.evaluation.evaluate import check_options, evaluate_run
     check_options(chosen)
     workdir = checkpoints.resolve(common.required("workdir"))
-    exp, params, step = run.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
+    exp, params, step = sample.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
     facts = {"workdir": str(workdir), "step": step, "weights": "ema" if FLAGS.ema else "raw"}
     records, pictures = evaluate_run(
         exp, params, chosen, facts=facts, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)

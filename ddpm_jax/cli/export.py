@@ -39,10 +39,10 @@ def main(argv):
 def _load(workdir, step, ema):
     import jax
 
-    from ddpm_jax import run
     from ddpm_jax.interchange.workdir import read_facts
+    from ddpm_jax.sample import load_run
 
-    exp, params, step = run.load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
+    exp, params, step = load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
                                      overrides={"parallel.runner": "jit"})
     return exp, params, step, read_facts(workdir)
 

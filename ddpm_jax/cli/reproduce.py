@@ -197,19 +197,21 @@ def _with_weights(metrics) -> tuple:
 def run_cell(name, target, root, stop, watchdog):
     """Train, then measure what is missing. -> what figures.Run takes: (experiment, params,
     sources, along)."""
-    from ddpm_jax import checkpoints, run
+    from ddpm_jax import checkpoints
     from ddpm_jax.evaluation.along import evaluate_along
     from ddpm_jax.evaluation.evaluate import evaluate_run
     from ddpm_jax.evaluation.features import open_splits
     from ddpm_jax.evaluation.options import StoppedError
     from ddpm_jax.evaluation.records import same_everywhere
     from ddpm_jax.reproduction.paper_results import ours
+    from ddpm_jax.sample import load_run
+    from ddpm_jax.train import train
     folder = str(checkpoints.resolve(f"{root}/{name}"))
     config = cell_config(name)
-    if not run.train(config, folder, stop=stop, watchdog=watchdog):
+    if not train(config, folder, stop=stop, watchdog=watchdog):
         raise StoppedError
     watchdog.pause()
-    exp, params, step = run.load_run(folder)
+    exp, params, step = load_run(folder)
     # The first process's folder decides, or processes would wait for each other for ever.
     values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
     values = same_everywhere(values)

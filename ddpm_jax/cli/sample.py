@@ -32,9 +32,9 @@ def main(argv):
     common.no_positionals(argv)
     workdir, out = common.required("workdir"), common.required("out")
     stop, _ = common.join()
-    from ddpm_jax import run
+    from ddpm_jax import sample
 
-    done = run.sample(
+    done = sample.sample(
         workdir, out, num=FLAGS.num, step=FLAGS.step, seed=FLAGS.seed,
         batch_size=FLAGS.batch_size, ema=FLAGS.ema, sampler=FLAGS.sampler, steps=FLAGS.steps,
         png=FLAGS.png, stop=stop)

@@ -21,9 +21,9 @@ def main(argv):
     common.no_positionals(argv)
     config, workdir = common.required("config"), common.required("workdir")
     stop, watchdog = common.join(config)
-    from ddpm_jax import run
+    from ddpm_jax import train
     from ddpm_jax.evaluation.monitor import periodic
 
-    done = run.train(config, workdir, stop=stop, watchdog=watchdog,
-                     evaluate=periodic(stop=stop))
+    done = train.train(config, workdir, stop=stop, watchdog=watchdog,
+                       evaluate=periodic(stop=stop))
     return 0 if done else exit_codes.EXIT_RESTART

@@ -93,13 +93,13 @@ def test_real_pipeline_draws_what_ddpm_sample_draws(tmp_path, make_run, monkeypa
     import jax.numpy as jnp
     import torch
 
-    from ddpm_jax import run
+    from ddpm_jax.sample import sample
     from ddpm_jax.training import rng
 
     steps, seed, count = 10, 3, 8
     folder = make_run({}, diffusion={"num_timesteps": steps})
     export.export_diffusers(folder, tmp_path / "out")
-    assert run.sample(folder, tmp_path / "images", num=count, seed=seed)
+    assert sample(folder, tmp_path / "images", num=count, seed=seed)
     with np.load(tmp_path / "images" / "samples.npz") as images:
         ours = images["arr_0"].astype(np.int16)
 

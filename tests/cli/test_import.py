@@ -14,7 +14,7 @@ sys.path.insert(0, HELPERS)
 
 from made_up import SMALL, assert_bit_equal, random_params, small_config  # noqa: E402
 
-from ddpm_jax import checkpoints, experiment, run  # noqa: E402
+from ddpm_jax import checkpoints, experiment, sample, train  # noqa: E402
 from ddpm_jax.cli import import_  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
 from ddpm_jax.formats.lazy import Lazy  # noqa: E402
@@ -198,10 +198,10 @@ def test_imported_runs_sample_and_train_on(tmp_path, checkpoint, monkeypatch):
         def pause(self, *a, **k):
             pass
 
-    assert run.sample(tmp_path / "run", tmp_path / "images", num=8)
+    assert sample.sample(tmp_path / "run", tmp_path / "images", num=8)
     with np.load(tmp_path / "images" / "samples.npz") as images:
         assert images["arr_0"].shape == (8, 16, 16, 1)
-    assert run.train(config, tmp_path / "run", stop=Quiet(), watchdog=Quiet())
+    assert train.train(config, tmp_path / "run", stop=Quiet(), watchdog=Quiet())
     state = restore(tmp_path / "run", config)
     assert state.step == 792 and state.opt_state[0].count == 792
     start = random_params(arch, 1)["conv_in"]["kernel"]

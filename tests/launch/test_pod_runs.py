@@ -310,9 +310,9 @@ def assert_same_parameters(a, b):
     """To float32 rounding: far below what a step moves them (the learning rate, 1e-3)."""
     import jax
 
-    from ddpm_jax import run as jobs
+    from ddpm_jax import sample
     for ema in (True, False):
-        one, two = (jobs.load_run(path, ema=ema)[1] for path in (a, b))
+        one, two = (sample.load_run(path, ema=ema)[1] for path in (a, b))
         for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
             np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=2e-6)
 

@@ -1,13 +1,10 @@
-"""The two jobs: train a run, sample from one. Folders, hooks, signals; no mathematics, no config
-fields but those that say when."""
+"""Train a run: folders, hooks, signals; no mathematics, of the config only what is due when."""
 
 import json
-import sys
 import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ddpm_jax import checkpoints, experiment, run_log
 from ddpm_jax.compilation.cache import count_compilations
@@ -17,28 +14,9 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
+from ddpm_jax.run_log import say
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
-
-
-def say(text: str) -> None:
-    """A line on stderr, from the first process only."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _abstract_global(exp):
-    """What a checkpoint is restored as: the state on all devices of all processes."""
-    sharding = jax.sharding.NamedSharding(exp.runner.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), exp.abstract_state)
-
-
-def _on_devices(exp, tree):
-    """Restored global arrays as the runner's programs take them."""
-    if exp.runner.to_global(tree) is tree:
-        return tree
-    return exp.runner.put("replicated", fetch(tree))
 
 
 def _open_data(exp, split):
@@ -119,11 +97,6 @@ def _most(exp):
     return exp.config.train.steps_per_dispatch if exp.runner.loops_on_device else 1
 
 
-def _local_folder(folder):
-    """Pictures go beside the run only where that is a plain folder."""
-    return None if "://" in str(folder) else folder
-
-
 def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
@@ -148,7 +121,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
             step, state = 0, experiment.new_state(exp)
         else:
             say(f"resuming {folder} from step {step}")
-            state = _on_devices(exp, store.restore(step, _abstract_global(exp)))
+            state = store.restore(step, exp.abstract_state, exp.runner)
         state = experiment.pack_program(exp)(state)
         writer.truncate_after(step)
         return _train(exp, state, step, folder=folder, source=source, store=store, writer=writer,
@@ -238,12 +211,11 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
         save(outcome.step, outcome.state)
     store.wait()
     stop.unsaved(False)
-    local = _local_folder(folder)
     if writer.folder is not None and (writer.folder / "metrics.jsonl").exists():
         run_log.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
     stopped = outcome.stopped or interrupted
     say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
-        f"{store.steps()}; {local or folder}/loss.png, metrics.jsonl, samples/")
+        f"{store.steps()}; {folder}/loss.png, metrics.jsonl, samples/")
     return not stopped
 
 
@@ -275,158 +247,3 @@ class _GridSampler:
             samples = self._writer.folder / "samples"
             samples.mkdir(exist_ok=True)
             run_log.save_png(samples / f"{step:08d}.png", run_log.tile(images))
-
-
-# ---- sampling ----
-
-
-def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
-    """-> (Experiment, weights on the devices, step) of a trained run, from its stored config.
-
-    overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. Raises UserError
-    where there is no run, no checkpoint, or a damaged one.
-    """
-    folder = checkpoints.resolve(workdir)
-    stored = checkpoints.read_config(folder)
-    if stored is None:
-        raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
-    config = experiment.from_json(stored)
-    config.update_from_flattened_dict(overrides or {})
-    devices = jax.devices() if devices is None else devices
-    _make_fit(config, len(devices))
-    exp = experiment.build(config, devices)
-    store = checkpoints.Checkpoints(folder, read_only=True)
-    try:
-        params, step = store.restore_weights(step, _abstract_global(exp).params, ema=ema)
-    finally:
-        store.close()
-    return exp, _on_devices(exp, params), step
-
-
-def _make_fit(config, num_devices):
-    """Training's batch need not suit the machine that samples."""
-    config.train.batch_size = config.train.clip_replicas = num_devices
-    config.train.accumulation = 1
-
-
-def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,
-           steps=None, png=False, stop=None) -> bool:
-    """Draw ``num`` images into the folder ``out``: samples.npz (arr_0: uint8 NHWC), grid.png,
-    progressive.png, and each image as PNG with ``png``.
-
-    Image i depends on the seed and i alone. Resumes where it was cut off. -> False where a signal
-    ended it early.
-    """
-    if num < 1:
-        raise UserError(f"--num={num} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
-    exp, params, step = load_run(workdir, step=step, ema=ema)
-    runner, config = exp.runner, exp.config
-    chain = experiment.sampling_chain(exp, name=sampler, steps=steps)
-    batch = batch_size or config.sampler.batch_size
-    if batch < 1:
-        raise UserError(f"--batch_size={batch} must be at least 1")
-    out = checkpoints.resolve(out)
-    request = dict(
-        workdir=str(checkpoints.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
-        batch_size=batch, sampler=sampler or config.sampler.name, steps=chain.num_steps)
-    done = _claim_samples(out, request, num, batch)
-    program = experiment.sample_program(exp, chain)
-    starts = range(0, num, batch)
-    bar = run_log.progress(num, 0, name="sample") if jax.process_index() == 0 else None
-    for k, start in enumerate(starts):
-        if stop is not None and stop.requested(k):
-            say(f"stopped; {out} holds {k} of {len(starts)} shards; the same command goes on")
-            return False
-        count = min(batch, num - start)
-        if not done[k]:
-            # Always the whole batch's shape: one program for all of them, the last one too.
-            images = collect.shared_rows(runner, program(
-                params, np.uint32(seed), collect.my_indices(runner, start, batch)))[:count]
-            if jax.process_index() == 0:
-                _write_npy(_shard(out, k), images)
-        if bar:
-            bar.update(start + count)
-    if bar:
-        bar.close()
-    frames = _progressive(exp, chain, params, seed)
-    if jax.process_index() == 0:
-        _finish(out, len(starts), frames, png)
-        say(f"{num} images: {out}/samples.npz, grid.png, progressive.png")
-    return True
-
-
-def _shard(out, k):
-    return out / "shards" / f"{k:05d}.npy"
-
-
-def _claim_samples(out, request, num, batch) -> np.ndarray:
-    """Which shards are there already, agreed by all processes."""
-    problem = ""
-    done = np.zeros(-(-num // batch), bool)
-    if jax.process_index() == 0:
-        problem, done = _look_at_samples(out, request, done)
-    if jax.process_count() > 1:
-        done = np.asarray(multihost_utils.broadcast_one_to_all(done))
-        if multihost_utils.broadcast_one_to_all(np.array(bool(problem))) and not problem:
-            problem = "stopped: see the message of process 0"
-    if problem:
-        raise UserError(problem)
-    return done
-
-
-def _look_at_samples(out, request, done):
-    file = out / "request.json"
-    try:
-        if file.exists():
-            old = json.loads(file.read_text())
-            wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
-            if wrong:
-                return (f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
-                        "another folder"), done
-        elif out.exists() and any(out.iterdir()):
-            return f"--out={out} is not empty and holds no samples of ddpm; take another", done
-        (out / "shards").mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(file, request)
-    except OSError as error:
-        return f"cannot write to --out={out}: {error.strerror or error}", done
-    finished = (out / "samples.npz").exists()
-    return "", np.array([finished or _shard(out, k).exists() for k in range(len(done))])
-
-
-def _write_npy(path, array):
-    with checkpoints.whole_file(path) as file:
-        np.save(file, array)
-
-
-def _progressive(exp, chain, params, seed, images=8, frames=10):
-    """x_0 predictions of a few images on the way from noise, [images*frames,H,W,C] row by row."""
-    every = max(1, -(-chain.num_steps // frames))
-    program = experiment.progressive_program(exp, chain, every)
-    _, kept = program(params, np.uint32(seed), collect.my_indices(exp.runner, 0, images))
-    kept = collect.shared_rows(exp.runner, kept)[:images]
-    return kept.reshape(-1, *exp.image_shape), kept.shape[1]
-
-
-def _finish(out, shards, progressive, png):
-    final = out / "samples.npz"
-    if not final.exists():
-        parts = []
-        for k in range(shards):
-            with _shard(out, k).open("rb") as file:
-                parts.append(np.load(file))
-        images = np.concatenate(parts)
-        with checkpoints.whole_file(final) as file:
-            np.savez(file, images)
-        (out / "shards").rmtree()
-    with final.open("rb") as file:
-        images = np.load(file)["arr_0"]
-    frames, columns = progressive
-    if _local_folder(out):
-        run_log.save_png(out / "grid.png", run_log.tile(images[:100]))
-        run_log.save_png(out / "progressive.png", run_log.tile(frames, columns=columns))
-        if png:
-            (out / "png").mkdir(exist_ok=True)
-            for i, image in enumerate(images):
-                run_log.save_png(out / "png" / f"{i:06d}.png", image)

@@ -1,52 +1,16 @@
-"""Whole runs on the embedded digits: train, be cut off, go on, sample."""
+"""Whole runs on the embedded digits: train, be cut off, go on."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
+from tiny_run import Stop, Watchdog, config, train
 
-from ddpm_jax import checkpoints, experiment, run
+from ddpm_jax import checkpoints, experiment
+from ddpm_jax import train as training
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
-
-FIELDS = {
-    "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),
-    "model.num_groups": 2, "train.batch_size": 8, "train.clip_replicas": 8, "train.steps": 12,
-    "train.log_every": 2, "train.steps_per_dispatch": 5, "checkpoint.every": 4,
-    "diffusion.num_timesteps": 10, "eval.sample_every": 0,
-}
-
-
-def config(**fields):
-    c = experiment.load_config("digits")
-    c.update_from_flattened_dict({**FIELDS, **fields})
-    return c
-
-
-class Stop:
-    """The stop object of a process that gets its signal after ``at`` steps."""
-
-    def __init__(self, at=None):
-        self.at, self.history = at, []
-
-    def requested(self, step):
-        return self.at is not None and step >= self.at
-
-    def unsaved(self, value):
-        self.history.append(value)
-
-
-class Watchdog:
-    def beat(self, step=None):
-        pass
-
-    def pause(self):
-        pass
-
-
-def train(workdir, at=None, **fields):
-    return run.train(config(**fields), workdir, stop=Stop(at), watchdog=Watchdog())
 
 
 def final(workdir):
@@ -55,13 +19,6 @@ def final(workdir):
     state = store.restore(store.latest(), exp.abstract_state)
     store.close()
     return jax.tree.map(np.asarray, state)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    assert train(folder)
-    return folder
 
 
 def test_a_run_leaves_what_a_person_looks_for(straight):
@@ -123,52 +80,6 @@ def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
     store.close()
 
 
-def sample(straight, out, **kwargs):
-    return run.sample(straight, out, **{"num": 11, "batch_size": 8, **kwargs})
-
-
-def test_sampling_writes_numbered_images_and_pictures(straight, tmp_path):
-    sample(straight, tmp_path / "a", png=True)
-    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
-    assert images.shape == (11, 8, 8, 1) and images.dtype == np.uint8
-    for name in ("grid.png", "progressive.png", "png/000010.png"):
-        assert (tmp_path / "a" / name).exists()
-    sample(straight, tmp_path / "b", num=3, batch_size=16)
-    np.testing.assert_array_equal(np.load(tmp_path / "b" / "samples.npz")["arr_0"], images[:3])
-    sample(straight, tmp_path / "c", num=3, ema=False, seed=1)
-    assert not np.array_equal(np.load(tmp_path / "c" / "samples.npz")["arr_0"], images[:3])
-
-
-def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
-    assert sample(straight, tmp_path / "a", stop=Stop(at=1)) is False
-    shard = tmp_path / "a" / "shards" / "00000.npy"
-    kept = np.load(shard)
-    np.save(shard, kept * 0 + 7)  # would be overwritten if it were drawn again
-    assert sample(straight, tmp_path / "a") is True
-    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
-    assert (images[:8] == 7).all() and (images[8:] != 7).any()
-    with pytest.raises(UserError, match="another request .num: 11 -> 12"):
-        sample(straight, tmp_path / "a", num=12)
-
-
-def test_sampling_refuses(straight, tmp_path):
-    with pytest.raises(UserError, match="no run here"):
-        sample(tmp_path / "nothing", tmp_path / "out")
-    checkpoints.claim(tmp_path / "empty", experiment.to_json(config()))
-    with pytest.raises(UserError, match="no checkpoint in"):
-        sample(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(UserError, match="--step=5: no such checkpoint"):
-        sample(straight, tmp_path / "out", step=5)
-    with pytest.raises(UserError, match="sampler.steps=11 is not in"):
-        sample(straight, tmp_path / "out", steps=11)
-    with pytest.raises(UserError, match="--num=0"):
-        sample(straight, tmp_path / "out", num=0)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="is not empty"):
-        sample(straight, tmp_path / "full")
-
-
 def test_the_loop_compiles_once(tmp_path):
     from ddpm_jax.compilation.cache import count_compilations
 
@@ -186,7 +97,7 @@ def test_best_checkpoint_by_metric(tmp_path):
         return {"bpd": next(scores)}
 
     c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.keep": 1})
-    run.train(c, tmp_path, stop=Stop(), watchdog=Watchdog(), evaluate=evaluate)
+    training.train(c, tmp_path, stop=Stop(), watchdog=Watchdog(), evaluate=evaluate)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
     rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "bpd" in r]
     assert [r["bpd"] for r in rows] == [3.0, 1.0, 2.0]
@@ -212,16 +123,16 @@ def test_an_evaluation_that_is_cut_short_is_done_at_the_restart(tmp_path, at, ev
     c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.every": every})
     stop = Stop()
     judge = Judge(stop, at)
-    assert not run.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=judge)
+    assert not training.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=judge)
     assert judge.steps == list(range(4, at + 1, 4))
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == at
     judge = Judge(Stop(), None)
-    assert run.train(c, tmp_path, stop=judge.stop, watchdog=Watchdog(), evaluate=judge)
+    assert training.train(c, tmp_path, stop=judge.stop, watchdog=Watchdog(), evaluate=judge)
     assert judge.steps == list(range(at, 13, 4))
     rows = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "bpd" in r]
     assert rows == [4, 8, 12]
     again = Judge(Stop(), None)
-    assert run.train(c, tmp_path, stop=again.stop, watchdog=Watchdog(), evaluate=again)
+    assert training.train(c, tmp_path, stop=again.stop, watchdog=Watchdog(), evaluate=again)
     assert again.steps == []
 
 
@@ -236,5 +147,5 @@ def test_what_is_saved_before_an_evaluation_is_not_unsaved_during_it(tmp_path):
 
     stop = Stop()
     c = config(**{"eval.every": 4, "checkpoint.every": 4})
-    run.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=evaluate)
+    training.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=evaluate)
     assert seen == [(False, 4), (False, 8), (False, 12)]

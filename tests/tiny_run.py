@@ -1,0 +1,42 @@
+"""A run of seconds on the embedded digits, for the tests of training and sampling."""
+
+from ddpm_jax import experiment
+from ddpm_jax import train as training
+
+FIELDS = {
+    "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),
+    "model.num_groups": 2, "train.batch_size": 8, "train.clip_replicas": 8, "train.steps": 12,
+    "train.log_every": 2, "train.steps_per_dispatch": 5, "checkpoint.every": 4,
+    "diffusion.num_timesteps": 10, "eval.sample_every": 0,
+}
+
+
+def config(**fields):
+    c = experiment.load_config("digits")
+    c.update_from_flattened_dict({**FIELDS, **fields})
+    return c
+
+
+class Stop:
+    """The stop object of a process that gets its signal after ``at`` steps."""
+
+    def __init__(self, at=None):
+        self.at, self.history = at, []
+
+    def requested(self, step):
+        return self.at is not None and step >= self.at
+
+    def unsaved(self, value):
+        self.history.append(value)
+
+
+class Watchdog:
+    def beat(self, step=None):
+        pass
+
+    def pause(self):
+        pass
+
+
+def train(workdir, at=None, **fields):
+    return training.train(config(**fields), workdir, stop=Stop(at), watchdog=Watchdog())
