@@ -215,6 +215,15 @@ def _betas(diffusion):
     return _call(law, "diffusion.schedule", num_timesteps=diffusion.num_timesteps, **keywords)
 
 
+def network(config: ConfigDict) -> UNet:
+    """The U-Net of a config. Raises UserError naming a misspelt field of config.model."""
+    data, model = config.data, dict(config.model)
+    channels = VARIANCES[config.diffusion.variance].channels
+    model["dtype"] = DTYPES[model["dtype"]]
+    return _call(UNet, "model", image_size=data.image_size, in_channels=data.channels,
+                 out_channels=data.channels * channels, **model)
+
+
 def build(config: ConfigDict, devices=None) -> Experiment:
     """The experiment that ``config`` describes, on ``devices`` (default: all of all processes).
 
@@ -224,12 +233,7 @@ def build(config: ConfigDict, devices=None) -> Experiment:
     check(config, len(devices))
     runner = RUNNERS[config.parallel.runner](devices)
     diffusion, data = config.diffusion, config.data
-    variance = VARIANCES[diffusion.variance]
-    keywords = dict(config.model)
-    keywords["dtype"] = DTYPES[keywords["dtype"]]
-    model = _call(
-        UNet, "model", image_size=data.image_size, in_channels=data.channels,
-        out_channels=data.channels * variance.channels, **keywords)
+    variance, model = VARIANCES[diffusion.variance], network(config)
     betas = _betas(diffusion)
     schedule = _call(make_schedule, "diffusion.schedule", betas=betas,
                      first_log_variance=diffusion.first_log_variance)
