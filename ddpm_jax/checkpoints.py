@@ -16,48 +16,15 @@ import os
 import jax
 from etils import epath
 
+from ddpm_jax.config import differing_fields
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.runners import fetch
-
-# What a resumed run may change; everything else belongs to the run and must stay.
-RESUME_MAY_CHANGE = (
-    "train.steps",
-    "train.steps_per_dispatch",
-    "train.log_every",
-    "checkpoint.",
-    "eval.",
-    "sampler.",
-    "parallel.",
-    "data.dir",
-    "data.threads",
-)
 
 
 def resolve(workdir) -> epath.Path:
     """Absolute path of a run's folder; gs:// and the like stay as they are."""
     text = str(workdir)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-
-
-def flatten(config: dict, prefix="") -> dict:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def differing_fields(old: dict, new: dict) -> list[str]:
-    """Fields that a resume may not change and that differ, as 'field: old -> new'."""
-    old, new = flatten(old), flatten(new)
-    return [
-        f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
-        for name in sorted({*old, *new})
-        if old.get(name, None) != new.get(name, None) and not name.startswith(RESUME_MAY_CHANGE)
-    ]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import checkpoints, experiment, run_log
+from ddpm_jax import checkpoints, experiment, programs, run_log
+from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.run_log import say
@@ -22,7 +23,7 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
     stored = checkpoints.read_config(folder)
     if stored is None:
         raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
-    config = experiment.from_json(stored)
+    config = from_json(stored)
     config.update_from_flattened_dict(overrides or {})
     devices = jax.devices() if devices is None else devices
     _make_fit(config, len(devices))
@@ -56,7 +57,7 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
         raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
     exp, params, step = load_run(workdir, step=step, ema=ema)
     runner, config = exp.runner, exp.config
-    chain = experiment.sampling_chain(exp, name=sampler, steps=steps)
+    chain = programs.sampling_chain(exp, name=sampler, steps=steps)
     batch = batch_size or config.sampler.batch_size
     if batch < 1:
         raise UserError(f"--batch_size={batch} must be at least 1")
@@ -65,7 +66,7 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
         workdir=str(checkpoints.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
         batch_size=batch, sampler=sampler or config.sampler.name, steps=chain.num_steps)
     done = _claim_samples(out, request, num, batch)
-    program = experiment.sample_program(exp, chain)
+    program = programs.sample_program(exp, chain)
     starts = range(0, num, batch)
     bar = run_log.progress(num, 0, name="sample") if jax.process_index() == 0 else None
     for k, start in enumerate(starts):
@@ -136,7 +137,7 @@ def _write_npy(path, array):
 def _progressive(exp, chain, params, seed, images=8, frames=10):
     """x_0 predictions of a few images on the way from noise, [images*frames,H,W,C] row by row."""
     every = max(1, -(-chain.num_steps // frames))
-    program = experiment.progressive_program(exp, chain, every)
+    program = programs.progressive_program(exp, chain, every)
     _, kept = program(params, np.uint32(seed), collect.my_indices(exp.runner, 0, images))
     kept = collect.shared_rows(exp.runner, kept)[:images]
     return kept.reshape(-1, *exp.image_shape), kept.shape[1]

@@ -6,8 +6,9 @@ import time
 import jax
 import numpy as np
 
-from ddpm_jax import checkpoints, experiment, run_log
+from ddpm_jax import checkpoints, experiment, programs, run_log
 from ddpm_jax.compilation.cache import count_compilations
+from ddpm_jax.config import to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
@@ -106,7 +107,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     ended it early (everything is saved). Raises UserError for what the user can mend.
     """
     exp = experiment.build(config)
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     first = jax.process_index() == 0
     folder = checkpoints.resolve(workdir)
     checkpoints.claim(folder, stored, write=first)
@@ -122,7 +123,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
         else:
             say(f"resuming {folder} from step {step}")
             state = store.restore(step, exp.abstract_state, exp.runner)
-        state = experiment.pack_program(exp)(state)
+        state = programs.pack_program(exp)(state)
         writer.truncate_after(step)
         return _train(exp, state, step, folder=folder, source=source, store=store, writer=writer,
                       stop=stop, watchdog=watchdog, evaluate=evaluate)
@@ -133,9 +134,9 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
 
 def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, evaluate):
     config, runner = exp.config, exp.runner
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     last = config.train.steps
-    named = experiment.unpack_program(exp)
+    named = programs.unpack_program(exp)
     interrupted = []  # steps whose evaluation a signal cut short
 
     def on_evaluation(step, state):
@@ -163,7 +164,7 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
             "(raise --config.train.steps to go on)")
         return True
     num_examples, images = _feeder(exp, source, step)
-    program = experiment.train_program(exp, num_examples, most=_most(exp))
+    program = programs.train_program(exp, num_examples, most=_most(exp))
     say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "
         f"{runner.num_devices} x {jax.devices()[0].device_kind} ({runner.name}), "
         f"{sum(x.size for x in jax.tree.leaves(exp.abstract_state.params)):,} parameters, "
@@ -176,10 +177,10 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
             result = program(state, data, np.uint32(config.seed), np.int32(n))
         else:
             watchdog.pause()
-            with count_compilations() as programs:
+            with count_compilations() as found:
                 result = program(state, data, np.uint32(config.seed), np.int32(n))
-            if programs:
-                say(str(max(programs, key=lambda p: p.seconds)))
+            if found:
+                say(str(max(found, key=lambda p: p.seconds)))
             compiled[0] = True
         stop.unsaved(True)
         return result
@@ -236,8 +237,8 @@ class _GridSampler:
     def __call__(self, step, params):
         exp, runner = self._exp, self._exp.runner
         if self._program is None:
-            chain = experiment.sampling_chain(exp)
-            self._program = experiment.sample_program(exp, chain)
+            chain = programs.sampling_chain(exp)
+            self._program = programs.sample_program(exp, chain)
         wanted = exp.config.eval.sample_num
         index = collect.my_indices(runner, 0, wanted)
         images = self._program(params, np.uint32(exp.config.seed), index)

@@ -3,18 +3,20 @@ import numpy as np
 import pytest
 
 from ddpm_jax import experiment as E
+from ddpm_jax import programs
+from ddpm_jax.config import config_path, from_json, load_config, packaged_configs, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import runners
 
 TABLE2 = ["mu_learned_l", "mu_fixed_l", "mu_fixed_simple", "eps_learned_l", "eps_fixed_l",
           "eps_fixed_simple"]
-SHIPPED = [n for n in E.packaged_configs() if n != "cifar10_table2"]
+SHIPPED = [n for n in packaged_configs() if n != "cifar10_table2"]
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, *(f"cifar10_table2:{c}" for c in TABLE2)])
 def test_every_shipped_config_builds_and_traces(name):
     """Abstractly: no weights are made, nothing is compiled."""
-    config = E.load_config(name)
+    config = load_config(name)
     config.parallel.runner = "jit"
     exp = E.build(config)
     if name.startswith("cifar10"):
@@ -26,18 +28,18 @@ def test_every_shipped_config_builds_and_traces(name):
     new, metrics = jax.eval_shape(exp.train_step, exp.abstract_state, batch, keys)
     assert jax.tree.structure(new) == jax.tree.structure(exp.abstract_state)
     assert {"loss", "grad_norm"} <= set(metrics)
-    assert E.from_json(E.to_json(config)).to_dict() == config.to_dict()
+    assert from_json(to_json(config)).to_dict() == config.to_dict()
 
 
 def test_the_papers_numbers_are_in_the_config():
-    c = E.load_config("cifar10")
+    c = load_config("cifar10")
     assert (c.train.batch_size, c.optimizer.learning_rate, c.ema.decay) == (128, 2e-4, 0.9999)
     assert (c.train.clip_scope, c.train.clip_replicas, c.train.clip_norm) == ("per_replica", 8, 1.0)
     assert (c.optimizer.warmup_steps, c.optimizer.eps_rule) == (5000, "tensorflow")
     for name, steps in [("celebahq256", 500_000), ("lsun_bedroom", 2_400_000),
                         ("lsun_cat", 1_800_000), ("lsun_church", 1_200_000),
                         ("lsun_bedroom_large", 1_150_000)]:
-        c = E.load_config(name)
+        c = load_config(name)
         assert (c.train.steps, c.train.batch_size, c.optimizer.learning_rate, c.model.dropout,
                 c.diffusion.variance) == (steps, 64, 2e-5, 0.0, "fixed_small")
 
@@ -61,14 +63,14 @@ def test_the_papers_numbers_are_in_the_config():
     ("diffusion.schedule.beta_end", 1.5, "betas must be"),
 ])
 def test_bad_fields_are_named(field, value, message):
-    config = E.load_config("cifar10")
+    config = load_config("cifar10")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         E.build(config)
 
 
 def test_misspelt_keywords_are_named():
-    config = E.load_config("cifar10")
+    config = load_config("cifar10")
     with config.unlocked():
         config.model.chh = 3
     with pytest.raises(UserError, match="config.model: .*chh"):
@@ -76,17 +78,17 @@ def test_misspelt_keywords_are_named():
 
 
 def test_config_names(tmp_path):
-    assert E.config_path("cifar10").endswith("configs/cifar10.py")
-    assert E.config_path("cifar10_table2:mu_fixed_l").endswith("cifar10_table2.py:mu_fixed_l")
+    assert config_path("cifar10").endswith("configs/cifar10.py")
+    assert config_path("cifar10_table2:mu_fixed_l").endswith("cifar10_table2.py:mu_fixed_l")
     own = tmp_path / "mine.py"
     own.write_text("")
-    assert E.config_path(str(own)) == str(own)
+    assert config_path(str(own)) == str(own)
     with pytest.raises(UserError, match="packaged: celebahq256, cifar10"):
-        E.config_path("cifar11")
+        config_path("cifar11")
 
 
 def tiny(**fields):
-    config = E.load_config("digits")
+    config = load_config("digits")
     config.data.image_size = 4
     config.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2)
     config.train.update(batch_size=8, clip_replicas=8)
@@ -100,18 +102,18 @@ def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is()
     for runner, devices, index in [("jit", 1, [0, 1, 2, 3]), ("shard_map", 8, range(8)),
                                    ("pmap", 4, [3, 2, 1, 0])]:
         exp = E.build(tiny(**{"parallel.runner": runner}), jax.devices()[:devices])
-        chain = E.sampling_chain(exp)
+        chain = programs.sampling_chain(exp)
         state = E.new_state(exp)
         params = jax.tree.map(lambda p: p + 0.1, state.params)
         index = np.array(index, np.int32)
         args = params, np.uint32(3), exp.runner.put("batch", index)
-        got = exp.runner.local(E.sample_program(exp, chain)(*args))[np.argsort(index)][:4]
+        got = exp.runner.local(programs.sample_program(exp, chain)(*args))[np.argsort(index)][:4]
         if wanted is None:
             wanted = got
-            one_program = jax.jit(lambda p: E.to_uint8(E.draw_images(
+            one_program = jax.jit(lambda p: E.to_uint8(programs.draw_images(
                 exp, chain, p, np.uint32(3), index)))  # noqa: B023
             assert np.abs(one_program(params).astype(int) - wanted).max() <= 1
-            last, frames = E.progressive_program(exp, chain, 2)(*args)
+            last, frames = programs.progressive_program(exp, chain, 2)(*args)
             np.testing.assert_array_equal(last, wanted)
             assert frames.shape == (4, 3, 4, 4, 1)
         assert np.abs(got.astype(int) - wanted).max() <= 1
@@ -125,9 +127,9 @@ def test_bound_does_not_depend_on_where_the_loop_is(runner, devices, monkeypatch
     images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 1), dtype=np.uint8)
     args = (params, np.uint32(3), *(exp.runner.put("batch", x)
                                     for x in (images, np.arange(4, dtype=np.int32))))
-    stepwise = E.bound_program(exp)(*args)
+    stepwise = programs.bound_program(exp)(*args)
     monkeypatch.setattr(runners, "_LOOPS_ON_HOST", set())
-    compiled = E.bound_program(exp)(*args)
+    compiled = programs.bound_program(exp)(*args)
     for name in compiled._fields:
         one, two = (exp.runner.local(getattr(b, name)) for b in (stepwise, compiled))
         assert one.shape == two.shape and one.std() > 0
@@ -136,17 +138,19 @@ def test_bound_does_not_depend_on_where_the_loop_is(runner, devices, monkeypatch
 
 def test_fewer_steps_and_too_many():
     exp = E.build(tiny())
-    assert E.sampling_chain(exp, steps=3).num_steps == 3
-    np.testing.assert_array_equal(E.sampling_chain(exp, steps=3).schedule.timesteps, [0, 2, 5])
+    assert programs.sampling_chain(exp, steps=3).num_steps == 3
+    np.testing.assert_array_equal(
+        programs.sampling_chain(exp, steps=3).schedule.timesteps, [0, 2, 5])
     with pytest.raises(UserError, match=r"sampler.steps=7 is not in 1 ... .*num_timesteps=6"):
-        E.sampling_chain(exp, steps=7)
+        programs.sampling_chain(exp, steps=7)
     with pytest.raises(UserError, match="known: ancestral, ddim"):
-        E.sampling_chain(exp, name="heun")
+        programs.sampling_chain(exp, name="heun")
 
 
 @pytest.mark.parametrize("runner", ["jit", "pmap", "shard_map"])
 def test_abstract_arguments_fit_the_program(runner):
     exp = E.build(tiny(**{"parallel.runner": runner, "train.steps_per_dispatch": 3}))
     for examples in (24, None):
-        lowered = E.train_program(exp, examples).lower(*E.train_arguments(exp, examples))
+        lowered = programs.train_program(exp, examples).lower(
+            *programs.train_arguments(exp, examples))
         assert "main" in lowered.as_text()[:5000]

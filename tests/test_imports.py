@@ -16,7 +16,7 @@ MAY = {
     "data": {"metrics", "folders"},
     "metrics": set(),
     "folders": set(),
-    "checkpoints": set(),
+    "checkpoints": {"config", "parallel.runners"},
     "interchange": {"checkpoints", "folders", "models", "diffusion", "experiment",
                     "training.optimizer", "training.steps"},
     "evaluation": {"diffusion", "parallel"},

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tiny_run import Stop, config
 
-from ddpm_jax import checkpoints, experiment
+from ddpm_jax import checkpoints
 from ddpm_jax import sample as sampling
+from ddpm_jax.config import to_json
 from ddpm_jax.errors import UserError
 
 
@@ -40,7 +41,7 @@ def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
 def test_sampling_refuses(straight, tmp_path):
     with pytest.raises(UserError, match="no run here"):
         sample(tmp_path / "nothing", tmp_path / "out")
-    checkpoints.claim(tmp_path / "empty", experiment.to_json(config()))
+    checkpoints.claim(tmp_path / "empty", to_json(config()))
     with pytest.raises(UserError, match="no checkpoint in"):
         sample(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(UserError, match="--step=5: no such checkpoint"):

@@ -1,7 +1,7 @@
 """A run of seconds on the embedded digits, for the tests of training and sampling."""
 
-from ddpm_jax import experiment
 from ddpm_jax import train as training
+from ddpm_jax.config import load_config
 
 FIELDS = {
     "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),
@@ -12,7 +12,7 @@ FIELDS = {
 
 
 def config(**fields):
-    c = experiment.load_config("digits")
+    c = load_config("digits")
     c.update_from_flattened_dict({**FIELDS, **fields})
     return c
 

@@ -75,9 +75,9 @@ def _start():
 
 
 def _about(exp) -> dict:
-    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.cli import compile as compiled
 
-    return {"config": programs.config_name(), "dtype": exp.config.model.dtype,
+    return {"config": compiled.config_name(), "dtype": exp.config.model.dtype,
             "runner": exp.config.parallel.runner}
 
 
@@ -116,7 +116,7 @@ def step() -> list[dict]:
     import jax
     import numpy as np
 
-    from ddpm_jax import experiment
+    from ddpm_jax import experiment, programs
     from ddpm_jax.benchmark import peers
     from ddpm_jax.cli.compile import network_work
     from ddpm_jax.compilation import timing
@@ -127,11 +127,11 @@ def step() -> list[dict]:
     batch = config.train.batch_size
     most = config.train.steps_per_dispatch if runner.loops_on_device else 1
     count = max(batch, 1024) if config.data.resident else None
-    program = experiment.train_program(exp, count, most=most)
+    program = programs.train_program(exp, count, most=most)
     images = (runner.put("replicated", _images(exp, count).reshape(count, -1)) if count else
               runner.put("steps", _images(exp, most * batch).reshape(
                   most, batch, *exp.image_shape)))
-    state = experiment.pack_program(exp)(experiment.new_state(exp))
+    state = programs.pack_program(exp)(experiment.new_state(exp))
     seed, steps = np.uint32(config.seed), np.int32(most)
 
     calls = -(-peers.STEPS // most)
@@ -149,7 +149,7 @@ def step() -> list[dict]:
     times = timing.rounds(candidates, repeats=FLAGS.repeats, seconds=FLAGS.seconds)
     if FLAGS.profile:
         config.train.steps_per_dispatch = most
-        _profiled(ours, lambda: program.lower(*experiment.train_arguments(exp, count)))
+        _profiled(ours, lambda: program.lower(*programs.train_arguments(exp, count)))
     per_step = {name: [t / scale[name] for t in seconds] for name, seconds in times.items()}
     flops = batch * network_work(exp).train_flops
     rows = [timing.result("step", name="ddpm_jax", times=timing.Times.of(per_step["ddpm_jax"]),
@@ -170,9 +170,9 @@ def _chain_run(exp, chain, batch):
     import jax
     import numpy as np
 
-    from ddpm_jax import experiment
+    from ddpm_jax import programs
 
-    program = experiment.sample_program(exp, chain)
+    program = programs.sample_program(exp, chain)
     params = exp.runner.put("replicated", jax.tree.map(
         lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
     index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
@@ -183,23 +183,23 @@ def sample() -> list[dict]:
     """One denoising step of the sampler, from whole chains."""
     import jax
 
-    from ddpm_jax import experiment
-    from ddpm_jax.cli import compile as programs
+    from ddpm_jax import programs
+    from ddpm_jax.cli import compile as compiled
     from ddpm_jax.compilation import timing
 
     FLAGS = flags.FLAGS
     exp = _start()
     batch = exp.config.sampler.batch_size
-    chain = experiment.sampling_chain(exp)
+    chain = programs.sampling_chain(exp)
     run = _chain_run(exp, chain, batch)
     first = _first_call(run)
     times = timing.rounds({"ours": run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)["ours"]
     if FLAGS.profile:
-        made = programs.sample(exp, None)
+        made = compiled.sample(exp, None)
         _profiled(run, lambda: made.jitted.lower(*made.args))
     per_step = timing.Times.of([t / chain.num_steps for t in times])
     row = timing.result("sample", name="ddpm_jax", times=per_step, images=batch,
-                        flops=batch * programs.network_work(exp).forward_flops,
+                        flops=batch * compiled.network_work(exp).forward_flops,
                         devices=jax.devices(), first_call=first, denoising_steps=chain.num_steps,
                         finished_images_per_s=batch / (per_step.median * chain.num_steps),
                         **_about(exp))
@@ -239,15 +239,15 @@ def evaluation() -> list[dict]:
     import jax
     import numpy as np
 
-    from ddpm_jax import experiment
-    from ddpm_jax.cli import compile as programs
+    from ddpm_jax import programs
+    from ddpm_jax.cli import compile as compiled
     from ddpm_jax.compilation import timing
     from ddpm_jax.evaluation import moments
     from ddpm_jax.evaluation.inception import network
 
     FLAGS = flags.FLAGS
     exp = _start()
-    made = programs.inception(exp, None)
+    made = compiled.inception(exp, None)
     generator = np.random.default_rng(0)
     params = exp.runner.put("replicated", jax.tree.map(
         lambda s: generator.normal(0, 0.02, s.shape).astype(s.dtype), made.args[0]))
@@ -260,16 +260,16 @@ def evaluation() -> list[dict]:
     sums = moments.empty(network.FEATURES)
     features = generator.normal(size=(made.images, network.FEATURES)).astype(np.float32)
     steps = DENOISING_STEPS if exp.runner.loops_on_device else 1
-    denoise = _chain_run(exp, experiment.sampling_chain(exp, steps=steps), made.images)
+    denoise = _chain_run(exp, programs.sampling_chain(exp, steps=steps), made.images)
     denoise()
     candidates = {"Inception-2015": run, "sums of features": lambda: moments.add(sums, features),
                   "denoising step": denoise}
     times = timing.rounds(candidates, repeats=FLAGS.repeats, seconds=FLAGS.seconds)
     times["denoising step"] = [t / steps for t in times["denoising step"]]
-    chain = experiment.sampling_chain(exp).num_steps
+    chain = programs.sampling_chain(exp).num_steps
     flops = {"Inception-2015": made.flops,
              "sums of features": 2.0 * network.FEATURES ** 2 * made.images,
-             "denoising step": made.images * programs.network_work(exp).forward_flops}
+             "denoising step": made.images * compiled.network_work(exp).forward_flops}
     rows = [timing.result("eval", name=name, times=timing.Times.of(t), images=made.images,
                           flops=flops[name], devices=jax.devices(), **_about(exp))
             for name, t in times.items()]
@@ -355,12 +355,12 @@ SWEEPS = {
 def _sweep() -> int:
     """The training step of --config at growing sizes, 64 images a device where not swept, clipped
     by its global norm, one step a dispatch."""
-    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.cli import compile as compiled
     from ddpm_jax.compilation import report
 
     FLAGS = flags.FLAGS
     config = common.required("config")
-    programs.prepare_host()
+    compiled.prepare_host()
     joint = ":" if FLAGS.topology in ("h100", "cpu") else "-"
     options = report.compiler_options(None if joint == ":" else "O0")
     rows, seen = [], {}
@@ -376,9 +376,9 @@ def _sweep() -> int:
             if key not in seen:
                 topology = f"{FLAGS.topology}{joint}{devices}"
                 print(f"{axis} {value} on {topology}", flush=True)
-                seen[key] = programs.measure(
+                seen[key] = compiled.measure(
                     mine, topology=topology, program="train_step", options=options,
-                    num_examples=50_000, name=programs.config_name()).report
+                    num_examples=50_000, name=compiled.config_name()).report
             rows.append({**seen[key], "sweep": [axis, value],
                          "cell": f"{axis} {value} on {seen[key]['about']['topology']}"})
     if FLAGS.out:

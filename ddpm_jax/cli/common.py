@@ -8,8 +8,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ddpm_jax import experiment
 from ddpm_jax.compilation.cache import enable_compilation_cache
+from ddpm_jax.config import config_path, packaged_configs, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts, pod, stop, watchdog
 
@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 def define_config_flag() -> None:
     config_flags.DEFINE_config_file(
         "config", None, "a config file, or the name of a packaged one "
-        f"({', '.join(experiment.packaged_configs())}); fields: --config.train.steps=1000")
+        f"({', '.join(packaged_configs())}); fields: --config.train.steps=1000")
 
 
 def define_workdir_flag() -> None:
@@ -48,9 +48,9 @@ def with_packaged_configs(argv: list[str]) -> list[str]:
     out = []
     for i, word in enumerate(argv):
         if word.startswith(("--config=", "-config=")):
-            word = f"--config={experiment.config_path(word.partition('=')[2])}"
+            word = f"--config={config_path(word.partition('=')[2])}"
         elif i and argv[i - 1] in ("--config", "-config"):
-            word = experiment.config_path(word)
+            word = config_path(word)
         out.append(word)
     return out
 
@@ -61,7 +61,7 @@ def join(config=None):
     pod.initialize()
     facts = {}
     if config is not None:
-        text = json.dumps(experiment.to_json(config), sort_keys=True)
+        text = json.dumps(to_json(config), sort_keys=True)
         facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
     hosts.check_same_everywhere(facts)
     if jax.process_index() == 0:

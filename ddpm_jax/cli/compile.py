@@ -49,13 +49,13 @@ def network_work(exp):
 
 
 def train_step(exp, num_examples) -> Program:
-    from ddpm_jax import experiment
+    from ddpm_jax import programs
 
     config, work = exp.config, network_work(exp)
     resident = num_examples if config.data.resident else None
     # The loop over a dispatch's steps has a length that is data: its body, one step, counts once.
     return Program(
-        experiment.train_program(exp, resident), experiment.train_arguments(exp, resident),
+        programs.train_program(exp, resident), programs.train_arguments(exp, resident),
         flops=config.train.batch_size * work.train_flops, images=config.train.batch_size,
         calls=config.train.steps, payload=4.0 * work.parameters)
 
@@ -75,15 +75,15 @@ def _weights_seed_index(exp, batch):
 
 def sample(exp, num_examples) -> Program:
     """The whole chain as one program, as accelerators run it."""
-    from ddpm_jax import experiment
+    from ddpm_jax import programs
     from ddpm_jax.training.steps import to_uint8
 
     del num_examples
     batch = exp.config.sampler.batch_size
-    chain = experiment.sampling_chain(exp)
+    chain = programs.sampling_chain(exp)
     jitted = exp.runner.compile(
         lambda params, seed, index: to_uint8(
-            experiment.draw_images(exp, chain, params, seed, index)),
+            programs.draw_images(exp, chain, params, seed, index)),
         ("replicated", "replicated", "batch"), ("batch",))
     flops = batch * chain.num_steps * network_work(exp).forward_flops
     return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
@@ -95,7 +95,7 @@ def evaluate(exp, num_examples) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from ddpm_jax import experiment
+    from ddpm_jax import programs
 
     config, runner = exp.config, exp.runner
     batch = config.sampler.batch_size
@@ -103,7 +103,7 @@ def evaluate(exp, num_examples) -> Program:
     images = jax.ShapeDtypeStruct((batch, *exp.image_shape), jnp.uint8)
 
     def bound(params, seed, index, images):
-        return experiment.bound(exp, params, seed, images, index).total
+        return programs.bound(exp, params, seed, images, index).total
 
     jitted = runner.compile(bound, ("replicated", "replicated", "batch", "batch"), ("batch",))
     flops = batch * config.diffusion.num_timesteps * network_work(exp).forward_flops

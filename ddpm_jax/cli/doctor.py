@@ -238,8 +238,8 @@ def check_pod() -> Finding:
 
 def dry_config(num_devices: int):
     """The digits with a network of a few thousand weights."""
-    from ddpm_jax import experiment
-    config = experiment.load_config("digits")
+    from ddpm_jax.config import load_config
+    config = load_config("digits")
     config.model.update(ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=4)
     config.diffusion.num_timesteps = 50
     config.data.resident = False  # the case in which each host reads its own share

@@ -69,13 +69,13 @@ KINDS = {"official": _official_from_flags, "diffusers": _diffusers_from_flags}
 
 def import_official(checkpoint, config, *, workdir, verify=True):
     """Official TF1 checkpoint -> run folder. -> Verdict. Raises UserError; then nothing is left."""
-    from ddpm_jax import experiment
+    from ddpm_jax.config import to_json
     from ddpm_jax.interchange import official, parameter_names
     from ddpm_jax.interchange.workdir import check_free
 
     check_free(workdir)
     exp = _build(config)
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     found = official.open_official(checkpoint)
     for note in found.notes:
         _say(f"note: {note}")
@@ -97,7 +97,7 @@ def import_official(checkpoint, config, *, workdir, verify=True):
 def import_diffusers(path, config=None, *, workdir, verify=True):
     """diffusers folder or weights file -> run folder. -> Verdict. Raises UserError; then nothing is
     left."""
-    from ddpm_jax import experiment
+    from ddpm_jax.config import to_json
     from ddpm_jax.interchange import diffusers, parameter_names
     from ddpm_jax.interchange.workdir import check_free
 
@@ -107,10 +107,10 @@ def import_diffusers(path, config=None, *, workdir, verify=True):
     base = None
     if config is None:
         base, config = _base(path, model.fields["data"])
-    before = experiment.to_json(config)
+    before = to_json(config)
     config = with_fields(config, model.fields)
     exp = _build(config)
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     params = _on_host(parameter_names.params_from_state_dict(model.state_dict, stored))
     result = _verdict(exp, stored, params, verify, model)
     _write(exp, stored, workdir, 0, params, params, {"mu": None, "nu": None}, result,
@@ -126,14 +126,14 @@ def import_diffusers(path, config=None, *, workdir, verify=True):
 
 def _base(path, data):
     """-> (name, config) that a folder's name suggests and whose images have the folder's shape."""
-    from ddpm_jax import experiment
+    from ddpm_jax.config import load_config
 
     words = re.split(r"[^a-z0-9]+", os.path.basename(path.rstrip("/")).lower())
     for word, name in BASES.items():
-        config = experiment.load_config(name)
+        config = load_config(name)
         if word in words and all(config.data[k] == v for k, v in data.items()):
             return name, config
-    return "default", with_fields(experiment.load_config("default"), {"data": {"name": "folder"}})
+    return "default", with_fields(load_config("default"), {"data": {"name": "folder"}})
 
 
 def _on_host(tree):

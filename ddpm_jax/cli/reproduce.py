@@ -48,11 +48,11 @@ def define_flags():
 
 def cell_config(name: str):
     """The config of one cell, under --config and --set. Raises UserError naming a wrong field."""
-    from ddpm_jax import checkpoints, experiment
+    from ddpm_jax.config import flatten, load_config, to_json
     from ddpm_jax.configs.cifar10_table2 import CELLS
-    config = experiment.load_config(FLAGS.config or "cifar10")
+    config = load_config(FLAGS.config or "cifar10")
     config.diffusion.update(CELLS[name])
-    known = checkpoints.flatten(experiment.to_json(config))
+    known = flatten(to_json(config))
     for text in FLAGS.set:
         field, equals, value = text.partition("=")
         if not equals or field not in known:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import experiment
+from ddpm_jax import programs
 from ddpm_jax.evaluation import collect
 from ddpm_jax.evaluation.evaluate import check_options, make_context, run_subject
 from ddpm_jax.evaluation.features import gatherer, image_features, rows_of
@@ -34,9 +34,9 @@ def evaluate_along(exp, params, options: Options, *, facts, looks, shown, folder
     protocol = check_options(options)
     context, _ = make_context(
         subject, options, gatherer(folder, stop, protocol, say, memory), memory, say)
-    chain = experiment.sampling_chain(exp, name=options.sampler, steps=options.steps)
+    chain = programs.sampling_chain(exp, name=options.sampler, steps=options.steps)
     every = max(1, -(-chain.num_steps // looks))
-    program = experiment.progressive_program(exp, chain, every)
+    program = programs.progressive_program(exp, chain, every)
     parts = {}
     for name in options.metrics:
         parts |= METRICS[name].parts(context)

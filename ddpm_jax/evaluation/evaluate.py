@@ -4,7 +4,7 @@ import time
 
 import jax
 
-from ddpm_jax import experiment
+from ddpm_jax import programs
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect, measures, protocols, references
 from ddpm_jax.evaluation.features import (
@@ -183,7 +183,7 @@ def evaluate_bound(exp, params, sources, options: Options, *, facts, batch, fold
 def run_subject(exp, params, options: Options, facts: dict, memory: dict) -> Subject:
     """The images that a run's model draws."""
     config = exp.config
-    chain = experiment.sampling_chain(exp, name=options.sampler, steps=options.steps)
+    chain = programs.sampling_chain(exp, name=options.sampler, steps=options.steps)
     batch = options.batch_size or config.sampler.batch_size
     batch = min(batch, options.num or batch)
     facts = facts | {"sampler": options.sampler or config.sampler.name,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import experiment
+from ddpm_jax import programs
 from ddpm_jax.data.datasets import open_source, read_rows
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect, extract, protocols, small_cnn
@@ -73,7 +73,7 @@ def model_draws(exp, chain, params, seed, batch, *, images_kept, memory):
             return extractor.apply(weights, levels(x_0))
 
         def build(finish, results):
-            return experiment.sample_program(exp, chain, finish, extra=("replicated",),
+            return programs.sample_program(exp, chain, finish, extra=("replicated",),
                                              results=results)
 
         compiled = _named(build, finish, extractor.names, memory, ("draw", quantise))
@@ -118,7 +118,7 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
 def bound_draws(exp, params, source, seed, batch, memory):
     """The variational bound of real images at all t (diffusion_utils_2.py:313-337)."""
     if "bound" not in memory:
-        memory["bound"] = experiment.bound_program(exp)
+        memory["bound"] = programs.bound_program(exp)
     compiled = memory["bound"]
     first, share, _ = collect.my_slots(exp.runner, batch)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import experiment
+from ddpm_jax import experiment, programs
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
 from ddpm_jax.evaluation import collect, html_report, measures
@@ -48,7 +48,7 @@ def tile(rows) -> np.ndarray:
 def _drawn(run, chain, count) -> np.ndarray:
     """uint8 [count,H,W,C] of the images 0 ... count-1, whole on every process."""
     exp = run.exp
-    program = experiment.sample_program(exp, chain)
+    program = programs.sample_program(exp, chain)
     images = program(run.params, np.uint32(run.seed), collect.my_indices(exp.runner, 0, count))
     return collect.shared_rows(exp.runner, images)[:count]
 
@@ -57,7 +57,7 @@ def shared_latents(run) -> Drawn:
     """Fig. 7: one x_t, decoded several times. Rows: t at 1, 3/4, 1/2, 1/4 of the chain, from noise
     alone to nearly decided."""
     exp = run.exp
-    chain = experiment.sampling_chain(exp)
+    chain = programs.sampling_chain(exp)
     stops = [chain.num_steps * k // ROWS for k in range(ROWS, 0, -1)]
 
     def noise(key, index, t, shape):
@@ -85,7 +85,7 @@ def interpolation(run) -> Drawn:
     """Fig. 8: rows of pairs of test images, mixed at half of the chain and decoded."""
     exp = run.exp
     source = run.sources.get("test") or run.sources["train"]
-    chain = experiment.sampling_chain(exp)
+    chain = programs.sampling_chain(exp)
     middle = chain.num_steps // 2 - 1
     ends = read_rows(source.__getitem__, range(2 * ROWS))
     columns = COLUMNS + 1

@@ -3,11 +3,12 @@ import pytest
 
 from ddpm_jax import experiment
 from ddpm_jax.benchmark import peers
+from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 
 
 def digits():
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.train.update(clip_replicas=1, batch_size=4)
     return config
 
@@ -21,7 +22,7 @@ def test_unknown_peers_are_listed():
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_the_peer_is_the_same_network(name):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    config = experiment.load_config(name)
+    config = load_config(name)
     config.train.clip_replicas = 1
     ours = experiment.build(config, jax.devices()[:1]).abstract_state.params
     theirs = peers.unet(config)

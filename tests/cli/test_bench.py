@@ -36,12 +36,13 @@ def test_data_in_the_common_format(tmp_path):
 def test_features_are_a_share_of_sampling(tmp_path):
     from ddpm_jax import experiment
     from ddpm_jax.cli import compile as programs
+    from ddpm_jax.config import load_config
     from ddpm_jax.evaluation.inception import network
     done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
                 "--config.sampler.batch_size=8", f"--out={tmp_path}/eval.json")
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     work = programs.network_work(experiment.build(config))
     one = network.flops_per_image() + 2 * 2048 ** 2
     first = rows["Inception-2015"]

@@ -8,11 +8,12 @@ import pytest
 from ddpm_jax import experiment
 from ddpm_jax.cli import compile as command
 from ddpm_jax.compilation import report
+from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 
 
 def tiny(**changes):
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.model.update(ch=8, ch_mult=(1, 2), num_groups=4, attn_resolutions=())
     config.diffusion.num_timesteps = 4
     config.train.update(batch_size=16, steps_per_dispatch=1, clip_scope="per_replica",
@@ -33,7 +34,7 @@ def test_every_program_traces_and_counts_its_work(program):
 
 def test_hand_counted_work_is_what_the_network_has():
     for name in ("cifar10", "celebahq256", "digits"):
-        config = experiment.load_config(name)
+        config = load_config(name)
         config.train.clip_replicas = config.train.batch_size = 1
         exp = experiment.build(config, jax.devices()[:1])
         leaves = jax.tree.leaves(exp.abstract_state.params)
@@ -42,7 +43,7 @@ def test_hand_counted_work_is_what_the_network_has():
 
 def test_hand_counted_flops_agree_with_xla():
     # XLA leaves out products with the padding (2 % at 64 pixels) and adds norms and activations.
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.data.update(name="folder", image_size=64)
     config.model.update(num_groups=32, ch=64, attn_resolutions=(32,))
     exp = experiment.build(config, jax.devices()[:1])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import checkpoints, experiment
+from ddpm_jax.config import load_config, to_json
 
 FIELDS = {
     "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1, "model.attn_resolutions": (),
@@ -26,17 +27,17 @@ FIELDS = {
 def workdir(tmp_path_factory):
     """A run of two steps that never happened: random weights at step 2."""
     folder = tmp_path_factory.mktemp("run")
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.update_from_flattened_dict(FIELDS)
     exp = experiment.build(config)
-    checkpoints.claim(folder, experiment.to_json(config))
+    checkpoints.claim(folder, to_json(config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
                           exp.abstract_state.params)
     state = experiment.new_state(exp)
     placed = exp.runner.put("replicated", params)
     store = checkpoints.Checkpoints(folder)
-    store.save(2, state._replace(params=placed, ema_params=placed), experiment.to_json(config))
+    store.save(2, state._replace(params=placed, ema_params=placed), to_json(config))
     store.wait()
     store.close()
     return folder

@@ -14,6 +14,7 @@ from made_up import SMALL, assert_bit_equal, flat, random_params, small_config  
 
 from ddpm_jax import experiment  # noqa: E402
 from ddpm_jax.cli import export  # noqa: E402
+from ddpm_jax.config import to_json  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
 from ddpm_jax.formats.safetensors import open_safetensors  # noqa: E402
 from ddpm_jax.interchange import diffusers, names  # noqa: E402
@@ -26,10 +27,10 @@ def make_run(tmp_path):
         config = small_config(**sections)
         exp = experiment.build(config, jax.devices()[:1])
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.opt_state)
-        arch = names.architecture(experiment.to_json(config))
+        arch = names.architecture(to_json(config))
         write_run(tmp_path / "run", step=41, params=random_params(arch),
                   ema_params=random_params(arch, 1), opt_state=zeros,
-                  config=experiment.to_json(config), facts=facts)
+                  config=to_json(config), facts=facts)
         return tmp_path / "run"
 
     return make

@@ -16,6 +16,7 @@ from made_up import SMALL, assert_bit_equal, random_params, small_config  # noqa
 
 from ddpm_jax import checkpoints, experiment, sample, train  # noqa: E402
 from ddpm_jax.cli import import_  # noqa: E402
+from ddpm_jax.config import from_json, load_config, to_json  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
 from ddpm_jax.formats.lazy import Lazy  # noqa: E402
 from ddpm_jax.interchange import diffusers, official, parameter_names  # noqa: E402
@@ -60,7 +61,7 @@ def test_official_state_arrives_whole(tmp_path, checkpoint, capsys):
     assert state.opt_state[0].count == 790 and state.opt_state[1].count == 790
     facts = json.loads((tmp_path / "run" / "import.json").read_text())
     assert facts["step"] == 790 and facts["averaged"] and facts["optimizer"]
-    assert checkpoints.read_config(tmp_path / "run") == experiment.to_json(config)
+    assert checkpoints.read_config(tmp_path / "run") == to_json(config)
 
 
 def test_without_ema_and_adam_it_says_so_and_fills_in(tmp_path, checkpoint, monkeypatch):
@@ -114,7 +115,7 @@ def test_a_folder_that_holds_something_is_refused_first(tmp_path):
 
 def write_diffusers(folder, config):
     exp = experiment.build(config, jax.devices()[:1])
-    diffusers.write_folder(folder, random_params(SMALL), experiment.to_json(config), exp.betas,
+    diffusers.write_folder(folder, random_params(SMALL), to_json(config), exp.betas,
                            step=5, weights="averaged", version="0")
     return folder
 
@@ -123,10 +124,10 @@ def test_diffusers_config_is_derived_from_the_json(tmp_path, capsys):
     folder = write_diffusers(tmp_path / "ddpm-anything", small_config())
     import_.import_diffusers(str(folder), workdir=tmp_path / "run", verify=False)
     stored = checkpoints.read_config(tmp_path / "run")
-    ours = experiment.to_json(small_config())
+    ours = to_json(small_config())
     for section in ("model", "diffusion", "data"):
         assert stored[section] == ours[section]
-    state = restore(tmp_path / "run", experiment.from_json(stored))
+    state = restore(tmp_path / "run", from_json(stored))
     assert_bit_equal(state.params, random_params(SMALL))
     assert_bit_equal(state.ema_params, random_params(SMALL))
     assert state.step == 0
@@ -145,7 +146,7 @@ def test_base_config_by_the_folders_name(folder, base):
     name, config = import_._base(folder, {"image_size": size, "channels": 3})
     assert name == base
     assert config.data.name == {"default": "folder"}.get(
-        name, experiment.load_config(base).data.name)
+        name, load_config(base).data.name)
 
 
 def test_given_config_keeps_what_the_json_does_not_say(tmp_path):
@@ -262,9 +263,9 @@ def test_commands_end_to_end_with_real_tensorflow_and_diffusers(tmp_path):
 MEASURE = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from ddpm_jax import experiment
+from ddpm_jax.config import load_config, to_json
 from ddpm_jax.cli import export, import_
-config = experiment.load_config("lsun_church")
+config = load_config("lsun_church")
 {}
 status = dict(line.split(":", 1) for line in
               pathlib.Path("/proc/self/status").read_text().splitlines())
@@ -278,7 +279,7 @@ def test_a_256_model_converts_within_four_gib(tmp_path):
     """A whole 114M-parameter checkpoint (weights, averages, moments: 1.8 GB), and back out."""
     from made_up_bundle import write_noise
 
-    stored = experiment.to_json(experiment.load_config("lsun_church"))
+    stored = to_json(load_config("lsun_church"))
     plain = {e.official: tuple(e.shape[a] for a in e.layout.official)
              for e in parameter_names.entries(stored)}
     write_noise(tmp_path / "model.ckpt-5", {

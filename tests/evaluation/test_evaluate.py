@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from ddpm_jax import experiment
+from ddpm_jax import experiment, programs
+from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect, extract, measures, protocols, references, small_cnn
 from ddpm_jax.evaluation.evaluate import check_options, evaluate_images, evaluate_run
@@ -29,7 +30,7 @@ def one_blas_thread():
 
 
 def tiny_config(**fields):
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.update_from_flattened_dict({
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": T,
@@ -153,7 +154,7 @@ def measure(devices, runner="shard_map"):
     extractor = extract.make({"random": small_cnn.random_params(1), "channels": {}})
     given = collect.collect(image_draws(exp.runner, images.__getitem__, 8)(extractor),
                             num=21, batch=8)
-    draws = model_draws(exp, experiment.sampling_chain(exp), params, 5, 10, images_kept=4,
+    draws = model_draws(exp, programs.sampling_chain(exp), params, 5, 10, images_kept=4,
                               memory={})
     drawn = collect.collect(draws(extractor, "none"), num=21, batch=10)
     return bound, given, drawn
@@ -183,8 +184,8 @@ def test_numbers_do_not_depend_on_the_devices(on_one_device, devices, runner):
 
 def test_images_are_those_of_the_sampler_whatever_the_batch():
     exp, params = tiny(8)
-    chain = experiment.sampling_chain(exp)
-    expected = np.asarray(experiment.sample_program(exp, chain)(
+    chain = programs.sampling_chain(exp)
+    expected = np.asarray(programs.sample_program(exp, chain)(
         params, np.uint32(5), exp.runner.put("batch", np.arange(24, dtype=np.int32))))
     extractor = extract.make({"images": {}, "channels": {}})
     draws = model_draws(exp, chain, params, 5, 11, images_kept=13, memory={})

@@ -44,9 +44,9 @@ def assert_bit_equal(a, b):
 
 def small_config(**sections):
     """A config of SMALL's architecture with a chain of 50 steps; sections override fields."""
-    from ddpm_jax import experiment
+    from ddpm_jax.config import load_config
 
-    config = experiment.load_config("default")
+    config = load_config("default")
     config.data.update(name="folder", image_size=SMALL.image_size)
     config.model.update(ch=SMALL.ch, ch_mult=SMALL.ch_mult, dropout=0.0, num_groups=8,
                         num_res_blocks=SMALL.num_res_blocks,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_up import SMALL, assert_bit_equal, random_params, small_config
 
-from ddpm_jax import experiment
+from ddpm_jax.config import load_config, packaged_configs, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
 from ddpm_jax.interchange import diffusers, parameter_names
@@ -39,7 +39,7 @@ CHURCH_CHAIN = {**CIFAR10_CHAIN, "_diffusers_version": "0.0.4", "timestep_values
 def test_released_configs_are_the_papers():
     for released, chain, ours in ((CIFAR10, CIFAR10_CHAIN, "cifar10"),
                                   (CELEBAHQ, CHURCH_CHAIN, "celebahq256")):
-        config = experiment.load_config(ours)
+        config = load_config(ours)
         found = diffusers.model_fields(released) | diffusers.chain_fields(chain)
         assert found["model"].pop("dropout") == 0.0  # the JSON files do not say 0.1
         for section, values in found.items():
@@ -125,7 +125,7 @@ def test_accepted_variants():
 
 def write_model(folder, params, config=None, *, root=False, older=False, ending=".safetensors"):
     """A folder as the hub has them: under unet/ and scheduler/, or all at the root."""
-    config = config or experiment.to_json(small_config())
+    config = config or to_json(small_config())
     unet = folder if root else folder / "unet"
     scheduler = folder if root else folder / "scheduler"
     for place in {unet, scheduler}:
@@ -225,15 +225,15 @@ def test_the_hub_prefers_safetensors_and_falls_back_to_bin(tmp_path, monkeypatch
     ({"diffusion": {"predict": "x_prev"}}, "predict=x_prev"),
 ])
 def test_what_diffusers_does_not_have_is_refused_on_the_way_out(sections, word):
-    config = experiment.to_json(small_config(**sections))
+    config = to_json(small_config(**sections))
     with pytest.raises(UserError, match=word):
         diffusers.unet_config(config)
         diffusers.scheduler_config(config, [])
 
 
 def test_exported_json_reads_back_as_the_same_config():
-    for name in experiment.packaged_configs():
-        config = experiment.to_json(experiment.load_config(name))
+    for name in packaged_configs():
+        config = to_json(load_config(name))
         if name == "cifar10_table2":
             continue
         fields = (diffusers.model_fields(diffusers.unet_config(config))
@@ -250,12 +250,12 @@ def test_laws_that_diffusers_lacks_are_written_out():
     config = small_config()
     config.diffusion.schedule = {"name": "warmup10", "beta_start": 1e-3, "beta_end": 0.1}
     betas = [0.1, 0.2, 0.3]
-    chain = diffusers.scheduler_config(experiment.to_json(config), betas)
+    chain = diffusers.scheduler_config(to_json(config), betas)
     assert chain["trained_betas"] == betas
 
 
 def test_exported_folder(tmp_path):
-    config = experiment.to_json(small_config())
+    config = to_json(small_config())
     params = random_params(SMALL)
     out = tmp_path / "out"
     diffusers.write_folder(out, params, config, [], step=1234, weights="averaged", version="9.9",
@@ -301,7 +301,7 @@ def test_names_and_shapes_are_those_of_real_diffusers():
 def test_bin_files_and_folders_that_real_diffusers_wrote(tmp_path, older):
     lib = pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
-    config = experiment.to_json(small_config())
+    config = to_json(small_config())
     net = lib.UNet2DModel(**{k: v for k, v in diffusers.unet_config(config).items()
                              if k[0] != "_"})
     scheduler = lib.DDPMScheduler(num_train_timesteps=50, beta_end=0.2,
@@ -328,7 +328,7 @@ def test_bin_files_and_folders_that_real_diffusers_wrote(tmp_path, older):
 @pytest.mark.filterwarnings("ignore")
 def test_real_pipeline_loads_and_runs_an_exported_folder(tmp_path):
     lib = pytest.importorskip("diffusers")
-    config = experiment.to_json(small_config())
+    config = to_json(small_config())
     diffusers.write_folder(tmp_path / "out", random_params(SMALL), config, [], step=1,
                            weights="averaged", version="0")
     pipeline = lib.DDPMPipeline.from_pretrained(tmp_path / "out", local_files_only=True)

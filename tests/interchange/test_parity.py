@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from made_up import SMALL, flat, random_params, small_config
 
-from ddpm_jax import experiment
+from ddpm_jax import experiment, programs
+from ddpm_jax.config import load_config, to_json
 from ddpm_jax.interchange import diffusers, parameter_names, parity
 from ddpm_jax.training import rng
 
@@ -88,7 +89,7 @@ def torch_net(config, params):
     import diffusers as lib
     import torch
 
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     net = lib.UNet2DModel(**{k: v for k, v in diffusers.unet_config(stored).items() if k[0] != "_"})
     state = parameter_names.state_dict_from_params(params, stored)
     net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
@@ -163,7 +164,7 @@ def test_small_net_and_its_gradients_agree():
 @pytest.mark.slow
 def test_cifar10_net_and_its_gradients_agree():
     pytest.importorskip("diffusers")
-    config = experiment.load_config(CIFAR10)
+    config = load_config(CIFAR10)
     config.model.dropout = 0.0
     errors = forward_and_gradients(config, 2, [3, 900])
     print("cifar10", errors)
@@ -176,7 +177,7 @@ def test_cifar10_net_and_its_gradients_agree():
 @pytest.mark.slow
 def test_256_net_agrees():
     pytest.importorskip("diffusers")
-    errors = forward_and_gradients(experiment.load_config(LSUN), 1, [500], backward=False)
+    errors = forward_and_gradients(load_config(LSUN), 1, [500], backward=False)
     print("lsun_church", errors)
     assert 0.1 < errors["scale"] < 10 and errors["eps"] < 1e-4
 
@@ -187,7 +188,7 @@ def test_256_net_agrees():
 def test_256_nets_gradients_agree_on_smaller_images():
     """The six levels of the 256x256 network on 64x64 images: their gradients fit the memory."""
     pytest.importorskip("diffusers")
-    config = experiment.load_config(LSUN)
+    config = load_config(LSUN)
     config.data.image_size = 64
     errors = forward_and_gradients(config, 1, [500])
     print("lsun_church, 64x64", errors)
@@ -200,7 +201,7 @@ def test_the_verdict_passes_and_a_changed_weight_fails():
     pytest.importorskip("diffusers")
     config = small_config()
     exp, params = build(config), random_params(SMALL)
-    stored = experiment.to_json(config)
+    stored = to_json(config)
     peer = parity.diffusers_peer(diffusers.unet_config(stored),
                                  parameter_names.state_dict_from_params(params, stored))
     apply = jax.jit(exp.model.apply)
@@ -247,11 +248,11 @@ def test_fifty_steps_on_the_same_noise_give_the_same_images(tmp_path, monkeypatc
         "variance": variance,
         "first_log_variance": {"fixed_large": "next", "fixed_small": "floor"}[variance]})
     exp, params = build(config), random_params(SMALL)
-    diffusers.write_folder(tmp_path / "out", params, experiment.to_json(config), exp.betas, step=0,
+    diffusers.write_folder(tmp_path / "out", params, to_json(config), exp.betas, step=0,
                            weights="averaged", version="0")
-    chain = experiment.sampling_chain(exp)
+    chain = programs.sampling_chain(exp)
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(experiment.sample_program(exp, chain)(
+        ours = np.asarray(programs.sample_program(exp, chain)(
             exp.runner.put("replicated", params), np.uint32(seed),
             exp.runner.put("batch", np.arange(count, dtype=np.int32))))
     noise = noise_for(exp, seed, count)

@@ -6,6 +6,7 @@ import pytest
 from made_up import SMALL, assert_bit_equal, random_params, small_config
 
 from ddpm_jax import checkpoints, experiment
+from ddpm_jax.config import to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.interchange import workdir
 
@@ -19,7 +20,7 @@ def write(folder, **changes):
     opt_state = jax.tree.map(
         lambda s: np.asarray(rng.integers(1, 9, s.shape), s.dtype), exp.abstract_state.opt_state)
     arguments = dict(step=12, params=random_params(SMALL), ema_params=random_params(SMALL, 1),
-                     opt_state=opt_state, config=experiment.to_json(config), facts={"origin": "x"})
+                     opt_state=opt_state, config=to_json(config), facts={"origin": "x"})
     workdir.write_run(folder, **{**arguments, **changes})
     return exp, arguments
 

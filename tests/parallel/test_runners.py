@@ -12,14 +12,16 @@ import optax
 import pytest
 
 from ddpm_jax import experiment as E
+from ddpm_jax import programs
 from ddpm_jax.compilation import hlo
+from ddpm_jax.config import CLIP_SCOPES, load_config
 from ddpm_jax.parallel.runners import RUNNERS, fetch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
 
 
 def config(runner, **fields):
-    c = E.load_config("digits")
+    c = load_config("digits")
     c.data.image_size = 4
     c.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2, dropout=0.3)
     c.train.update(batch_size=16, clip_norm=0.0, clip_scope="global", clip_replicas=8,
@@ -41,13 +43,13 @@ def one_step(runner, devices, fields=(), packed=True):
         lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), state.params)
     state = exp.runner.put("replicated", jax.tree.map(np.asarray, E.init_state(params, tx)))
     if packed:
-        state = E.pack_program(exp)(state)
+        state = programs.pack_program(exp)(state)
     exp = exp._replace(train_step=sgd_step(exp, tx))
-    program = E.train_program(exp, len(IMAGES))
+    program = programs.train_program(exp, len(IMAGES))
     images = exp.runner.put("replicated", IMAGES.reshape(len(IMAGES), -1))
     new, metrics = program(state, images, np.uint32(0), np.int32(1))
     if packed:
-        new = E.unpack_program(exp)(new)
+        new = programs.unpack_program(exp)(new)
     new, metrics = fetch((new, metrics))
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, params, new.params)
     return moved, {k: float(v[0]) for k, v in metrics.items()}
@@ -60,7 +62,7 @@ def sgd_step(exp, tx):
     return lambda state, images, key: E.train_step(
         state, images, key, loss_fn=exp.loss_fn, tx=tx, ema_decay=0.9, num_timesteps=200,
         dropout_shapes=exp.model.dropout_shapes(), flip=True,
-        clip=E.CLIP_SCOPES[c.train.clip_scope](c.train, shards),
+        clip=CLIP_SCOPES[c.train.clip_scope](c.train, shards),
         accumulation=c.train.accumulation, axis_name=exp.runner.axis_name,
         spread=exp.runner.spread)
 
@@ -143,7 +145,7 @@ def test_under_jit_a_device_works_on_its_share(resident, fields, allowed):
         exp = E.build(config(runner, **fields, **{"train.clip_replicas": devices}),
                       jax.devices()[:devices])
         count = len(IMAGES) if resident else None
-        lowered = E.train_program(exp, count).lower(*E.train_arguments(exp, count))
+        lowered = programs.train_program(exp, count).lower(*programs.train_arguments(exp, count))
         return lowered.compile()
 
     cut, whole = compiled("jit", 8), compiled("jit", 1)

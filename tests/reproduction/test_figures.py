@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import experiment
+from ddpm_jax.config import load_config
 from ddpm_jax.evaluation import small_cnn
 from ddpm_jax.evaluation.along import evaluate_along
 from ddpm_jax.evaluation.evaluate import evaluate_images, run_subject
@@ -16,7 +17,7 @@ from ddpm_jax.reproduction.paper_results import TARGETS
 
 @pytest.fixture(scope="module")
 def run():
-    config = experiment.load_config("digits")
+    config = load_config("digits")
     config.update_from_flattened_dict({
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": 8,
