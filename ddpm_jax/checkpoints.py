@@ -7,48 +7,17 @@ the metrics of the evaluated steps.
 
 import contextlib
 import errno
-import io
 import json
 import logging
 import math
 import os
 
 import jax
-from etils import epath
 
 from ddpm_jax.config import differing_fields
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.runners import fetch
-
-
-def resolve(workdir) -> epath.Path:
-    """Absolute path of a run's folder; gs:// and the like stay as they are."""
-    text = str(workdir)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Open for writing bytes so that a reader sees the old file or the new one, whole.
-
-    A bucket's objects appear whole anyway, and a rename there is a copy.
-    """
-    path = epath.Path(path)
-    if "://" in str(path):
-        buffer = io.BytesIO()
-        yield buffer
-        path.write_bytes(buffer.getvalue())
-        return
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        yield file
-    temporary.replace(path)
-
-
-def write_json(path, value) -> None:
-    """A JSON file, whole or not at all."""
-    with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+from ddpm_jax.storage.files import resolve, storage_errors, write_json
 
 
 def read_config(workdir) -> dict | None:
@@ -81,12 +50,9 @@ def claim(workdir, config: dict, *, write=True) -> None:
         raise UserError(f"{folder} has checkpoints but no config.json: not a run of ddpm; take "
                         "another --workdir")
     if write:
-        try:
+        with storage_errors(folder, "write to --workdir", "choose a folder that you may write to"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", config)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={folder}: {error.strerror or error}; "
-                            "choose a folder that you may write to") from None
+        write_json(folder / "config.json", config)
 
 
 class _Best:
@@ -164,7 +130,7 @@ class Checkpoints:
         self.scores[step] = dict(values)
         if jax.process_index() == 0:
             with self._failures(f"recording the metrics of step {step}"):
-                write_json(self._score_file, self.scores)
+                write_json(self._score_file, self.scores, allow_nan=True)
 
     def save(self, step: int, state, config: dict) -> None:
         """Start saving TrainState ``state`` (global arrays that nobody gives away to a program

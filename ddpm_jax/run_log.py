@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import pathlib
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from ddpm_jax.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,6 @@ def say(text: str) -> None:
     """A line on stderr, from the main process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def _write_atomically(path, data: bytes):
-    path = pathlib.Path(path)
-    temp = path.with_name(f".{path.name}.tmp")
-    temp.write_bytes(data)
-    os.replace(temp, path)
 
 
 def upload(path, target: str):
@@ -70,7 +64,7 @@ def _mirror(folder, workdir, every, put):
 
     def sync():
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            if path.name.startswith(".") and path.name.endswith(".tmp"):
+            if path.name.startswith(".") and path.name.endswith(files.PARTIAL):
                 continue
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
             if done.get(path) != stamp:
@@ -152,7 +146,7 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
         purge_step = int(step) + 1
         if lines.exists():
             kept = [r for r in read_metrics(lines) if r["step"] <= step]
-            _write_atomically(lines, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            files.write_bytes(lines, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def close():
         shut()
@@ -196,17 +190,6 @@ def tile(images, columns=None, scale=None) -> np.ndarray:
     return grid.reshape(rows * (h + 2), columns * (w + 2), c)[:-2, :-2]
 
 
-def save_png(path, array):
-    """Write uint8 [H, W, C] (C 1 or 3) as PNG; the file appears complete or not at all."""
-    from io import BytesIO
-
-    from PIL import Image
-    array = np.asarray(array)
-    data = BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(data, "PNG")
-    _write_atomically(path, data.getvalue())
-
-
 def plot_loss(jsonl, png) -> bool:
     """Draw the loss against the step (both logarithmic) from metrics.jsonl; False if it has none.
 
@@ -243,7 +226,7 @@ def plot_loss(jsonl, png) -> bool:
     axes.legend()
     data = BytesIO()
     figure.savefig(data, format="png", dpi=120)
-    _write_atomically(png, data.getvalue())
+    files.write_bytes(png, data.getvalue())
     return True
 
 

@@ -11,6 +11,7 @@ from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.run_log import say
+from ddpm_jax.storage import files
 
 
 def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
@@ -19,7 +20,7 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
     overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. Raises UserError
     where there is no run, no checkpoint, or a damaged one.
     """
-    folder = checkpoints.resolve(workdir)
+    folder = files.resolve(workdir)
     stored = checkpoints.read_config(folder)
     if stored is None:
         raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
@@ -61,9 +62,9 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
     batch = batch_size or config.sampler.batch_size
     if batch < 1:
         raise UserError(f"--batch_size={batch} must be at least 1")
-    out = checkpoints.resolve(out)
+    out = files.resolve(out)
     request = dict(
-        workdir=str(checkpoints.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
+        workdir=str(files.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
         batch_size=batch, sampler=sampler or config.sampler.name, steps=chain.num_steps)
     done = _claim_samples(out, request, num, batch)
     program = programs.sample_program(exp, chain)
@@ -122,7 +123,9 @@ def _look_at_samples(out, request, done):
         elif out.exists() and any(out.iterdir()):
             return f"--out={out} is not empty and holds no samples of ddpm; take another", done
         (out / "shards").mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(file, request)
+        files.write_json(file, request)
+    except UserError as error:
+        return str(error), done
     except OSError as error:
         return f"cannot write to --out={out}: {error.strerror or error}", done
     finished = (out / "samples.npz").exists()
@@ -130,7 +133,7 @@ def _look_at_samples(out, request, done):
 
 
 def _write_npy(path, array):
-    with checkpoints.whole_file(path) as file:
+    with files.whole_file(path) as file:
         np.save(file, array)
 
 
@@ -151,16 +154,16 @@ def _finish(out, shards, progressive, png):
             with _shard(out, k).open("rb") as file:
                 parts.append(np.load(file))
         images = np.concatenate(parts)
-        with checkpoints.whole_file(final) as file:
+        with files.whole_file(final) as file:
             np.savez(file, images)
         (out / "shards").rmtree()
     with final.open("rb") as file:
         images = np.load(file)["arr_0"]
     frames, columns = progressive
     if "://" not in str(out):
-        run_log.save_png(out / "grid.png", run_log.tile(images[:100]))
-        run_log.save_png(out / "progressive.png", run_log.tile(frames, columns=columns))
+        files.write_png(out / "grid.png", run_log.tile(images[:100]))
+        files.write_png(out / "progressive.png", run_log.tile(frames, columns=columns))
         if png:
             (out / "png").mkdir(exist_ok=True)
             for i, image in enumerate(images):
-                run_log.save_png(out / "png" / f"{i:06d}.png", image)
+                files.write_png(out / "png" / f"{i:06d}.png", image)

@@ -16,6 +16,7 @@ from ddpm_jax.evaluation import collect
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
+from ddpm_jax.storage import files
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
 
@@ -109,7 +110,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     exp = experiment.build(config)
     stored = to_json(config)
     first = jax.process_index() == 0
-    folder = checkpoints.resolve(workdir)
+    folder = files.resolve(workdir)
     checkpoints.claim(folder, stored, write=first)
     source = _open_data(exp, "train")
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
@@ -247,4 +248,4 @@ class _GridSampler:
             self._writer.images(step, "samples", images)
             samples = self._writer.folder / "samples"
             samples.mkdir(exist_ok=True)
-            run_log.save_png(samples / f"{step:08d}.png", run_log.tile(images))
+            files.write_png(samples / f"{step:08d}.png", run_log.tile(images))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import run_log
+from ddpm_jax.storage.files import write_png
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
 
@@ -96,7 +97,7 @@ def test_a_bucket_gets_everything_and_a_resume_continues_it():
         for step in steps:
             writer.scalars(step, {"loss": step})
         (writer.folder / "samples").mkdir()
-        run_log.save_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
+        write_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
         writer.close()
     text = files["gs://b/run/metrics.jsonl"].decode()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
@@ -142,7 +143,7 @@ def test_tile():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png(tmp_path, channels):
     array = np.random.default_rng(0).integers(0, 256, (5, 4, channels), dtype=np.uint8)
-    run_log.save_png(tmp_path / "a.png", array)
+    write_png(tmp_path / "a.png", array)
     read = np.asarray(Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())))
     np.testing.assert_array_equal(read.reshape(array.shape), array)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ddpm_jax.compilation import report
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage.files import write_json
 
 AXES = ("program", "config", "runner", "dtype", "level", "topology")
 DEFAULTS = {"program": ["train_step"], "config": ["digits"], "runner": ["shard_map"],
@@ -119,9 +120,7 @@ def _export(source: pathlib.Path, target: pathlib.Path, cell: Cell, found: dict)
     rows.append({"cell": cell.name, **cell._asdict(), "files": files,
                  "fingerprint": found["fingerprint"], "stablehlo": found["stablehlo"],
                  "compiler_options": found["compiler_options"], "versions": found["versions"]})
-    partial = target / ".manifest.partial"
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, manifest)
+    write_json(manifest, rows, sort_keys=False)
 
 
 class Metric(NamedTuple):

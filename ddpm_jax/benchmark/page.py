@@ -1,11 +1,11 @@
 """BENCHMARKS.md from the committed JSON results: tables, and plots of cost as work grows."""
 
 import json
-import os
 import pathlib
 
 from ddpm_jax.compilation import report
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage.files import write_bytes
 
 HEAD = """# Benchmarks
 
@@ -135,7 +135,5 @@ def write(folder, target) -> list[str]:
             text.append(f"\n![{file}]({folder.name}/{file})\n")
             written.append(str(folder / file))
         text.append(f"\nVersions: {_versions(rows)}\n")
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("\n".join(text))
-    os.replace(partial, target)
+    write_bytes(target, "\n".join(text).encode())
     return [str(target), *written]

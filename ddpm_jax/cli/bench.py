@@ -19,7 +19,6 @@ Times are medians of rounds with the fastest and the slowest; MFU is n/a where t
 not in the table. --baseline ends with 1 and names what got worse.
 """
 
-import json
 import os
 import pathlib
 import time
@@ -28,6 +27,7 @@ from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import files
 
 
 def define_flags():
@@ -47,13 +47,6 @@ def define_flags():
 
 
 DENOISING_STEPS = 20      # in one program, where loops run on the device
-
-
-def _write(path, rows) -> None:
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def _images(exp, count):
@@ -102,7 +95,7 @@ def _profiled(call, lowered) -> None:
     with jax.profiler.trace(str(folder)):
         call()
     found = timing.kernel_times(folder, lowered().compile().as_text())
-    _write(folder / "kernels.json", found)
+    files.write_json(folder / "kernels.json", found, sort_keys=False)
     for name, seconds in found["by_class"].items():
         print(f"  {seconds * 1e3:10.2f} ms  {name}")
     for row in found["kernels"][:15]:
@@ -335,7 +328,7 @@ def _compile() -> int:
         rows.append(matrix.run_cell(cell, export))
     print("\n" + matrix.table(rows))
     if FLAGS.out:
-        _write(FLAGS.out, rows)
+        files.write_json(FLAGS.out, rows, sort_keys=False)
     worse = matrix.regressions(rows, old) if old is not None else []
     for line in worse:
         print(f"REGRESSION {line}")
@@ -382,7 +375,7 @@ def _sweep() -> int:
             rows.append({**seen[key], "sweep": [axis, value],
                          "cell": f"{axis} {value} on {seen[key]['about']['topology']}"})
     if FLAGS.out:
-        _write(FLAGS.out, rows)
+        files.write_json(FLAGS.out, rows, sort_keys=False)
     return 0
 
 
@@ -413,5 +406,5 @@ def main(argv):
     rows = MEASURED[argv[1]]()
     print(timing.render(rows))
     if FLAGS.out:
-        _write(FLAGS.out, rows)
+        files.write_json(FLAGS.out, rows, sort_keys=False)
     return 0

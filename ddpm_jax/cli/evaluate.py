@@ -22,6 +22,7 @@ from absl import flags
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import exit_codes, pod
+from ddpm_jax.storage import files
 
 FLAGS = flags.FLAGS
 
@@ -95,7 +96,6 @@ def write_results(out, step, protocol, records, pictures, title, *, show=True):
     from ddpm_jax import run_log
     from ddpm_jax.evaluation import html_report
     from ddpm_jax.evaluation.records import write_records
-    from ddpm_jax.storage import files
     document = write_records(files.join(out, "evaluation.json"), step, protocol, records)
     if "samples" in pictures:
         files.write_npz(files.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
@@ -145,10 +145,10 @@ def of_samples(chosen, stop):
 
 
 def of_run(chosen, stop):
-    from ddpm_jax import checkpoints, sample
+    from ddpm_jax import sample
     from ddpm_jax.evaluation.evaluate import check_options, evaluate_run
     check_options(chosen)
-    workdir = checkpoints.resolve(common.required("workdir"))
+    workdir = files.resolve(common.required("workdir"))
     exp, params, step = sample.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
     facts = {"workdir": str(workdir), "step": step, "weights": "ema" if FLAGS.ema else "raw"}
     records, pictures = evaluate_run(

@@ -23,6 +23,7 @@ from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import files
 
 FLAGS = flags.FLAGS
 USAGE = "usage: ddpm import official|diffusers --workdir=DIR ... (ddpm import --help)"
@@ -265,7 +266,6 @@ def optimizer_state(abstract, step, moments):
 
 
 def _write(exp, stored, workdir, step, params, ema_params, moments, result, *, origin, source):
-    from ddpm_jax import checkpoints
     from ddpm_jax.interchange.workdir import write_run
 
     opt_state = optimizer_state(exp.abstract_state.opt_state, step, moments)
@@ -274,5 +274,5 @@ def _write(exp, stored, workdir, step, params, ema_params, moments, result, *, o
              "optimizer": moments["mu"] is not None, "parity": str(result)}
     write_run(workdir, step=step, params=params, ema_params=ema_params, opt_state=opt_state,
               config=stored, facts=facts)
-    _say(f"imported {origin}, step {step:,}, into {checkpoints.resolve(workdir)}; next: "
+    _say(f"imported {origin}, step {step:,}, into {files.resolve(workdir)}; next: "
          f"ddpm sample --workdir={workdir} --num=16 --out=samples")

@@ -25,6 +25,7 @@ from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags, definer, say, write_results
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import exit_codes, pod
+from ddpm_jax.storage import files
 
 FLAGS = flags.FLAGS
 MFU = 0.4       # of a chip's peak, where nothing was measured: an estimate, and called one
@@ -134,7 +135,6 @@ def costs(config, target, rate) -> list[tuple]:
 
 
 def existing(folder) -> dict:
-    from ddpm_jax.storage import files
     path = files.join(folder, "evaluation.json")
     return files.read_json(path) if files.exists(path) else {}
 
@@ -156,7 +156,6 @@ def references_for(config, folder, stop):
     from ddpm_jax.evaluation.features import open_splits
     from ddpm_jax.evaluation.make_reference import make_reference
     from ddpm_jax.evaluation.records import same_everywhere
-    from ddpm_jax.storage import files
     found = {}
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     for split, source in open_splits(config.data.name, config.data.dir, shape).items():
@@ -197,7 +196,6 @@ def _with_weights(metrics) -> tuple:
 def run_cell(name, target, root, stop, watchdog):
     """Train, then measure what is missing. -> what figures.Run takes: (experiment, params,
     sources, along)."""
-    from ddpm_jax import checkpoints
     from ddpm_jax.evaluation.along import evaluate_along
     from ddpm_jax.evaluation.evaluate import evaluate_run
     from ddpm_jax.evaluation.features import open_splits
@@ -206,7 +204,7 @@ def run_cell(name, target, root, stop, watchdog):
     from ddpm_jax.reproduction.paper_results import ours
     from ddpm_jax.sample import load_run
     from ddpm_jax.train import train
-    folder = str(checkpoints.resolve(f"{root}/{name}"))
+    folder = str(files.resolve(f"{root}/{name}"))
     config = cell_config(name)
     if not train(config, folder, stop=stop, watchdog=watchdog):
         raise StoppedError
@@ -316,7 +314,6 @@ def main(argv):
     from ddpm_jax.evaluation import html_report
     from ddpm_jax.evaluation.options import StoppedError
     from ddpm_jax.reproduction import figures
-    from ddpm_jax.storage import files
     rows, how = cost_rows(target)
     sections = []
     try:

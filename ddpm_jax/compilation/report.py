@@ -19,6 +19,7 @@ import jax
 from ddpm_jax.compilation import hlo
 from ddpm_jax.compilation.cache import without_compilation_cache
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage.files import write_bytes
 
 SCHEMA = 1
 # What people type for --optimization_level -> XLA's EffortLevel. O2 is XLA's own default.
@@ -206,9 +207,7 @@ def write_artifacts(result: Compiled, folder: str | os.PathLike) -> list[str]:
         files["optimized_hlo.txt"] = result.compiled.as_text().encode()
     files["report.json"] = (json.dumps(result.report, indent=1) + "\n").encode()
     for name, data in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, folder / name)
+        write_bytes(folder / name, data)
     return sorted(files)
 
 

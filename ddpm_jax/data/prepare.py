@@ -25,9 +25,9 @@ import numpy as np
 
 from ddpm_jax.data import images
 from ddpm_jax.errors import UserError
-from ddpm_jax.folders import new_folder
 from ddpm_jax.formats import tfrecord
 from ddpm_jax.storage import remote
+from ddpm_jax.storage.files import new_folder
 
 INFO = "info.json"
 _TFDS_INFO = "dataset_info.json"

@@ -23,11 +23,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.folders import new_folder
 from ddpm_jax.formats.lazy import Lazy
 from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
 from ddpm_jax.formats.torch_pickle import open_torch
 from ddpm_jax.interchange import parameter_names
+from ddpm_jax.storage.files import new_folder
 
 WEIGHTS = "diffusion_pytorch_model"
 READERS = {

@@ -6,7 +6,6 @@ process of a host that comes first, while the others of that host wait.
 """
 
 import base64
-import contextlib
 import fcntl
 import hashlib
 import io
@@ -20,55 +19,12 @@ import threading
 import numpy as np
 
 from ddpm_jax.errors import UserError
-
-
-def is_remote(path) -> bool:
-    return "://" in str(path)
-
-
-def join(url, *names) -> str:
-    return "/".join([str(url).rstrip("/"), *names])
-
-
-def bucket_of(url) -> str:
-    """gs://bucket/a/b -> gs://bucket"""
-    scheme, _, rest = str(url).partition("://")
-    return f"{scheme}://{rest.split('/')[0]}"
-
-
-@contextlib.contextmanager
-def _told(url, doing="read"):
-    """What gcsfs, google.auth and the network raise, as one line with the remedy."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # gcsfs raises its own, aiohttp's, requests' and google.auth's
-        raise UserError(f"cannot {doing} {url}: {_reason(url, error)}") from error
-
-
-def _reason(url, error) -> str:
-    bucket = bucket_of(url)
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    code = str(getattr(error, "code", ""))
-    if isinstance(error, ImportError):
-        return f"{text}; pip install 'ddpm_jax[gcs]'"
-    if isinstance(error, OSError) and error.errno and not isinstance(error, FileNotFoundError):
-        return f"{error.strerror or text}; free space or name another place: DDPM_DATA_DIR"
-    if code == "404" or isinstance(error, FileNotFoundError):
-        return (f"nothing there, or no bucket {bucket}; gcloud storage ls {bucket} shows what "
-                "there is, check data.dir")
-    if code in ("401", "403") or any(w in text.lower() for w in ("forbidden", "anonymous",
-                                                                "credential")):
-        return (f"{text}; the account of this machine must be allowed to: gcloud storage buckets "
-                f"add-iam-policy-binding {bucket} --member=serviceAccount:SA "
-                "--role=roles/storage.objectUser (and the machine needs --scopes=cloud-platform)")
-    return text
+from ddpm_jax.storage.files import PARTIAL, is_remote, join, storage_errors, whole_file
 
 
 def open_at(url):
     """-> (fsspec's file system, the path in it). UserError where the extra [gcs] is missing."""
-    with _told(url):
+    with storage_errors(url, "read"):
         import fsspec
         return fsspec.core.url_to_fs(str(url))
 
@@ -79,7 +35,7 @@ def listing(url) -> dict:
     {} where there is nothing below url; UserError where there is no bucket, or no permission.
     """
     fs, root = open_at(url)
-    with _told(url, "list"):
+    with storage_errors(url, "list"):
         fs.invalidate_cache()
         found = fs.find(root, detail=True)
     files = {}
@@ -96,7 +52,7 @@ def listing(url) -> dict:
 def read_bytes(url, start=None, end=None) -> bytes:
     """The file at url, or its bytes start ... end-1."""
     fs, path = open_at(url)
-    with _told(url):
+    with storage_errors(url, "read"):
         return fs.cat_file(path, start=start, end=end)
 
 
@@ -176,14 +132,14 @@ def stage(url, folder: str) -> pathlib.Path | None:
     target = stage_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
     if target.exists():
         return target
-    with _told(stage_dir(), "write to"):
+    with storage_errors(stage_dir(), "write to"):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = open(target.with_name(f"{target.name}.lock"), "a")  # noqa: SIM115
     with lock:
         _acquire(lock, source)
         # The lock ends with its process, whatever kills it: the next one goes on here.
         if not target.exists():
-            part = target.with_name(f"{target.name}.part")
+            part = target.with_name(f"{target.name}{PARTIAL}")
             _download(source, part / folder, files)
             os.replace(part, target)
     return target
@@ -204,8 +160,10 @@ def _acquire(lock, source):
 def _download(source, folder, files):
     missing = {name: facts for name, facts in files.items() if not (folder / name).exists()}
     need = sum(size for size, *_ in missing.values())
-    with _told(folder, "write to"):
+    with storage_errors(folder, "write to"):
         folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in folder.rglob(f".*{PARTIAL}"):  # by a process that was killed
+            cut_off.unlink()
         free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(f"data.dir: staging {source} needs {need / 1e9:.1f} GB in {stage_dir()}, "
@@ -214,14 +172,12 @@ def _download(source, folder, files):
     _say(f"staging {source} ({len(missing)} files, {need / 1e6:,.1f} MB{there}) in {folder}")
     fs, root = open_at(source)
     for name, (size, md5, _) in missing.items():
-        with _told(join(source, name), "stage"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{name}.download"
-            fs.get_file(join(root, name), str(temporary))
-            if not _holds(temporary, size, md5):
-                raise UserError(f"{join(source, name)} is not what the bucket announced (changed "
-                                "meanwhile, or damaged on the way); start again")
-            os.replace(temporary, folder / name)
+        with storage_errors(join(source, name), "stage"):
+            with whole_file(folder / name) as file:
+                fs.get_file(join(root, name), file.name)
+                if not _holds(pathlib.Path(file.name), size, md5):
+                    raise UserError(f"{join(source, name)} is not what the bucket announced "
+                                    "(changed meanwhile, or damaged on the way); start again")
 
 
 def _holds(path, size, md5) -> bool:
@@ -244,7 +200,7 @@ def upload(folder: pathlib.Path, url, last) -> None:
     for late in (False, True):
         batch = {n: p for n, p in sorted(paths.items()) if (p.name in last) == late}
         for name, path in batch.items():
-            with _told(url, "write to"):
+            with storage_errors(url, "write to"):
                 fs.put_file(str(path), join(root, name))
         there = listing(url)
         for name, path in batch.items():

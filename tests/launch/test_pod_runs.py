@@ -443,7 +443,7 @@ def test_sigterm_while_data_is_staged(tmp_path, fashion):
     _, _, _, *flags = train_command(tmp_path / "run", steps=1, devices=1, extra=[
         *FASHION, f"--config.data.dir={fashion}"])
     stuck = ("import sys, time\n"
-             "from ddpm_jax.data import remote\n"
+             "from ddpm_jax.storage import remote\n"
              "fs, _ = remote.open_at('gs://ddpm')\n"
              "get = fs.get_file\n"
              "def slow(path, to):\n"

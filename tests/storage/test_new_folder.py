@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.folders import new_folder
+from ddpm_jax.storage.files import new_folder
 
 
 def test_appears_at_the_end_with_an_ordinary_mode(tmp_path):
