@@ -22,7 +22,7 @@ from absl import flags
 from ddpm_jax import run_log
 from ddpm_jax.data import datasets, prepare
 from ddpm_jax.errors import UserError
-from ddpm_jax.storage import remote
+from ddpm_jax.storage import files, remote
 
 
 def define_flags():
@@ -36,7 +36,7 @@ def define_flags():
 
 
 def _size_on_disk(where) -> str:
-    if remote.is_remote(where):
+    if files.is_remote(where):
         return f"{sum(size for size, *_ in remote.listing(where).values()) / 1e6:,.1f} MB"
     root = pathlib.Path(where)
     if not root.exists():

@@ -18,7 +18,7 @@ import numpy as np
 
 from ddpm_jax.data import images, prepare
 from ddpm_jax.errors import UserError
-from ddpm_jax.storage import remote
+from ddpm_jax.storage import files, remote
 
 _FINGERPRINT_IMAGES = 256
 _KEPT_BYTES = 1 << 30  # smaller arrays of a bucket are fetched once and kept in memory
@@ -78,7 +78,7 @@ def read_rows(read, indices) -> np.ndarray:
 def data_folder(data_dir):
     """`data_dir`, else $DDPM_DATA_DIR, else ~/.cache/ddpm_jax/data: a Path, or gs:// as text."""
     data_dir = data_dir or os.environ.get("DDPM_DATA_DIR") or "~/.cache/ddpm_jax/data"
-    return str(data_dir) if remote.is_remote(data_dir) else pathlib.Path(data_dir).expanduser()
+    return str(data_dir) if files.is_remote(data_dir) else pathlib.Path(data_dir).expanduser()
 
 
 def _pick(splits, split, name):
@@ -112,7 +112,7 @@ def _not_prepared(name, folder):
 
 def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version) -> Source:
     given = folder
-    if remote.is_remote(folder):
+    if files.is_remote(folder):
         folder = remote.stage(folder, tfds_name)
     found = folder and sorted((folder / tfds_name).glob(version + "/dataset_info.json"))
     if not found:
@@ -158,22 +158,22 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
 def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
     """Arrays that prepare.write_store made. On disk they are memory-mapped; on gs:// they are read
     in place, small ones whole at the first read, larger ones image by image."""
-    root, in_bucket = remote.join(folder, name), remote.is_remote(folder)
-    info_file = remote.join(root, prepare.INFO)
+    root, in_bucket = files.join(folder, name), files.is_remote(folder)
+    info_file = files.join(root, prepare.INFO)
     if not (prepare.INFO in remote.listing(root) if in_bucket else os.path.exists(info_file)):
         raise _not_prepared(name, folder)
 
     def read(path):
         return remote.read_bytes(path) if in_bucket else pathlib.Path(path).read_bytes()
 
-    images_file = remote.join(root, f"{split}_images.npy")
+    images_file = files.join(root, f"{split}_images.npy")
     try:
         info = json.loads(read(info_file))
         count = _pick(info["splits"], split, name)
         pixels = (remote.RemoteArray(images_file, _KEPT_BYTES) if in_bucket
                   else np.load(images_file, mmap_mode="r", allow_pickle=False))
         labels = info["class_names"] and np.load(
-            io.BytesIO(read(remote.join(root, f"{split}_labels.npy"))), allow_pickle=False)
+            io.BytesIO(read(files.join(root, f"{split}_labels.npy"))), allow_pickle=False)
         expected = (count, *info["image_shape"])
     except (OSError, EOFError, KeyError, ValueError) as error:
         raise UserError(f"{root}: damaged ({error}); remove it and prepare it again") from error
@@ -189,7 +189,7 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
 def _open_folder(name, folder, split, image_size, channels) -> Source:
     """The prepared arrays if `folder` has them, else the image files below it, decoded at each
     read."""
-    if remote.is_remote(folder) or (folder / name / prepare.INFO).exists():
+    if files.is_remote(folder) or (folder / name / prepare.INFO).exists():
         return _open_store(name, folder, split)
     try:
         tree = images.image_tree(folder)

@@ -26,8 +26,7 @@ import numpy as np
 from ddpm_jax.data import images
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats import tfrecord
-from ddpm_jax.storage import remote
-from ddpm_jax.storage.files import new_folder
+from ddpm_jax.storage import files, remote
 
 INFO = "info.json"
 _TFDS_INFO = "dataset_info.json"
@@ -54,10 +53,10 @@ def prepare(row, name, folder, sources, options=DEFAULTS):
     """
     if row.prepare is None:
         raise UserError(f"{name} needs no preparation: it is {row.about}")
-    if not remote.is_remote(folder):
+    if not files.is_remote(folder):
         _refuse_existing(folder, name)
         return row.prepare(name, folder, sources, options)
-    target = remote.join(folder, name)
+    target = files.join(folder, name)
     if {INFO, _TFDS_INFO} & {path.split("/")[-1] for path in remote.listing(target)}:
         raise UserError(f"{target} exists already; remove it first, or give another --dir")
     with tempfile.TemporaryDirectory(prefix="ddpm_prepare_") as here:
@@ -78,7 +77,7 @@ def _refuse_existing(folder, name):
 def _new_dataset(folder, name):
     """A temporary folder that becomes `folder/name` if the block succeeds, and vanishes if not."""
     _refuse_existing(folder, name)
-    return new_folder(folder / name, "give another --dir")
+    return files.new_folder(folder / name, "give another --dir")
 
 
 def write_store(folder, name, splits, shape, *, class_names=(), about="",
@@ -254,9 +253,9 @@ def cifar10(name, data_dir, sources, options=DEFAULTS):
         names = members[info.label_files[0]].read().decode().split()
         builder.info.features["label"].names = names
 
-        def examples(prefix, files):
+        def examples(prefix, batches):
             index = 0
-            for file in files:
+            for file in batches:
                 pixels, labels = tfrecord.cifar_batch(members[file].read(), f"{source}, {file}")
                 for image, label in zip(pixels, labels, strict=True):
                     yield index, {"id": f"{prefix}_{index:05d}", "label": int(label),
