@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax.storage import files
+from ddpm_jax.storage import files, pictures
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
             board().add_scalar(name, float(value), int(step))
         board().flush()
 
-    def images(step, name, pictures):
-        board().add_image(name, tile(pictures), int(step), dataformats="HWC")
+    def images(step, name, grid):
+        board().add_image(name, pictures.tile(grid), int(step), dataformats="HWC")
         board().flush()
 
     def shut():
@@ -168,26 +168,6 @@ def read_metrics(path) -> list[dict]:
             if i + 1 < len(lines):
                 raise
     return records
-
-
-def tile(images, columns=None, scale=None) -> np.ndarray:
-    """One picture of a grid, row by row: uint8 [N, H, W, C] -> uint8 [height, width, C].
-
-    columns: default ceil(sqrt(N)). scale: whole-number enlargement; the default brings images below
-    32 pixels (8x8 digits) to at least 64. Two grey pixels part the images; missing ones are grey.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(f"tile needs uint8 [N, H, W, C], got {images.dtype} {images.shape}")
-    scale = scale or (-(-64 // images.shape[1]) if images.shape[1] < 32 else 1)
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    n, h, w, c = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = -(-n // columns)
-    grid = np.full((rows * columns, h + 2, w + 2, c), 128, np.uint8)
-    grid[:n, :h, :w] = images
-    grid = grid.reshape(rows, columns, h + 2, w + 2, c).swapaxes(1, 2)
-    return grid.reshape(rows * (h + 2), columns * (w + 2), c)[:-2, :-2]
 
 
 def plot_loss(jsonl, png) -> bool:

@@ -11,7 +11,7 @@ from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.run_log import say
-from ddpm_jax.storage import files
+from ddpm_jax.storage import files, pictures
 
 
 def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
@@ -161,9 +161,9 @@ def _finish(out, shards, progressive, png):
         images = np.load(file)["arr_0"]
     frames, columns = progressive
     if "://" not in str(out):
-        files.write_png(out / "grid.png", run_log.tile(images[:100]))
-        files.write_png(out / "progressive.png", run_log.tile(frames, columns=columns))
+        pictures.write_png(out / "grid.png", pictures.tile(images[:100]))
+        pictures.write_png(out / "progressive.png", pictures.tile(frames, columns=columns))
         if png:
             (out / "png").mkdir(exist_ok=True)
             for i, image in enumerate(images):
-                files.write_png(out / "png" / f"{i:06d}.png", image)
+                pictures.write_png(out / "png" / f"{i:06d}.png", image)

@@ -16,7 +16,7 @@ from ddpm_jax.evaluation import collect
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
-from ddpm_jax.storage import files
+from ddpm_jax.storage import files, pictures
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
 
@@ -248,4 +248,4 @@ class _GridSampler:
             self._writer.images(step, "samples", images)
             samples = self._writer.folder / "samples"
             samples.mkdir(exist_ok=True)
-            files.write_png(samples / f"{step:08d}.png", run_log.tile(images))
+            pictures.write_png(samples / f"{step:08d}.png", pictures.tile(images))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import run_log
-from ddpm_jax.storage.files import write_png
+from ddpm_jax.storage import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
 
@@ -97,7 +97,7 @@ def test_a_bucket_gets_everything_and_a_resume_continues_it():
         for step in steps:
             writer.scalars(step, {"loss": step})
         (writer.folder / "samples").mkdir()
-        write_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
+        pictures.write_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
         writer.close()
     text = files["gs://b/run/metrics.jsonl"].decode()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
@@ -122,31 +122,6 @@ def test_upload_through_epath(tmp_path):
     run_log.upload(tmp_path / "a", str(tmp_path / "far/away/a"))
     assert run_log.download(str(tmp_path / "far/away/a")) == b"x"
     assert run_log.download(str(tmp_path / "far/b")) is None
-
-
-def test_tile():
-    images = np.ones((5, 40, 33, 3), np.uint8) * np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1)
-    grid = run_log.tile(images)
-    assert grid.shape == (2 * 42 - 2, 3 * 35 - 2, 3) and grid.dtype == np.uint8
-    assert [grid[0, c * 35, 0] for c in range(3)] == [1, 2, 3]
-    assert [grid[42 + 39, c * 35 + 32, 2] for c in range(2)] == [4, 5]
-    assert (grid[40:42] == 128).all() and (grid[42:, 70:] == 128).all()
-    assert run_log.tile(images[:, :8, :8, :1]).shape == (2 * 66 - 2, 3 * 66 - 2, 1)  # enlarged
-    assert run_log.tile(images, columns=5).shape == (40, 5 * 35 - 2, 3)
-    small = np.random.default_rng(0).integers(0, 256, (1, 2, 2, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(run_log.tile(small, scale=3)[::3, ::3], small[0])
-    for bad in (images.astype(float), images[0], images[:0]):
-        with pytest.raises(ValueError, match="tile needs uint8"):
-            run_log.tile(bad)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png(tmp_path, channels):
-    array = np.random.default_rng(0).integers(0, 256, (5, 4, channels), dtype=np.uint8)
-    write_png(tmp_path / "a.png", array)
-    read = np.asarray(Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())))
-    np.testing.assert_array_equal(read.reshape(array.shape), array)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_loss_curve(tmp_path):

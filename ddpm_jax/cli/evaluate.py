@@ -96,11 +96,12 @@ def write_results(out, step, protocol, records, pictures, title, *, show=True):
     from ddpm_jax import run_log
     from ddpm_jax.evaluation import html_report
     from ddpm_jax.evaluation.records import write_records
+    from ddpm_jax.storage.pictures import write_png
     document = write_records(files.join(out, "evaluation.json"), step, protocol, records)
     if "samples" in pictures:
         files.write_npz(files.join(out, "samples.npz"), {"arr_0": pictures.pop("samples")})
     for name, picture in pictures.items():
-        files.write_bytes(files.join(out, f"{name}.png"), html_report.png(picture))
+        write_png(files.join(out, f"{name}.png"), picture)
     lines = files.join(out, "metrics.jsonl")
     history = run_log.read_metrics(lines) if files.exists(lines) else []
     page = html_report.page(title, [*html_report.evaluation_sections(document),

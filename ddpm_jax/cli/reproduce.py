@@ -314,6 +314,7 @@ def main(argv):
     from ddpm_jax.evaluation import html_report
     from ddpm_jax.evaluation.options import StoppedError
     from ddpm_jax.reproduction import figures
+    from ddpm_jax.storage import pictures
     rows, how = cost_rows(target)
     sections = []
     try:
@@ -325,8 +326,9 @@ def main(argv):
                 sections += drawn.sections
                 if jax.process_index() == 0:
                     for title, picture in drawn.pictures.items():
-                        files.write_bytes(f"{root}/{argv[1]}-{title}.png",
-                                            html_report.png(html_report.enlarged(picture)))
+                        pictures.write_png(
+                            f"{root}/{argv[1]}-{title}.png",
+                            pictures.enlarge(picture, -(-320 // picture.shape[1])))
             lines = f"{root}/{name}/metrics.jsonl"
             if jax.process_index() == 0 and files.exists(lines):
                 from ddpm_jax import run_log

@@ -2,10 +2,11 @@
 
 import base64
 import html
-import io
 import json
 
 import numpy as np
+
+from ddpm_jax.storage.pictures import encode_png
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
@@ -34,28 +35,11 @@ document.querySelectorAll('.scrub').forEach(function (box) {
 COLOURS = ("#2457c5", "#c2410c", "#0a7d4f", "#7c3aed", "#0e7490", "#a3122a")
 
 
-def enlarged(picture, least_width=320) -> np.ndarray:
-    """A small picture [h,w,C] by whole pixels, for a file that one opens by itself."""
-    scale = max(1, -(-least_width // picture.shape[1]))
-    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-def png(picture) -> bytes:
-    """uint8 [h,w,1 or 3] as a PNG's bytes."""
-    from PIL import Image
-    picture = np.asarray(picture, np.uint8)
-    if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = picture[:, :, 0]
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def image(picture, alt="", *, css="", least_width=320) -> str:
     """An <img> with its bytes inside; small pictures are enlarged by whole pixels."""
     width = np.shape(picture)[1]
     scale = max(1, -(-least_width // width))
-    data = base64.b64encode(png(picture)).decode()
+    data = base64.b64encode(encode_png(picture)).decode()
     return (f'<img class="{css}" alt="{html.escape(alt)}" width="{width * scale}" '
             f'src="data:image/png;base64,{data}">')
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.storage import pictures
+
 BLOCK = 4096
 LEAST_SIDE = 32      # pixels of an image in a picture
 BLOCK_NUMBERS = 1 << 24      # 128 MiB of float64
@@ -49,22 +51,13 @@ def centre_crop(images, size: int | None):
 def picture(queries, references, found: Neighbours, *, gap: int = 2) -> np.ndarray:
     """One row a query: the query, a gap, its neighbours. uint8 [Q,H,W,C] -> uint8 [h,w,3]; images
     under 32 pixels are enlarged by whole pixels."""
-    scale = max(1, LEAST_SIDE // queries.shape[1])
-    h, w = (scale * side for side in queries.shape[1:3])
-
-    def enlarged(image):
-        return image.repeat(scale, axis=0).repeat(scale, axis=1)
-
-    k = found.indices.shape[1]
-    rows = len(queries)
-    canvas = np.full((rows * (h + gap) - gap, (k + 1) * (w + gap) + 2 * gap, 3), 255, np.uint8)
-    for row in range(rows):
-        top = row * (h + gap)
-        canvas[top:top + h, :w] = enlarged(queries[row])
-        for column, index in enumerate(found.indices[row]):
-            left = (column + 1) * (w + gap) + 2 * gap
-            canvas[top:top + h, left:left + w] = enlarged(references[int(index)])
-    return canvas
+    near = [[references[int(index)] for index in row] for row in found.indices]
+    images = np.concatenate([queries[:, None], near], axis=1)
+    images = np.broadcast_to(images, (*images.shape[:-1], 3))
+    scale = max(1, LEAST_SIDE // images.shape[2])
+    grid = pictures.tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale=scale,
+                         gap=gap, grey=255)
+    return np.insert(grid, [scale * images.shape[3]] * 2 * gap, 255, axis=1)
 
 
 def summary(found: Neighbours, reference_to_reference: Neighbours) -> dict:

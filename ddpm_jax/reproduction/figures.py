@@ -12,6 +12,7 @@ from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
 from ddpm_jax.evaluation import collect, html_report, measures
 from ddpm_jax.reproduction.paper_results import TABLE_4, rate_verdict
+from ddpm_jax.storage import pictures
 from ddpm_jax.training import rng
 
 ROWS = 4
@@ -37,12 +38,9 @@ class Drawn(NamedTuple):
     numbers: dict
 
 
-def tile(rows) -> np.ndarray:
-    """uint8 [R,C,H,W,c] -> one picture [R*(H+1), C*(W+1), c], white lines between."""
-    r, c, h, w, channels = rows.shape
-    framed = np.full((r, c, h + 1, w + 1, channels), 255, np.uint8)
-    framed[:, :, :h, :w] = rows
-    return framed.swapaxes(1, 2).reshape(r * (h + 1), c * (w + 1), channels)
+def _grid(rows) -> np.ndarray:
+    """uint8 [R,C,H,W,c] -> one picture of R rows with white lines between the images."""
+    return pictures.tile(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], scale=1, gap=1, grey=255)
 
 
 def _drawn(run, chain, count) -> np.ndarray:
@@ -70,7 +68,7 @@ def shared_latents(run) -> Drawn:
 
     drawn = _drawn(run, chain._replace(noise=noise, start=start), ROWS * COLUMNS)
     rows = drawn.reshape(ROWS, COLUMNS, *exp.image_shape)
-    picture = tile(rows)
+    picture = _grid(rows)
     spread = {f"spread_t{stop}": float(r.astype(np.float64).std(axis=0).mean())
               for stop, r in zip(stops, rows, strict=True)}
     text = (f"One latent x_t a row, decoded {COLUMNS} times; t = {', '.join(map(str, stops))}. "
@@ -106,7 +104,7 @@ def interpolation(run) -> Drawn:
     mixed = _drawn(run, chain._replace(noise=noise, start=start, num_steps=middle + 1),
                    ROWS * columns).reshape(ROWS, columns, *exp.image_shape)
     ends = ends.reshape(ROWS, 2, 1, *exp.image_shape)
-    picture = tile(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
+    picture = _grid(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "
             f"{chain.num_steps}, decoded with the same noise.")
     return Drawn({"interpolation": picture}, [html_report.section(
@@ -120,11 +118,11 @@ def progressive(run) -> Drawn:
     if along is None:
         return Drawn({}, [], {})
     shown = along.frames[:len(along.frames) // COLUMNS * COLUMNS or None]      # whole rows
-    frames = [tile(shown[:, k].reshape(-1, min(COLUMNS, len(shown)), *run.exp.image_shape))
+    frames = [_grid(shown[:, k].reshape(-1, min(COLUMNS, len(shown)), *run.exp.image_shape))
               for k in range(shown.shape[1])]
     total = along.steps[-1]
     labels = [f"after {s} of {total} reverse steps" for s in along.steps]
-    picture = tile(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
+    picture = _grid(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
     sections = [html_report.section("Predicted x_0 along the way", html_report.scrubber(frames, labels))]
     for name in sorted(along.scores[0]):
         text = ("Not FID, and comparable with itself only. In the paper, Fig. 10 has IS and FID."

@@ -1,8 +1,5 @@
 """Files and folders, local or at an address such as gs://bucket/run, that appear whole or not at
-all: written beside their place, flushed to the disk, then renamed.
-
-Inside functions: PIL, which is slow to import and needed for pictures alone.
-"""
+all: written beside their place, flushed to the disk, then renamed."""
 
 import contextlib
 import io
@@ -174,14 +171,6 @@ def write_npz(path, arrays: dict) -> None:
     """{name: array}, uncompressed."""
     with whole_file(path) as file:
         np.savez(file, **arrays)
-
-
-def write_png(path, array) -> None:
-    """uint8 [H, W, C], C 1 or 3."""
-    from PIL import Image
-    array = np.asarray(array)
-    with whole_file(path) as file:
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
 
 
 def remove(path) -> None:
