@@ -1,5 +1,13 @@
-"""The paper's U-Net (Ho et al. 2020, App. B; official models/unet.py)."""
+"""The paper's U-Net (Ho et al. 2020, App. B; hojonathanho/diffusion, commit 1e0dceb,
+models/unet.py).
 
+``layout`` is the one description of the network's arrangement, ``UNet.layers`` of its parameters.
+Parameter names of other programs, multiply-adds, dropout shapes and diffusers' block types are
+derived from them. A new kind of block is a class in layers.py, a row of ``KINDS`` and a line of
+``layout``.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,13 +16,14 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.layers import (
     AttentionBlock,
+    Block,
     Conv3x3,
     Dense,
     GroupNorm,
     ResBlock,
-    dense,
     depth_to_space,
     space_to_depth,
+    time_projections,
     timestep_embedding,
     upsample_nearest,
 )
@@ -23,9 +32,9 @@ from ddpm_jax.models.layers import (
 class Stage(NamedTuple):
     """One module of the U-Net in the order of execution.
 
-    name: its parameters' name; kind: a row of ``_RUN``; size: side of its input; features_in,
-    features: channels; pop: concatenate the newest skip to the input first; push: its output
-    becomes a skip."""
+    name: its parameters' name; kind: a row of ``KINDS``; size: side of its output in pixels;
+    features_in, features: channels; pop: concatenate the newest skip to the input first; push: its
+    output becomes a skip."""
 
     name: str
     kind: str
@@ -39,8 +48,9 @@ class Stage(NamedTuple):
 def layout(*, image_size, ch, ch_mult, num_res_blocks, attn_resolutions, space_to_depth=1):
     """The stages between conv_in and norm_out, as a list of Stage.
 
-    Attention follows each block at the resolutions named, on the way up as on the way down
-    (unet.py:131). Raises ValueError where the image cannot be halved often enough.
+    Attention follows each block at ``attn_resolutions`` (sides in pixels after space-to-depth), in
+    both halves of the network (unet.py:131). Raises ValueError where the image cannot be halved
+    often enough.
     """
     halvings = len(ch_mult) - 1
     if image_size % (space_to_depth * 2**halvings):
@@ -51,23 +61,23 @@ def layout(*, image_size, ch, ch_mult, num_res_blocks, attn_resolutions, space_t
     size, c = image_size // space_to_depth, ch
     skips, stages = [ch], []
 
-    def block(name, features_in, features, attn, **flags):
-        attend = size in attn_resolutions
-        last = dict(push=flags.pop("push", False))
-        stages.append(Stage(name, "block", size, features_in, features, **flags,
-                            **({} if attend else last)))
+    def block(half, level, index, features_in, pop=False, push=False):
+        features, attend = ch * ch_mult[level], size in attn_resolutions
+        stages.append(Stage(f"{half}_{level}_block_{index}", "block", size, features_in, features,
+                            pop=pop, push=push and not attend))
         if attend:
-            stages.append(Stage(attn, "attention", size, features, features, **last))
+            stages.append(Stage(f"{half}_{level}_attn_{index}", "attention", size, features,
+                                features, push=push))
+        return features
 
-    for i, mult in enumerate(ch_mult):
+    for i in range(len(ch_mult)):
         for j in range(num_res_blocks):
-            block(f"down_{i}_block_{j}", c, ch * mult, f"down_{i}_attn_{j}", push=True)
-            c = ch * mult
+            c = block("down", i, j, c, push=True)
             skips.append(c)
         if i < halvings:
+            size //= 2
             stages.append(Stage(f"down_{i}_downsample", "down", size, c, c, push=True))
             skips.append(c)
-            size //= 2
     stages += [
         Stage("mid_block_1", "block", size, c, c),
         Stage("mid_attn", "attention", size, c, c),
@@ -75,25 +85,46 @@ def layout(*, image_size, ch, ch_mult, num_res_blocks, attn_resolutions, space_t
     ]
     for i in reversed(range(len(ch_mult))):
         for j in range(num_res_blocks + 1):
-            block(f"up_{i}_block_{j}", c + skips.pop(), ch * ch_mult[i], f"up_{i}_attn_{j}",
-                  pop=True)
-            c = ch * ch_mult[i]
+            c = block("up", i, j, c + skips.pop(), pop=True)
         if i > 0:
-            stages.append(Stage(f"up_{i}_upsample", "up", size, c, c))
             size *= 2
+            stages.append(Stage(f"up_{i}_upsample", "up", size, c, c))
     return stages
 
 
-# Run a stage's module on h; only blocks take the timestep and dropout.
-_RUN = {
-    "block": lambda module, h, projection, bits: module(h, projection, bits),
-    "attention": lambda module, h, projection, bits: module(h),
-    "down": lambda module, h, projection, bits: module(h),
-    "up": lambda module, h, projection, bits: module(upsample_nearest(h)),
+class Kind(NamedTuple):
+    """A kind of stage. make(stage, unet) -> its module; run(module, h, projection, bits) -> h.
+
+    timed: the module takes the timestep and drops out, and has a ``temb_proj`` for
+    ``time_projections``; for other kinds projection and bits are None. products(stage):
+    multiply-adds of one image's products that involve no parameter."""
+
+    make: Callable
+    run: Callable
+    timed: bool = False
+    products: Callable = lambda stage: 0
+
+
+KINDS = {
+    "block": Kind(
+        lambda s, unet: unet.checkpoint(ResBlock)(
+            s.features_in, s.features, 4 * unet.ch, unet.num_groups, unet.dropout, unet.dtype),
+        lambda module, h, projection, bits: module(h, projection, bits),
+        timed=True),
+    "attention": Kind(
+        lambda s, unet: unet.checkpoint(AttentionBlock)(s.features, unet.num_groups, unet.dtype),
+        lambda module, h, *_: module(h),
+        products=lambda s: 2 * s.size**4 * s.features),  # the scores, and the mean of the values
+    "down": Kind(
+        lambda s, unet: Conv3x3(s.features_in, s.features, stride=2, dtype=unet.dtype),
+        lambda module, h, *_: module(h)),
+    "up": Kind(
+        lambda s, unet: Conv3x3(s.features_in, s.features, dtype=unet.dtype),
+        lambda module, h, *_: module(upsample_nearest(h))),
 }
 
 
-class UNet(nn.Module):
+class UNet(Block):
     """eps, x_0 or x_{t-1} from x_t and t: 35,746,307 parameters at the CIFAR-10 settings (the
     defaults), 113,673,219 at image_size 256, ch_mult (1,1,2,2,4,4)."""
 
@@ -110,6 +141,7 @@ class UNet(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
+    @nn.nowrap
     def stages(self):
         return layout(
             image_size=self.image_size,
@@ -121,94 +153,70 @@ class UNet(nn.Module):
         )
 
     @nn.nowrap
+    def checkpoint(self, module):
+        """The class ``module``, with its activations computed again in the backward pass if remat.
+        """
+        return nn.remat(module) if self.remat else module
+
+    @nn.nowrap
+    def layers(self):
+        embedding, pixels, stages = 4 * self.ch, self.space_to_depth**2, self.stages()
+        dtype, last = self.dtype, stages[-1].features
+        return {
+            "temb_dense_0": Dense(self.ch, embedding, dtype=dtype),
+            "temb_dense_1": Dense(embedding, embedding, dtype=dtype),
+            "conv_in": Conv3x3(self.in_channels * pixels, self.ch, dtype=dtype),
+            **{s.name: KINDS[s.kind].make(s, self) for s in stages},
+            "norm_out": GroupNorm(last, self.num_groups),
+            "conv_out": Conv3x3(last, self.out_channels * pixels, init_scale=0.0, dtype=dtype),
+        }
+
+    @nn.nowrap
     def dropout_shapes(self):
-        """[H,W,C] of what each block drops out, in order; empty without dropout."""
+        """[H,W,C] of the activations that each block drops out, in order; empty without dropout."""
         if not self.dropout:
             return []
-        return [(s.size, s.size, s.features) for s in self.stages() if s.kind in _WITH_TIME]
+        return [(s.size, s.size, s.features) for s in self.stages() if KINDS[s.kind].timed]
+
+    @nn.nowrap
+    def check(self):
+        """Raise ValueError where the fields describe no network (see also ``layout``)."""
+        for channels in (self.ch, *(c for s in self.stages() for c in (s.features_in, s.features))):
+            if channels % self.num_groups:
+                raise ValueError(
+                    f"{channels} channels cannot be cut into {self.num_groups} groups "
+                    f"(ch {self.ch}, ch_mult {tuple(self.ch_mult)})")
 
     def setup(self):
-        stages = self.stages()
-        bad = [s.features for s in stages if s.features % self.num_groups]
-        bad += [s.features_in for s in stages if s.features_in % self.num_groups]
-        if bad or self.ch % self.num_groups:
-            raise ValueError(
-                f"{(bad or [self.ch])[0]} channels cannot be cut into {self.num_groups} groups "
-                f"(ch {self.ch}, ch_mult {tuple(self.ch_mult)})"
-            )
-        pixels = self.space_to_depth**2
-        embedding = 4 * self.ch
-        checkpoint = nn.remat if self.remat else lambda module: module
-        dtype, groups = self.dtype, self.num_groups
-        make = {
-            "block": lambda s: checkpoint(ResBlock)(
-                s.features_in, s.features, embedding, groups, self.dropout, dtype, name=s.name
-            ),
-            "attention": lambda s: checkpoint(AttentionBlock)(
-                s.features, groups, dtype, name=s.name
-            ),
-            "down": lambda s: Conv3x3(s.features, s.features, stride=2, dtype=dtype, name=s.name),
-            "up": lambda s: Conv3x3(s.features, s.features, dtype=dtype, name=s.name),
-        }
-        self.temb_dense_0 = Dense(self.ch, embedding, dtype=dtype)
-        self.temb_dense_1 = Dense(embedding, embedding, dtype=dtype)
-        self.conv_in = Conv3x3(self.in_channels * pixels, self.ch, dtype=dtype)
-        self.modules = [make[s.kind](s) for s in stages]
-        self.norm_out = GroupNorm(stages[-1].features, groups)
-        self.conv_out = Conv3x3(
-            stages[-1].features, self.out_channels * pixels, init_scale=0.0, dtype=dtype
-        )
+        self.check()
+        super().setup()
 
     def __call__(self, x, t, dropout_bits=()):
         """x [B,H,W,in_channels] float, t int32 [B] -> float32 [B,H,W,out_channels].
 
         dropout_bits: empty (no dropout), or uint16 [B,H,W,C] for each of dropout_shapes(), an
-        example's own: the result does not depend on who shares its batch. Raises ValueError on
+        example's own: its result does not depend on the rest of the batch. Raises ValueError on
         another shape of x.
         """
         expected = (self.image_size, self.image_size, self.in_channels)
         if x.shape[1:] != expected:
             raise ValueError(f"the model takes images {expected}, not {tuple(x.shape[1:])}")
-        stages, shapes = self.stages(), self.dropout_shapes()
+        shapes = self.dropout_shapes()
         if dropout_bits and [b.shape[1:] for b in dropout_bits] != shapes:
             raise ValueError(f"dropout_bits must have the shapes {shapes}")
-        projections = self._projections(t)
+        steps = [(s, KINDS[s.kind], getattr(self, s.name)) for s in self.stages()]
+        temb = self.temb_dense_0(timestep_embedding(t, self.ch))
+        temb = jax.nn.silu(self.temb_dense_1(jax.nn.silu(temb)))
+        projections = iter(time_projections([m for _, kind, m in steps if kind.timed], temb))
         bits = iter(dropout_bits)
         h = self.conv_in(space_to_depth(x, self.space_to_depth))
         skips = [h]
-        for stage, module in zip(stages, self.modules, strict=True):
+        for stage, kind, module in steps:
             if stage.pop:
                 h = jnp.concatenate([h, skips.pop()], axis=3)
-            timed = stage.kind in _WITH_TIME
-            h = _RUN[stage.kind](
-                module, h, next(projections) if timed else None, next(bits, None) if timed else None
-            )
+            timed = (next(projections), next(bits, None)) if kind.timed else (None, None)
+            h = kind.run(module, h, *timed)
             if stage.push:
                 skips.append(h)
         h = self.conv_out(self.norm_out(h))
         return depth_to_space(h, self.space_to_depth).astype(jnp.float32)
-
-    def _projections(self, t):
-        """The timestep as every block wants it, [B,features] each, by one matrix product."""
-        temb = self.temb_dense_0(timestep_embedding(t, self.ch))
-        temb = jax.nn.silu(self.temb_dense_1(jax.nn.silu(temb)))
-        blocks = [m for m, s in zip(self.modules, self.stages(), strict=True)
-                  if s.kind in _WITH_TIME]
-        kernel = jnp.concatenate([m.temb_proj.kernel for m in blocks], axis=1)
-        bias = jnp.concatenate([m.temb_proj.bias for m in blocks])
-        ends = list(_running_sum(m.features for m in blocks))
-        return iter(jnp.split(dense(temb, kernel, bias, self.dtype), ends[:-1], axis=1))
-
-
-_WITH_TIME = {"block"}
-
-
-def _running_sum(numbers):
-    total = 0
-    for n in numbers:
-        total += n
-        yield total
-
-
-def count_parameters(params) -> int:
-    return sum(p.size for p in jax.tree.leaves(params))

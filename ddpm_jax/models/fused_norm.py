@@ -1,0 +1,183 @@
+"""Group norm, SiLU and dropout as one differentiable operation, and its plain form.
+
+Forward and backward pass are written by hand for the bytes they move: both read the activation once
+for all sums and once to apply, keep only the activation itself (in the compute type) and a few
+numbers a channel, and the barriers stop XLA from sharing a float32 copy of it between the two
+reads. What each barrier and each form saves is measured in benchmarks/NOTES.md.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DROPOUT_BITS = 16  # a probability is a multiple of 2**-16: 0.1 is drawn as 0.100006
+
+
+def _mean_by_reshape(v, groups):
+    shape = (*v.shape[:-1], groups, v.shape[-1] // groups)
+    return jnp.broadcast_to(v.reshape(shape).mean(axis=-1, keepdims=True), shape).reshape(v.shape)
+
+
+def _mean_by_product(v, groups):
+    size = v.shape[-1] // groups
+    group = jnp.arange(v.shape[-1]) // size
+    same = (group[:, None] == group[None, :]).astype(v.dtype)
+    return jnp.matmul(v, same, precision=lax.Precision.HIGHEST) / size
+
+
+# A TPU would pad [B,groups,C/groups] to 8 or 16 times its size.
+_GROUP_MEANS = {"tpu": _mean_by_product, "default": _mean_by_reshape}
+
+
+def _group_mean(v, groups):
+    """float32 [...,C] -> [...,C]: the mean of its group's values for every channel."""
+    ways = {k: functools.partial(f, groups=groups) for k, f in _GROUP_MEANS.items()}
+    return lax.platform_dependent(v, **ways)
+
+
+def _channel_sums(x):
+    """For each channel of x [B,H,W,C], float32 [B,C] each: its first pixel s, and the sums over the
+    pixels of x - s and (x - s)^2. Unlike sums of x and x^2, these do not cancel where the mean is
+    large compared with the deviation."""
+    first = x[:, :1, :1, :].astype(jnp.float32)
+    centred = x.astype(jnp.float32) - first
+    return first[:, 0, 0], centred.sum(axis=(1, 2)), jnp.square(centred).sum(axis=(1, 2))
+
+
+def _join_channels(sums, pixels, groups):
+    """From ``_channel_sums``, float32 [B,C] each: the channel's own mean, its group's mean, its
+    group's variance (channels' moments joined as in Chan et al. 1983)."""
+    first, centred, square = sums[0], sums[1] / pixels, sums[2] / pixels
+    channel = first + centred
+    mean = _group_mean(channel, groups)
+    variance = _group_mean(square - jnp.square(centred) + jnp.square(channel - mean), groups)
+    return channel, mean, jnp.maximum(variance, 0.0)
+
+
+def _drop(x, keep, rate):
+    return x * keep * (1.0 / (1.0 - _threshold(rate) / 2**DROPOUT_BITS))
+
+
+def _threshold(rate):
+    return round(rate * 2**DROPOUT_BITS)
+
+
+def _pixels(v):
+    return v[:, None, None, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate):
+    """Group norm of x + shift, then SiLU where ``silu``, then dropout at ``rate`` where bits is
+    not None.
+
+    x [B,H,W,C] any float type; shift float32 [B,C] or None: added inside the norm, so it needs no
+    extra pass over x; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None; rate in [0, 1).
+    -> [B,H,W,C] in x's type.
+    """
+    return _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate)[0]
+
+
+def _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate):
+    # Without this barrier a TPU repeats threefry at each use and writes the compared bits as
+    # float32 (NOTES.md, "and the mask behind a barrier").
+    keep = None if bits is None else lax.optimization_barrier(bits >= _threshold(rate))
+    # Without this barrier XLA joins the sums over pixels and channels and reads x again for each
+    # (NOTES.md, "barrier after the pixel sums").
+    x, (first, *sums) = lax.optimization_barrier((x, _channel_sums(x)))
+    first = first if shift is None else first + shift
+    channel, mean, variance = _join_channels((first, *sums), x.shape[1] * x.shape[2], groups)
+    inverse = lax.rsqrt(variance + eps)
+    factor = inverse * scale[None, :]
+    offset = bias[None, :] - (mean if shift is None else mean - shift) * factor
+    y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
+    if silu:
+        y = y * jax.nn.sigmoid(y)
+    if keep is not None:
+        y = _drop(y, keep, rate)
+    return y.astype(x.dtype), (x, shift, scale, bias, keep, channel, mean, inverse)
+
+
+def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
+    x, shift, scale, bias, keep, channel, mean, inverse = saved
+    centre = mean if shift is None else mean - shift
+
+    def normalised_and_gradient(x, g):
+        xhat = (x.astype(jnp.float32) - _pixels(centre)) * _pixels(inverse)
+        dy = g.astype(jnp.float32)
+        if keep is not None:
+            dy = _drop(dy, keep, rate)
+        if silu:
+            y = xhat * scale[None, None, None, :] + bias[None, None, None, :]
+            sigmoid = jax.nn.sigmoid(y)
+            dy = dy * sigmoid * (1.0 + y * (1.0 - sigmoid))
+        return xhat, dy
+
+    xhat, dy = normalised_and_gradient(x, g)
+    # Rows first: summed over both axes at once, dy is written as float32 and read back by XLA
+    # (NOTES.md, "backward sums of the norm over rows").
+    sums = lax.optimization_barrier((dy.sum(axis=1), (dy * xhat).sum(axis=1)))
+    sum_dy, sum_dy_xhat = (v.sum(axis=1) for v in sums)
+    # Without this barrier XLA reads x and g again for the sums over the batch and keeps a float32
+    # dy (NOTES.md, "barrier after the pixel sums").
+    x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
+    pixels = x.shape[1] * x.shape[2]
+    sums = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
+    mean_dy, mean_dy_xhat = _group_mean(sums, groups)
+    xhat, dy = normalised_and_gradient(x, g)
+    dx = _pixels(inverse) * (
+        dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
+    )
+    dshift = None
+    if shift is not None:  # the sum of dx over the pixels
+        mean_xhat = (channel - mean) * inverse
+        dshift = sum_dy * scale[None, :] - pixels * (mean_dy + mean_xhat * mean_dy_xhat)
+        dshift = inverse * dshift
+    return dx.astype(x.dtype), dshift, sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
+
+
+group_norm_act.defvjp(_group_norm_act_fwd, _group_norm_act_bwd)
+
+
+def plain_group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate):
+    """``group_norm_act`` as the equations have it, differentiated by JAX: what the fused form is
+    tested against. Statistics in two passes; float32 result."""
+    b, h, w, c = x.shape
+    x = x.astype(jnp.float32) + (0.0 if shift is None else _pixels(shift))
+    grouped = x.reshape(b, h, w, groups, c // groups)
+    mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
+    variance = jnp.square(grouped - mean).mean(axis=(1, 2, 4), keepdims=True)
+    y = ((grouped - mean) / jnp.sqrt(variance + eps)).reshape(x.shape)
+    y = y * scale[None, None, None, :] + bias[None, None, None, :]
+    y = jax.nn.silu(y) if silu else y
+    if bits is None:
+        return y
+    kept = 1 - round(rate * 2**DROPOUT_BITS) / 2**DROPOUT_BITS
+    return jnp.where(bits >= (1 - kept) * 2**DROPOUT_BITS, y / kept, 0.0)
+
+
+class GroupNorm(nn.Module):
+    """Group norm with eps 1e-6 (tf.contrib's default), then SiLU and dropout where enabled."""
+
+    channels: int
+    groups: int
+    silu: bool = True
+    rate: float = 0.0
+
+    @nn.nowrap
+    def shapes(self):
+        return {"scale": (self.channels,), "bias": (self.channels,)}
+
+    def setup(self):
+        shapes = self.shapes()
+        self.scale = self.param("scale", nn.initializers.ones, shapes["scale"])
+        self.bias = self.param("bias", nn.initializers.zeros, shapes["bias"])
+
+    def __call__(self, x, bits=None, shift=None):
+        """x [B,H,W,C]; bits, shift: as in ``group_norm_act``."""
+        return group_norm_act(
+            x, shift, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate
+        )
