@@ -23,29 +23,28 @@ import os
 import pathlib
 import time
 
-from absl import flags
-
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files
 
 
-def define_flags():
-    common.define_config_flag()
-    flags.DEFINE_integer("repeats", 20, "rounds at most")
-    flags.DEFINE_float("seconds", 20.0, "stop after this long, but not before three rounds")
-    flags.DEFINE_string("out", None, "write the result as JSON into this new file")
-    flags.DEFINE_string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
-    flags.DEFINE_string("profile", None, "step, sample: new folder for a trace")
-    flags.DEFINE_string("matrix", "small", "compile: small, absent, programs or a JSON file of "
+def define_flags(define):
+    define.config()
+    define.integer("repeats", 20, "rounds at most")
+    define.float("seconds", 20.0, "stop after this long, but not before three rounds")
+    define.path("out", None, "write the result as JSON into this new file")
+    define.string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
+    define.path("profile", None, "step, sample: new folder for a trace")
+    define.string("matrix", "small", "compile: small, absent, programs or a JSON file of "
                         "lists by program, config, runner, dtype, level, topology, set")
-    flags.DEFINE_string("baseline", None, "compile: an older result to compare with")
-    flags.DEFINE_string("export", None, "compile: folder for a corpus of StableHLO modules")
-    flags.DEFINE_string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: h100, v5e")
-    flags.DEFINE_string("results", "benchmarks", "page: folder of JSON results")
-    flags.DEFINE_string("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
+    define.path("baseline", None, "compile: an older result to compare with")
+    define.path("export", None, "compile: folder for a corpus of StableHLO modules")
+    define.string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: h100, v5e")
+    define.path("results", "benchmarks", "page: folder of JSON results")
+    define.path("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
 
 
+FLAGS = None  # of the call of main
 DENOISING_STEPS = 20      # in one program, where loops run on the device
 
 
@@ -61,16 +60,15 @@ def _start():
     from ddpm_jax import experiment
     from ddpm_jax.compilation.cache import enable_compilation_cache
 
-    config = common.required("config")
+    config = common.required(FLAGS, "config")
     folder = enable_compilation_cache()
     print(f"compilation cache: {folder or 'off'}")
     return experiment.build(config)
 
 
 def _about(exp) -> dict:
-    from ddpm_jax.cli import compile as compiled
 
-    return {"config": compiled.config_name(), "dtype": exp.config.model.dtype,
+    return {"config": common.config_name(FLAGS), "dtype": exp.config.model.dtype,
             "runner": exp.config.parallel.runner}
 
 
@@ -91,7 +89,7 @@ def _profiled(call, lowered) -> None:
 
     from ddpm_jax.compilation import report, timing
 
-    folder = report.check_folder(flags.FLAGS.profile)
+    folder = report.check_folder(FLAGS.profile)
     with jax.profiler.trace(str(folder)):
         call()
     found = timing.kernel_times(folder, lowered().compile().as_text())
@@ -114,7 +112,6 @@ def step() -> list[dict]:
     from ddpm_jax.cli.compile import network_work
     from ddpm_jax.compilation import timing
 
-    FLAGS = flags.FLAGS
     exp = _start()
     config, runner = exp.config, exp.runner
     batch = config.train.batch_size
@@ -180,7 +177,6 @@ def sample() -> list[dict]:
     from ddpm_jax.cli import compile as compiled
     from ddpm_jax.compilation import timing
 
-    FLAGS = flags.FLAGS
     exp = _start()
     batch = exp.config.sampler.batch_size
     chain = programs.sampling_chain(exp)
@@ -205,8 +201,7 @@ def data() -> list[dict]:
     from ddpm_jax.data import feed
     from ddpm_jax.data.datasets import open_source
 
-    FLAGS = flags.FLAGS
-    config = common.required("config")
+    config = common.required(FLAGS, "config")
     batch = config.train.batch_size
     source = open_source(config.data.name, config.data.dir, "train",
                          image_size=config.data.image_size, channels=config.data.channels)
@@ -219,10 +214,8 @@ def data() -> list[dict]:
         candidates["resident, by numpy"] = lambda: array[
             feed.batch_indices(config.seed, next(position), batch, len(source))]
     times = timing.rounds(candidates, repeats=FLAGS.repeats * 10, seconds=FLAGS.seconds)
-    from ddpm_jax.cli.compile import config_name
-
     return [timing.result("data", name=name, times=timing.Times.of(t), images=batch,
-                          config=config_name(), threads=config.data.threads)
+                          config=common.config_name(FLAGS), threads=config.data.threads)
             for name, t in times.items()]
 
 
@@ -238,7 +231,6 @@ def evaluation() -> list[dict]:
     from ddpm_jax.evaluation import moments
     from ddpm_jax.evaluation.inception import network
 
-    FLAGS = flags.FLAGS
     exp = _start()
     made = compiled.inception(exp, None)
     generator = np.random.default_rng(0)
@@ -305,7 +297,7 @@ def statistics() -> list[dict]:
     before = peak()
     times = timing.rounds({"FID": lambda: measures.fid(features, reference),
                            "IS": lambda: scores.is_openai10(features, last)},
-                          repeats=flags.FLAGS.repeats, seconds=flags.FLAGS.seconds)
+                          repeats=FLAGS.repeats, seconds=FLAGS.seconds)
     memory = f"+{peak() - before:.2f} GiB of host memory at most beyond the features"
     return [timing.result("statistics", name=name, times=timing.Times.of(t), images=STATISTICS_OF,
                           note=memory, cpus=os.cpu_count()) for name, t in times.items()]
@@ -318,7 +310,6 @@ MEASURED = {"step": step, "sample": sample, "data": data, "eval": evaluation,
 def _compile() -> int:
     from ddpm_jax.benchmark import matrix
 
-    FLAGS = flags.FLAGS
     cells = matrix.cells(FLAGS.matrix)
     old = matrix.read(FLAGS.baseline) if FLAGS.baseline else None
     export = pathlib.Path(FLAGS.export) if FLAGS.export else None
@@ -351,8 +342,7 @@ def _sweep() -> int:
     from ddpm_jax.cli import compile as compiled
     from ddpm_jax.compilation import report
 
-    FLAGS = flags.FLAGS
-    config = common.required("config")
+    config = common.required(FLAGS, "config")
     compiled.prepare_host()
     joint = ":" if FLAGS.topology in ("h100", "cpu") else "-"
     options = report.compiler_options(None if joint == ":" else "O0")
@@ -371,7 +361,7 @@ def _sweep() -> int:
                 print(f"{axis} {value} on {topology}", flush=True)
                 seen[key] = compiled.measure(
                     mine, topology=topology, program="train_step", options=options,
-                    num_examples=50_000, name=compiled.config_name()).report
+                    num_examples=50_000, name=common.config_name(FLAGS)).report
             rows.append({**seen[key], "sweep": [axis, value],
                          "cell": f"{axis} {value} on {seen[key]['about']['topology']}"})
     if FLAGS.out:
@@ -382,7 +372,7 @@ def _sweep() -> int:
 def _page() -> int:
     from ddpm_jax.benchmark import page
 
-    files = page.write(flags.FLAGS.results, flags.FLAGS.page)
+    files = page.write(FLAGS.results, FLAGS.page)
     print(", ".join(files))
     return 0
 
@@ -390,20 +380,21 @@ def _page() -> int:
 OTHERS = {"compile": _compile, "sweep": _sweep, "page": _page}
 
 
-def main(argv):
+def main(values, words):
     known = [*MEASURED, *OTHERS]
-    if len(argv) != 2 or argv[1] not in known:
+    if len(words) != 1 or words[0] not in known:
         raise UserError(f"say what to measure: ddpm bench {'|'.join(known)}"
-                        + (f" (not {' '.join(argv[1:])})" if len(argv) > 1 else ""))
-    FLAGS = flags.FLAGS
+                        + (f" (not {' '.join(words)})" if words else ""))
+    global FLAGS
+    FLAGS = values
     if FLAGS.out and pathlib.Path(FLAGS.out).exists():
         raise UserError(f"out: {FLAGS.out} exists; name another file")
-    if argv[1] in OTHERS:
-        return OTHERS[argv[1]]()
+    if words[0] in OTHERS:
+        return OTHERS[words[0]]()
     from ddpm_jax.compilation import report, timing
 
     report.check_folder(FLAGS.profile)
-    rows = MEASURED[argv[1]]()
+    rows = MEASURED[words[0]]()
     print(timing.render(rows))
     if FLAGS.out:
         files.write_json(FLAGS.out, rows, sort_keys=False)

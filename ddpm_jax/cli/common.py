@@ -1,7 +1,15 @@
-"""Flags that several subcommands share, and what they do before a device is touched."""
+"""Flags that several subcommands share, and what they do before a device is touched.
 
+A subcommand is a module with ``define_flags(define)`` and ``main(values, words)``: `define` is a
+`Definer`, `values` its FlagValues after parsing (one set for each call of ``cli.main.main``, so
+that it can be called again, from a notebook too), `words` the arguments that are no flags.
+"""
+
+import functools
 import hashlib
 import json
+import os
+import pathlib
 import sys
 
 import jax
@@ -9,56 +17,87 @@ from absl import flags
 from ml_collections import config_flags
 
 from ddpm_jax.compilation.cache import enable_compilation_cache
-from ddpm_jax.config import config_path, packaged_configs, to_json
+from ddpm_jax.config import load_config, packaged_configs, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts, pod, stop, watchdog
 
-FLAGS = flags.FLAGS
+
+class _PathParser(flags.ArgumentParser):
+    """A path in which a leading ~ stands for the home folder, whatever the shell did."""
+
+    def parse(self, argument):
+        return os.path.expanduser(argument)
 
 
-def define_config_flag() -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "a config file, or the name of a packaged one "
-        f"({', '.join(packaged_configs())}); fields: --config.train.steps=1000")
+class _ConfigParser(flags.ArgumentParser):
+    """A config by `config.load_config`, locked: unknown fields are errors."""
+
+    def parse(self, argument):
+        config = load_config(os.path.expanduser(argument))
+        config.lock()
+        return config
 
 
-def define_workdir_flag() -> None:
-    flags.DEFINE_string("workdir", None, "folder of the run (a path, or gs://bucket/path)")
+class Definer:
+    """Defines flags in ``values``: string, integer, float, bool, enum, list, multi_string as absl's
+    DEFINE_*(name, default, help), and the project's own. words: the command line, of which
+    ml_collections takes the fields that follow --config."""
+
+    def __init__(self, words=()):
+        self.values = flags.FlagValues()
+        self._words = list(words)
+        for kind in ("string", "integer", "float", "bool", "enum", "list", "multi_string"):
+            define = getattr(flags, f"DEFINE_{kind}")
+            setattr(self, kind, functools.partial(define, flag_values=self.values))
+
+    def path(self, name, default, text):
+        """A file, a folder or gs://BUCKET/PATH."""
+        flags.DEFINE(_PathParser(), name, default, text, flag_values=self.values)
+
+    def multi_path(self, name, text):
+        """As ``path``; may be repeated."""
+        flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], text,
+                           flag_values=self.values)
+
+    def config(self):
+        config_flags.DEFINE_config_file(
+            "config", None, "a config file, or the name of a packaged one "
+            f"({', '.join(packaged_configs())}); fields: --config.train.steps=1000",
+            flag_values=self.values, sys_argv=self._words)
+        self.values["config"].parser = _ConfigParser()
+
+    def workdir(self):
+        self.path("workdir", None, "folder of the run (a path, or gs://bucket/path)")
+
+    def weights(self):
+        self.integer("step", None, "checkpoint to read; default: the newest")
+        self.bool("ema", True, "the averaged weights; --noema: the raw ones")
+
+    def pod(self):
+        pod.define_flags(self.values)
 
 
-def define_weights_flags() -> None:
-    flags.DEFINE_integer("step", None, "checkpoint to read; default: the newest")
-    flags.DEFINE_bool("ema", True, "the averaged weights; --noema: the raw ones")
-
-
-def required(name: str):
-    value = getattr(FLAGS, name)
+def required(values, name: str):
+    value = values[name].value
     if value is None or value == "":
         raise UserError(f"--{name} is missing")
     return value
 
 
-def no_positionals(argv) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+def no_words(words) -> None:
+    if words:
+        raise UserError(f"unexpected argument {words[0]!r}; flags start with --")
 
 
-def with_packaged_configs(argv: list[str]) -> list[str]:
-    """--config=NAME of a packaged config becomes its path."""
-    out = []
-    for i, word in enumerate(argv):
-        if word.startswith(("--config=", "-config=")):
-            word = f"--config={config_path(word.partition('=')[2])}"
-        elif i and argv[i - 1] in ("--config", "-config"):
-            word = config_path(word)
-        out.append(word)
-    return out
+def config_name(values) -> str:
+    """The value of --config without folder and suffix."""
+    return pathlib.Path(values["config"].config_filename.partition(":")[0]).stem
 
 
-def join(config=None):
+def join(values, config=None):
     """Cache, pod, agreement of the hosts: before anything touches a device. -> (stop, watchdog)"""
     cache = enable_compilation_cache()
-    pod.initialize()
+    pod.initialize(values)
     facts = {}
     if config is not None:
         text = json.dumps(to_json(config), sort_keys=True)
@@ -66,4 +105,4 @@ def join(config=None):
     hosts.check_same_everywhere(facts)
     if jax.process_index() == 0:
         print(f"compilation cache: {cache or 'off'}", file=sys.stderr)
-    return stop.watch_for_stop(), watchdog.start_watchdog()
+    return stop.watch_for_stop(), watchdog.start_watchdog(values)

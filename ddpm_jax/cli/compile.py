@@ -13,10 +13,7 @@ needs a device. XLA's default level takes minutes for a TPU; O0 takes about one.
 
 import json
 import math
-import pathlib
 from typing import NamedTuple
-
-from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
@@ -198,26 +195,18 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
     return result._replace(report=found)
 
 
-def define_flags():
-    common.define_config_flag()
-    flags.DEFINE_string("topology", None, "the machine: v3-8, v5litepod-8, v5e-256, v5p:4x4x4, "
+def define_flags(define):
+    define.config()
+    define.string("topology", None, "the machine: v3-8, v5litepod-8, v5e-256, v5p:4x4x4, "
                         "v6e-8, v7x-8, h100:8, cpu:8; *2 behind it: two slices")
-    flags.DEFINE_string("program", "train_step", "train_step, sample, evaluate (bits/dim) or "
+    define.string("program", "train_step", "train_step, sample, evaluate (bits/dim) or "
                         "inception (features)")
-    flags.DEFINE_string("runner", None, "jit, pmap or shard_map; default: the config's")
-    flags.DEFINE_string("optimization_level", None, "O0 (quick), O1, O2, O3; default: XLA's own")
-    flags.DEFINE_multi_string("compiler_options", [], "an XLA option, key=value; may be repeated")
-    flags.DEFINE_integer("num_examples", 50_000, "images of a data set that lives on the device")
-    flags.DEFINE_string("out", None, "new folder for report.json, StableHLO and HLO")
-    flags.DEFINE_bool("json", False, "print the report as JSON instead of a table")
-
-
-def config_name() -> str:
-    """What --config said, without folder and suffix."""
-    from ml_collections import config_flags
-
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    return pathlib.Path(file.partition(":")[0]).stem
+    define.string("runner", None, "jit, pmap or shard_map; default: the config's")
+    define.string("optimization_level", None, "O0 (quick), O1, O2, O3; default: XLA's own")
+    define.multi_string("compiler_options", [], "an XLA option, key=value; may be repeated")
+    define.integer("num_examples", 50_000, "images of a data set that lives on the device")
+    define.path("out", None, "new folder for report.json, StableHLO and HLO")
+    define.bool("json", False, "print the report as JSON instead of a table")
 
 
 def prepare_host() -> None:
@@ -230,21 +219,20 @@ def prepare_host() -> None:
     enable_compilation_cache()
 
 
-def main(argv):
+def main(values, words):
     from ddpm_jax.compilation import report
 
-    common.no_positionals(argv)
-    config, topology = common.required("config"), common.required("topology")
-    FLAGS = flags.FLAGS
-    if FLAGS.runner:
-        config.parallel.runner = FLAGS.runner
-    options = report.compiler_options(FLAGS.optimization_level, FLAGS.compiler_options)
-    report.check_folder(FLAGS.out)
+    common.no_words(words)
+    config, topology = common.required(values, "config"), common.required(values, "topology")
+    if values.runner:
+        config.parallel.runner = values.runner
+    options = report.compiler_options(values.optimization_level, values.compiler_options)
+    report.check_folder(values.out)
     prepare_host()
-    result = measure(config, topology=topology, program=FLAGS.program, options=options,
-                     num_examples=FLAGS.num_examples, name=config_name())
-    if FLAGS.out:
-        files = report.write_artifacts(result, FLAGS.out)
-    print(json.dumps(result.report, indent=1) if FLAGS.json else report.render(result.report))
-    if FLAGS.out and not FLAGS.json:
-        print(f"\n{FLAGS.out}: {', '.join(files)}")
+    result = measure(config, topology=topology, program=values.program, options=options,
+                     num_examples=values.num_examples, name=common.config_name(values))
+    if values.out:
+        files = report.write_artifacts(result, values.out)
+    print(json.dumps(result.report, indent=1) if values.json else report.render(result.report))
+    if values.out and not values.json:
+        print(f"\n{values.out}: {', '.join(files)}")

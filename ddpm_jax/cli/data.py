@@ -17,22 +17,20 @@ and test/ with either. With --image_size they are cropped to the centre square a
 
 import pathlib
 
-from absl import flags
-
 from ddpm_jax import run_log
 from ddpm_jax.data import datasets, prepare
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files, remote
 
 
-def define_flags():
-    flags.DEFINE_string("name", None, f"dataset: {', '.join(datasets.DATASETS)}")
-    flags.DEFINE_string("dir", "", "folder of prepared data, also gs:// (default: $DDPM_DATA_DIR "
+def define_flags(define):
+    define.string("name", None, f"dataset: {', '.join(datasets.DATASETS)}")
+    define.path("dir", "", "folder of prepared data, also gs:// (default: $DDPM_DATA_DIR "
                         "or ~/.cache/ddpm_jax/data)")
-    flags.DEFINE_multi_string("from", [], "file or folder to read; may be repeated")
-    flags.DEFINE_integer("image_size", None, "folder, lsun_*: centre crop and resize to this")
-    flags.DEFINE_enum("channels", None, ["1", "3"], "folder: 3 makes grey RGB, 1 requires grey")
-    flags.DEFINE_string("split", None, "info: only this split")
+    define.multi_path("from", "file or folder to read; may be repeated")
+    define.integer("image_size", None, "folder, lsun_*: centre crop and resize to this")
+    define.enum("channels", None, ["1", "3"], "folder: 3 makes grey RGB, 1 requires grey")
+    define.string("split", None, "info: only this split")
 
 
 def _size_on_disk(where) -> str:
@@ -62,11 +60,10 @@ def describe(name, folder, split, image_size=None, channels=None) -> str:
     return "\n".join(lines)
 
 
-def main(argv):
-    values = flags.FLAGS
-    if len(argv) != 2 or argv[1] not in ("prepare", "info"):
+def main(values, words):
+    if len(words) != 1 or words[0] not in ("prepare", "info"):
         raise UserError("ddpm data: expected prepare or info, then flags (not "
-                        f"{' '.join(argv[1:])!r}); see ddpm data --help")
+                        f"{' '.join(words)!r}); see ddpm data --help")
     name, size = values.name, values.image_size
     if name not in datasets.DATASETS:
         raise UserError(f"--name={name} is unknown; known: {', '.join(datasets.DATASETS)}")
@@ -74,7 +71,7 @@ def main(argv):
         raise UserError(f"--image_size={size}: must be at least 1")
     folder = datasets.data_folder(values.dir)
     channels = values.channels and int(values.channels)
-    if argv[1] == "prepare":
+    if words[0] == "prepare":
         prepare.prepare(datasets.DATASETS[name], name, folder, values["from"].value,
                         prepare.Options(size, channels, run_log.progress))
     print(describe(name, folder, values.split, size, channels))

@@ -25,12 +25,9 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from absl import flags
-
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts, pod
 
-FLAGS = flags.FLAGS
 WORKER = "DDPM_DOCTOR_FOLDER"  # set in the processes of the dry run
 STEPS = 3
 # What is checked does not depend on how well the program is compiled, and that is most of the time.
@@ -45,27 +42,26 @@ class Finding(NamedTuple):
     text: str
 
 
-def define_flags():
-    from ddpm_jax.cli import common
-    common.define_workdir_flag()
-    flags.DEFINE_bool("pod", False, "join the other hosts and compare versions")
-    flags.DEFINE_integer("processes", 0, "dry run of a pod: processes", lower_bound=0)
-    flags.DEFINE_integer("devices", 2, "dry run of a pod: devices of each", lower_bound=1)
-    pod.define_flags()
+def define_flags(define):
+    define.workdir()
+    define.bool("pod", False, "join the other hosts and compare versions")
+    define.integer("processes", 0, "dry run of a pod: processes", lower_bound=0)
+    define.integer("devices", 2, "dry run of a pod: devices of each", lower_bound=1)
+    define.pod()
 
 
-def main(argv):
+def main(values, words):
     from ddpm_jax.cli import common
-    common.no_positionals(argv)
+    common.no_words(words)
     if os.environ.get(WORKER):
-        return _worker(pathlib.Path(os.environ[WORKER]))
-    if FLAGS.processes:
-        return report(dry_run(FLAGS.processes, FLAGS.devices))
-    findings = [check_python(), *check_lock(), check_disk(), check_port(), check_devices()]
-    if FLAGS.workdir:
-        findings += check_workdir(FLAGS.workdir)
-    if FLAGS.pod:
-        findings.append(check_pod())
+        return _worker(values, pathlib.Path(os.environ[WORKER]))
+    if values.processes:
+        return report(dry_run(values.processes, values.devices))
+    findings = [check_python(), *check_lock(), check_disk(), check_port(values), check_devices()]
+    if values.workdir:
+        findings += check_workdir(values.workdir)
+    if values.pod:
+        findings.append(check_pod(values))
     return report(findings)
 
 
@@ -125,12 +121,12 @@ def check_disk(folder=None, need_gb=2) -> Finding:
         "" if free >= need_gb else f", {need_gb} needed: delete something, or set TMPDIR"))
 
 
-def check_port() -> Finding:
+def check_port(values) -> Finding:
     """The coordinator's port: free here (process 0) or reachable (--coordinator of another)."""
-    port = FLAGS.coordinator_port or int(os.environ.get("JAX_COORDINATOR_PORT")
+    port = values.coordinator_port or int(os.environ.get("JAX_COORDINATOR_PORT")
                                          or pod.DEFAULT_PORT)
-    address = FLAGS.coordinator or os.environ.get("DDPM_COORD")
-    if address and (FLAGS.process_id or os.environ.get("DDPM_PROC", "0")) not in (0, "0"):
+    address = values.coordinator or os.environ.get("DDPM_COORD")
+    if address and (values.process_id or os.environ.get("DDPM_PROC", "0")) not in (0, "0"):
         host, port = pod.split_address(address if ":" in address else f"{address}:{port}")
         problem = pod.probe_once(host, port, 3.0)
         refused = problem is not None and "nothing listens" in problem
@@ -219,9 +215,9 @@ def bucket_problem(bucket: str, error) -> str:
             "roles/storage.objectAdmin)")
 
 
-def check_pod() -> Finding:
+def check_pod(values) -> Finding:
     """Joins, compares versions (UserError names the host that differs), adds one number up."""
-    joined = pod.initialize()
+    joined = pod.initialize(values)
     if joined.num_processes == 1:
         return Finding("pod", None, "this process is alone: no other host is configured here")
     hosts.check_same_everywhere({})
@@ -257,10 +253,10 @@ def checksum(images, xp):
     return (flat * weights[None, :]).sum(axis=1, dtype=xp.uint32)
 
 
-def _worker(folder) -> int:
+def _worker(values, folder) -> int:
     """One process of the dry run: the real `ddpm train`, with ears in the step."""
     from ddpm_jax.cli import common
-    stop, watchdog = common.join()
+    stop, watchdog = common.join(values)
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -17,63 +17,48 @@ import json
 import sys
 
 import jax
-from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import exit_codes, pod
+from ddpm_jax.parallel import exit_codes
 from ddpm_jax.storage import files
-
-FLAGS = flags.FLAGS
-
-
-def definer(owner):
-    """-> define(kind, name, default, text) of flags that belong to the module ``owner``, in place
-    of what another subcommand may have defined in the same process."""
-    def define(kind, name, default, text):
-        if name in FLAGS:
-            delattr(FLAGS, name)
-        getattr(flags, f"DEFINE_{kind}")(name, default, text, module_name=owner)
-
-    return define
 
 
 def define_inception_flags(define):
-    define("string", "inception_weights", None, "converted weights (.npz) or their source")
-    define("bool", "allow_unknown_weights", False,
+    define.path("inception_weights", None, "converted weights (.npz) or their source")
+    define.bool("allow_unknown_weights", False,
            "accept Inception weights whose sha256 is not known")
-    define("string", "protocol", "paper", "paper (to report) or monitor (to watch)")
-    define("bool", "overwrite", False, "replace a file that is there")
+    define.string("protocol", "paper", "paper (to report) or monitor (to watch)")
+    define.bool("overwrite", False, "replace a file that is there")
 
 
-def define_flags():
-    common.define_workdir_flag()
-    common.define_weights_flags()
-    define = definer(__name__)
+def define_flags(define):
+    define.workdir()
+    define.weights()
     define_inception_flags(define)
-    define("string", "samples", None, "judge these images instead: a folder of PNG, or an .npz "
+    define.path("samples", None, "judge these images instead: a folder of PNG, or an .npz "
            "with arr_0 uint8 [N,H,W,C]")
-    define("string", "metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
-    define("integer", "num", None, "generated images; default: 50,000 for fid and is, "
+    define.string("metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
+    define.integer("num", None, "generated images; default: 50,000 for fid and is, "
            "16 for nn alone, else 5,000")
-    define("integer", "bpd_num", None, "real images for bits/dim; default: all")
-    define("list", "splits", ["train", "test"], "splits for bits/dim")
-    define("string", "quantise", None, "round, truncate or none: what makes grey levels of the "
+    define.integer("bpd_num", None, "real images for bits/dim; default: all")
+    define.list("splits", ["train", "test"], "splits for bits/dim")
+    define.string("quantise", None, "round, truncate or none: what makes grey levels of the "
            "model's output; default: the protocol's")
-    define("string", "reference", None, "statistics of real images, by `ddpm reference`")
-    define("string", "dataset", None, "with --samples: real images for nn and offline")
-    define("string", "data_dir", None, "where `ddpm data prepare` put the dataset")
-    define("string", "classifier_dir", None, "where the small classifiers are kept; default: the "
+    define.path("reference", None, "statistics of real images, by `ddpm reference`")
+    define.string("dataset", None, "with --samples: real images for nn and offline")
+    define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
+    define.path("classifier_dir", None, "where the small classifiers are kept; default: the "
            "user's cache")
-    define("integer", "seed", 0, "seed of the noise")
-    define("integer", "batch_size", None, "images at a time, all devices together")
-    define("string", "sampler", None, "ancestral or ddim; default: the run's")
-    define("integer", "steps", None, "steps of the chain; default: the run's")
-    define("integer", "crop", None, "nearest neighbours in the middle CROP x CROP pixels")
-    define("bool", "force", False, "compare with a reference of another protocol or dataset")
-    define("bool", "keep_images", False, "write the generated images to samples.npz")
-    define("string", "out", None, "folder for the results; default: --workdir")
-    pod.define_flags()
+    define.integer("seed", 0, "seed of the noise")
+    define.integer("batch_size", None, "images at a time, all devices together")
+    define.string("sampler", None, "ancestral or ddim; default: the run's")
+    define.integer("steps", None, "steps of the chain; default: the run's")
+    define.integer("crop", None, "nearest neighbours in the middle CROP x CROP pixels")
+    define.bool("force", False, "compare with a reference of another protocol or dataset")
+    define.bool("keep_images", False, "write the generated images to samples.npz")
+    define.path("out", None, "folder for the results; default: --workdir")
+    define.pod()
 
 
 def say(text):
@@ -81,11 +66,11 @@ def say(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def options():
+def options(values):
     from ddpm_jax.evaluation.options import Options
     return Options(
-        metrics=tuple(m.strip() for m in FLAGS.metrics.split(",") if m.strip()),
-        splits=tuple(FLAGS.splits), **{name: getattr(FLAGS, name) for name in (
+        metrics=tuple(m.strip() for m in values.metrics.split(",") if m.strip()),
+        splits=tuple(values.splits), **{name: getattr(values, name) for name in (
             "protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
             "ema", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
             "force", "keep_images", "crop")})
@@ -115,7 +100,7 @@ def write_results(out, step, protocol, records, pictures, title, *, show=True):
     print(json.dumps({str(step): {protocol: shown}}, indent=1))
 
 
-def of_samples(chosen, stop):
+def of_samples(values, chosen, stop):
     from ddpm_jax.evaluation import files
     from ddpm_jax.evaluation.evaluate import check_options, evaluate_images
     from ddpm_jax.evaluation.features import Subject, image_draws, open_splits
@@ -125,54 +110,55 @@ def of_samples(chosen, stop):
     if BOUND in chosen.metrics:
         raise UserError("--samples: bits/dim is of a model, not of images; leave bpd out of "
                         "--metrics")
-    images = files.open_images(FLAGS.samples)
+    images = files.open_images(values.samples)
     sources = {}
-    if FLAGS.dataset:
-        sources = open_splits(FLAGS.dataset, FLAGS.data_dir, images.shape)
+    if values.dataset:
+        sources = open_splits(values.dataset, values.data_dir, images.shape)
     runner = RUNNERS["jit"](jax.devices())
-    batch = FLAGS.batch_size or REAL_BATCH
+    batch = values.batch_size or REAL_BATCH
     memory = {}
     kept = images.size if chosen.keep_images else NN_QUERIES
     subject = Subject(
         image_draws(runner, images.read, batch, images_kept=kept, memory=memory),
-        {"samples": str(FLAGS.samples), "samples_sha256": images.identity}, images.size, batch,
+        {"samples": str(values.samples), "samples_sha256": images.identity}, images.size, batch,
         images.shape, sources, runner)
-    out = FLAGS.out or FLAGS.workdir
+    out = values.out or values.workdir
     folder = out and f"{out}/evaluation"
-    values, pictures, provenance = evaluate_images(
+    scores, pictures, provenance = evaluate_images(
         subject, chosen, folder=folder, stop=stop, say=say, memory=memory)
-    label = f"{FLAGS.samples}, {provenance['num']} images"
-    return f"samples-{images.identity[:8]}", [(label, values, provenance)], pictures, out
+    label = f"{values.samples}, {provenance['num']} images"
+    return f"samples-{images.identity[:8]}", [(label, scores, provenance)], pictures, out
 
 
-def of_run(chosen, stop):
+def of_run(values, chosen, stop):
     from ddpm_jax import sample
     from ddpm_jax.evaluation.evaluate import check_options, evaluate_run
     check_options(chosen)
-    workdir = files.resolve(common.required("workdir"))
-    exp, params, step = sample.load_run(workdir, step=FLAGS.step, ema=FLAGS.ema)
-    facts = {"workdir": str(workdir), "step": step, "weights": "ema" if FLAGS.ema else "raw"}
+    workdir = files.resolve(common.required(values, "workdir"))
+    exp, params, step = sample.load_run(workdir, step=values.step, ema=values.ema)
+    facts = {"workdir": str(workdir), "step": step, "weights": "ema" if values.ema else "raw"}
     records, pictures = evaluate_run(
         exp, params, chosen, facts=facts, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)
-    return step, records, pictures, FLAGS.out or str(workdir)
+    return step, records, pictures, values.out or str(workdir)
 
 
-def main(argv):
-    common.no_positionals(argv)
-    if not (FLAGS.samples or FLAGS.workdir):
+def main(values, words):
+    common.no_words(words)
+    if not (values.samples or values.workdir):
         raise UserError("--workdir=DIR (a run) or --samples=FOLDER_OR_NPZ is missing")
-    chosen = options()
-    stop, _ = common.join()
+    chosen = options(values)
+    stop, _ = common.join(values)
     from ddpm_jax.evaluation.options import StoppedError
     try:
-        step, records, pictures, out = (of_samples if FLAGS.samples else of_run)(chosen, stop)
+        measure = of_samples if values.samples else of_run
+        step, records, pictures, out = measure(values, chosen, stop)
     except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
         return exit_codes.EXIT_RESTART
     if jax.process_index() == 0:
         if out:
             write_results(out, step, chosen.protocol, records, pictures,
-                          f"{FLAGS.samples or out}, step {step}")
+                          f"{values.samples or out}, step {step}")
         else:
-            print(json.dumps({label: values for label, values, _ in records}, indent=1))
+            print(json.dumps({label: scores for label, scores, _ in records}, indent=1))
     return 0

@@ -10,29 +10,26 @@ Neither overwrites anything.
 import json
 import os
 
-from absl import flags
-
 from ddpm_jax import __version__
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 
-FLAGS = flags.FLAGS
 USAGE = "usage: ddpm export diffusers|safetensors --workdir=DIR --out=PATH"
 
 
-def define_flags():
-    common.define_workdir_flag()
-    common.define_weights_flags()
-    flags.DEFINE_string("out", None, "folder (diffusers) or file (safetensors) to write")
+def define_flags(define):
+    define.workdir()
+    define.weights()
+    define.path("out", None, "folder (diffusers) or file (safetensors) to write")
 
 
-def main(argv):
-    kind, *rest = argv[1:] or [""]
+def main(values, words):
+    kind, *rest = words or [""]
     if kind not in KINDS or rest:
-        raise UserError(f"export {' '.join(argv[1:])}: {USAGE}")
-    workdir, out = common.required("workdir"), common.required("out")
-    step = KINDS[kind](workdir, out, step=FLAGS.step, ema=FLAGS.ema)
-    print(f"wrote {out}: step {step:,}, {'averaged' if FLAGS.ema else 'raw'} weights")
+        raise UserError(f"export {' '.join(words)}: {USAGE}")
+    workdir, out = common.required(values, "workdir"), common.required(values, "out")
+    step = KINDS[kind](workdir, out, step=values.step, ema=values.ema)
+    print(f"wrote {out}: step {step:,}, {'averaged' if values.ema else 'raw'} weights")
     return 0
 
 

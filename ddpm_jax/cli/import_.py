@@ -19,13 +19,11 @@ import re
 import sys
 
 import numpy as np
-from absl import flags
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files
 
-FLAGS = flags.FLAGS
 USAGE = "usage: ddpm import official|diffusers --workdir=DIR ... (ddpm import --help)"
 # A word of a folder's name (google/ddpm-ema-celebahq-256) -> the packaged config that says what
 # its JSON files do not: data and training.
@@ -33,20 +31,20 @@ BASES = {"cifar10": "cifar10", "celebahq": "celebahq256", "church": "lsun_church
          "bedroom": "lsun_bedroom", "cat": "lsun_cat"}
 
 
-def define_flags():
-    common.define_config_flag()
-    common.define_workdir_flag()
-    flags.DEFINE_string("checkpoint", None, "official: prefix, .index file or folder")
-    flags.DEFINE_string("path", None, "diffusers: folder, weights file, or hf://OWNER/NAME")
-    flags.DEFINE_bool("verify", True, "compare with diffusers on PyTorch before writing anything")
+def define_flags(define):
+    define.config()
+    define.workdir()
+    define.path("checkpoint", None, "official: prefix, .index file or folder")
+    define.path("path", None, "diffusers: folder, weights file, or hf://OWNER/NAME")
+    define.bool("verify", True, "compare with diffusers on PyTorch before writing anything")
 
 
-def main(argv):
-    kind, *rest = argv[1:] or [""]
+def main(values, words):
+    kind, *rest = words or [""]
     if kind not in KINDS or rest:
-        raise UserError(f"import {' '.join(argv[1:])}: {USAGE}")
-    workdir = common.required("workdir")
-    KINDS[kind](workdir=workdir, verify=FLAGS.verify)
+        raise UserError(f"import {' '.join(words)}: {USAGE}")
+    workdir = common.required(values, "workdir")
+    KINDS[kind](values, workdir=workdir, verify=values.verify)
     return 0
 
 
@@ -54,12 +52,13 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def _official_from_flags(**keywords):
-    import_official(common.required("checkpoint"), common.required("config"), **keywords)
+def _official_from_flags(values, **keywords):
+    import_official(common.required(values, "checkpoint"), common.required(values, "config"),
+                    **keywords)
 
 
-def _diffusers_from_flags(**keywords):
-    import_diffusers(common.required("path"), FLAGS.config, **keywords)
+def _diffusers_from_flags(values, **keywords):
+    import_diffusers(common.required(values, "path"), values.config, **keywords)
 
 
 KINDS = {"official": _official_from_flags, "diffusers": _diffusers_from_flags}

@@ -7,33 +7,28 @@ executing anything in the file, checks sha256, names and shapes, and writes an .
 `check` says which weights would be used and how exactly this machine computes their features.
 """
 
-from absl import flags
-
 from ddpm_jax.errors import UserError
 
-FLAGS = flags.FLAGS
 USAGE = "usage: ddpm inception convert IN OUT.npz | ddpm inception check [FILE]"
 
 
-def define_flags():
-    from ddpm_jax.cli.evaluate import definer
-    define = definer(__name__)
-    define("bool", "allow_unknown_weights", False,
+def define_flags(define):
+    define.bool("allow_unknown_weights", False,
            "accept Inception weights whose sha256 is not known")
-    define("bool", "overwrite", False, "replace a file that is there")
+    define.bool("overwrite", False, "replace a file that is there")
 
 
-def _convert(source, target):
+def _convert(values, source, target):
     from ddpm_jax.evaluation.inception import weights
-    facts = weights.convert(source, target, allow_unknown=FLAGS.allow_unknown_weights,
-                            overwrite=FLAGS.overwrite)
+    facts = weights.convert(source, target, allow_unknown=values.allow_unknown_weights,
+                            overwrite=values.overwrite)
     print(f"wrote {target}: 94 convolutions, source sha256 {facts['source_sha256']}, "
           f"tensors sha256 {facts['state_sha256']}")
 
 
-def _check(path=None):
+def _check(values, path=None):
     from ddpm_jax.evaluation.inception import weights
-    found = weights.load(weights.find(path), allow_unknown=FLAGS.allow_unknown_weights)
+    found = weights.load(weights.find(path), allow_unknown=values.allow_unknown_weights)
     error = weights.fingerprint_error(found)
     print(f"{found.path}: tensors sha256 {found.state_sha256}")
     print("features: no stored fingerprint (convert the file)" if error is None else
@@ -43,9 +38,9 @@ def _check(path=None):
 COMMANDS = {"convert": (_convert, (2,)), "check": (_check, (0, 1))}
 
 
-def main(argv):
-    command, *rest = argv[1:] or [""]
+def main(values, words):
+    command, *rest = words or [""]
     if command not in COMMANDS or len(rest) not in COMMANDS[command][1]:
-        raise UserError(f"inception {' '.join(argv[1:])}: {USAGE}")
-    COMMANDS[command][0](*rest)
+        raise UserError(f"inception {' '.join(words)}: {USAGE}")
+    COMMANDS[command][0](values, *rest)
     return 0

@@ -33,13 +33,12 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def _print_help(module, name: str) -> None:
+def _print_help(module, values) -> None:
     print((module.__doc__ or "").strip() + "\n\nflags:")
-    own = flags.FLAGS.flags_by_module_dict()
-    for owner in (module.__name__, "ddpm_jax.cli.common", "ddpm_jax.parallel.pod"):
-        for flag in own.get(owner, []):
-            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
-            print(f"  --{flag.name}: {flag.help}{default}")
+    for name in values:
+        flag = values[name]
+        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        print(f"  --{name}: {flag.help}{default}")
 
 
 def main(argv: list[str]) -> int:
@@ -58,12 +57,16 @@ def main(argv: list[str]) -> int:
               file=sys.stderr)
         return USER_ERROR
     module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
-    module.define_flags()
-    if any(a in ("-h", "--help", "-help") for a in rest):
-        _print_help(module, name)
-        return 0
+    from ddpm_jax.cli.common import Definer  # after --help, which needs no JAX
+
     try:
-        return module.main(_parse(name, rest)) or 0
+        rest = flags.FlagValues().read_flags_from_files(rest)
+        define = Definer(rest)
+        module.define_flags(define)
+        if any(a in ("-h", "--help", "-help") for a in rest):
+            _print_help(module, define.values)
+            return 0
+        return module.main(define.values, _parse(define.values, rest)) or 0
     except (UserError, flags.Error) as error:
         print(f"ddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _leave_pod(error)
@@ -81,14 +84,10 @@ def _leave_pod(error: BaseException) -> int:
     return code
 
 
-def _parse(name: str, rest: list[str]) -> list[str]:
-    """Read the flags; -> ['ddpm <name>', positionals...]. A wrong config field is a UserError."""
-    if any(word.startswith(("--config", "-config")) for word in rest):
-        from ddpm_jax.cli.common import with_packaged_configs
-
-        rest = with_packaged_configs(rest)
+def _parse(values, words: list[str]) -> list[str]:
+    """Read the flags; -> what is no flag. A wrong config field is a UserError."""
     try:
-        return flags.FLAGS([f"ddpm {name}", *rest])
+        return values(["ddpm", *words])[1:]
     except (AttributeError, KeyError) as error:
         field = str(error.args[0]).replace("\\n", "\n").splitlines()[0].strip("\\'\"")
         raise UserError(f"config has no field {field!r}; the fields and their defaults are in "

@@ -9,33 +9,29 @@ cropped or left out.
 import sys
 
 import jax
-from absl import flags
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define_inception_flags, definer, say
+from ddpm_jax.cli.evaluate import define_inception_flags, say
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import exit_codes, pod
-
-FLAGS = flags.FLAGS
+from ddpm_jax.parallel import exit_codes
 
 
-def define_flags():
-    define = definer(__name__)
+def define_flags(define):
     define_inception_flags(define)
-    define("string", "dataset", None, "a row of `ddpm data`")
-    define("string", "data_dir", None, "where `ddpm data prepare` put the dataset")
-    define("string", "split", "train", "train or test")
-    define("integer", "image_size", None, "side of the images, where the dataset leaves a choice")
-    define("integer", "num", None, "first images of the split; default: all")
-    define("integer", "features", 10_000, "images whose features are kept, for kid and pr")
-    define("integer", "batch_size", None, "images at a time, all devices together")
-    define("string", "out", None, "the .npz to write")
-    pod.define_flags()
+    define.string("dataset", None, "a row of `ddpm data`")
+    define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
+    define.string("split", "train", "train or test")
+    define.integer("image_size", None, "side of the images, where the dataset leaves a choice")
+    define.integer("num", None, "first images of the split; default: all")
+    define.integer("features", 10_000, "images whose features are kept, for kid and pr")
+    define.integer("batch_size", None, "images at a time, all devices together")
+    define.path("out", None, "the .npz to write")
+    define.pod()
 
 
-def main(argv):
-    common.no_positionals(argv)
-    name, out = common.required("dataset"), common.required("out")
+def main(values, words):
+    common.no_words(words)
+    name, out = common.required(values, "dataset"), common.required(values, "out")
     from ddpm_jax.data.datasets import open_source
     from ddpm_jax.evaluation.evaluate import check_options
     from ddpm_jax.evaluation.make_reference import make_reference
@@ -43,18 +39,18 @@ def main(argv):
     from ddpm_jax.storage import files
     if not out.endswith(".npz"):
         raise UserError(f"--out={out}: a reference must end in .npz")
-    if files.exists(out) and not FLAGS.overwrite:
+    if files.exists(out) and not values.overwrite:
         raise UserError(f"--out={out} exists; name another file or add --overwrite")
     options = Options(
-        metrics=("is",), protocol=FLAGS.protocol, num=FLAGS.num, batch_size=FLAGS.batch_size,
-        inception_weights=FLAGS.inception_weights,
-        allow_unknown_weights=FLAGS.allow_unknown_weights)
+        metrics=("is",), protocol=values.protocol, num=values.num, batch_size=values.batch_size,
+        inception_weights=values.inception_weights,
+        allow_unknown_weights=values.allow_unknown_weights)
     check_options(options)
-    source = open_source(name, FLAGS.data_dir, FLAGS.split, image_size=FLAGS.image_size)
-    stop, _ = common.join()
+    source = open_source(name, values.data_dir, values.split, image_size=values.image_size)
+    stop, _ = common.join(values)
     try:
-        make_reference(source, options, out, features=FLAGS.features,
-                             overwrite=FLAGS.overwrite, stop=stop, say=say)
+        make_reference(source, options, out, features=values.features,
+                             overwrite=values.overwrite, stop=stop, say=say)
     except StoppedError:
         say("stopped; what is done is kept: the same command goes on")
         return exit_codes.EXIT_RESTART

@@ -19,32 +19,30 @@ import time
 
 import jax
 import numpy as np
-from absl import flags
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define_inception_flags, definer, say, write_results
+from ddpm_jax.cli.evaluate import define_inception_flags, say, write_results
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import exit_codes, pod
+from ddpm_jax.parallel import exit_codes
 from ddpm_jax.storage import files
 
-FLAGS = flags.FLAGS
+FLAGS = None  # of the call of main
 MFU = 0.4       # of a chip's peak, where nothing was measured: an estimate, and called one
 CPU_SHARE = 0.5
 IMAGES_OF = {"train": 50_000, "test": 10_000}      # CIFAR-10
 
 
-def define_flags():
-    common.define_workdir_flag()
-    define = definer(__name__)
+def define_flags(define):
+    define.workdir()
     define_inception_flags(define)
-    define("bool", "dry_run", False, "print configs, costs, the paper's values and what is there; "
+    define.bool("dry_run", False, "print configs, costs, the paper's values and what is there; "
            "run nothing")
-    define("string", "config", None, "another config under the same cells, such as digits")
-    define("list", "set", [], "config fields for every cell: --set=train.steps=100,seed=1")
-    define("integer", "num", None, "generated images; default: 50,000 for tables, 1,000 for fig10")
-    define("integer", "bpd_num", None, "real images for bits/dim; default: all")
-    define("string", "classifier_dir", None, "where the small classifiers are kept")
-    pod.define_flags()
+    define.path("config", None, "another config under the same cells, such as digits")
+    define.list("set", [], "config fields for every cell: --set=train.steps=100,seed=1")
+    define.integer("num", None, "generated images; default: 50,000 for tables, 1,000 for fig10")
+    define.integer("bpd_num", None, "real images for bits/dim; default: all")
+    define.path("classifier_dir", None, "where the small classifiers are kept")
+    define.pod()
 
 
 def cell_config(name: str):
@@ -297,11 +295,13 @@ def cost_rows(target) -> tuple[list, str]:
 COST_HEADER = ("config", "part", "steps", "FLOPs", "hours, v3-8 (paper's speed)", "hours here")
 
 
-def main(argv):
+def main(values, words):
     from ddpm_jax.reproduction.paper_results import TARGETS
-    if len(argv) != 2 or argv[1] not in TARGETS:
-        raise UserError(f"reproduce {' '.join(argv[1:])}: expected one of {', '.join(TARGETS)}")
-    target, is_paper = TARGETS[argv[1]], not FLAGS.config and not FLAGS.set
+    global FLAGS
+    FLAGS = values
+    if len(words) != 1 or words[0] not in TARGETS:
+        raise UserError(f"reproduce {' '.join(words)}: expected one of {', '.join(TARGETS)}")
+    target, is_paper = TARGETS[words[0]], not FLAGS.config and not FLAGS.set
     if FLAGS.dry_run:
         rows, how = cost_rows(target)
         print(f"{target.text}\n")
@@ -309,8 +309,8 @@ def main(argv):
         print(f"\nhours here: {how}\n")
         print_table(table_rows(target, FLAGS.workdir, is_paper), HEADER)
         return 0
-    root = common.required("workdir")
-    stop, watchdog = common.join()
+    root = common.required(values, "workdir")
+    stop, watchdog = common.join(values)
     from ddpm_jax.evaluation import html_report
     from ddpm_jax.evaluation.options import StoppedError
     from ddpm_jax.reproduction import figures
@@ -327,7 +327,7 @@ def main(argv):
                 if jax.process_index() == 0:
                     for title, picture in drawn.pictures.items():
                         pictures.write_png(
-                            f"{root}/{argv[1]}-{title}.png",
+                            f"{root}/{words[0]}-{title}.png",
                             pictures.enlarge(picture, -(-320 // picture.shape[1])))
             lines = f"{root}/{name}/metrics.jsonl"
             if jax.process_index() == 0 and files.exists(lines):
@@ -343,12 +343,14 @@ def main(argv):
         note = html_report.note(
             "The paper's values are the paper's. Bands are this project's." if is_paper else
             "Another config than the paper's: its values do not apply, so there is no verdict.")
-        values = [html_report.section("Values", note, html_report.table(found, HEADER))] if found else [note]
+        shown = [note]
+        if found:
+            shown = [html_report.section("Values", note, html_report.table(found, HEADER))]
         page = html_report.page(target.text, [
-            *values, *sections,
+            *shown, *sections,
             html_report.section("Cost", html_report.note(f"hours here: {how}"),
                            html_report.table(rows, COST_HEADER))])
-        path = f"{root}/{argv[1]}.html"
+        path = f"{root}/{words[0]}.html"
         files.write_bytes(path, page.encode())
         if found:
             print_table(found, HEADER)

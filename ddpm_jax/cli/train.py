@@ -8,19 +8,19 @@ A SIGTERM saves and exits with 42; run the same command again to continue.
 """
 
 from ddpm_jax.cli import common
-from ddpm_jax.parallel import exit_codes, pod
+from ddpm_jax.parallel import exit_codes
 
 
-def define_flags():
-    common.define_config_flag()
-    common.define_workdir_flag()
-    pod.define_flags()
+def define_flags(define):
+    define.config()
+    define.workdir()
+    define.pod()
 
 
-def main(argv):
-    common.no_positionals(argv)
-    config, workdir = common.required("config"), common.required("workdir")
-    stop, watchdog = common.join(config)
+def main(values, words):
+    common.no_words(words)
+    config, workdir = common.required(values, "config"), common.required(values, "workdir")
+    stop, watchdog = common.join(values, config)
     from ddpm_jax import train
     from ddpm_jax.evaluation.monitor import periodic
 

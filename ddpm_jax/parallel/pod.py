@@ -41,29 +41,35 @@ class Pod(NamedTuple):
     method: str
 
 
-def define_flags():
-    """Defines the absl flags that `initialize` reads. Each has an environment variable too."""
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+    """Defines in `values` the flags that `initialize` and `start_watchdog` read. Each has an
+    environment variable too."""
     flags.DEFINE_enum("multihost", "auto", ["auto", "off"],
                       "auto: join the other processes when the environment tells of any (DDPM_*, "
-                      "Cloud TPU, GKE, SLURM, Open MPI, Kubernetes); off: run alone")
-    flags.DEFINE_string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
+                      "Cloud TPU, GKE, SLURM, Open MPI, Kubernetes); off: run alone",
+                      flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)",
+                        flag_values=values)
     flags.DEFINE_integer("coordinator_port", None,
                          f"port of the coordinator (env JAX_COORDINATOR_PORT); {DEFAULT_PORT} "
                          "where neither says, but SLURM's own choice on SLURM", lower_bound=1,
-                         upper_bound=65535)
-    flags.DEFINE_integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1)
+                         upper_bound=65535, flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1,
+                         flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this one, from 0 (env DDPM_PROC)",
-                         lower_bound=0)
+                         lower_bound=0, flag_values=values)
     flags.DEFINE_integer("init_timeout", None, "seconds to wait for the other processes; default "
-                         "300, several TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1)
+                         "300, several TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1,
+                         flag_values=values)
     flags.DEFINE_integer("heartbeat", None, "seconds after which a silent process counts as dead "
-                         "and the others end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2)
+                         "and the others end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2,
+                         flag_values=values)
     flags.DEFINE_float("watchdog", 0.0, "print all stacks and exit with "
                        f"{EXIT_HUNG} after this many seconds without a step; 0: never",
-                       lower_bound=0.0)
+                       lower_bound=0.0, flag_values=values)
 
 
-def initialize() -> Pod:
+def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
     """Joins the pod, or does nothing for one process. Call before anything touches a device.
 
     Order: flags, then DDPM_COORD/DDPM_NPROC/DDPM_PROC, then what JAX detects. Says what it waits
@@ -73,15 +79,15 @@ def initialize() -> Pod:
       UserError: half of the settings given, or the port of process 0 is taken.
       SystemExit: EXIT_UNREACHABLE after one line, no coordinator within the time-out.
     """
-    if option("multihost", "DDPM_MULTIHOST", str, "auto") == "off":
+    if option(values, "multihost", "DDPM_MULTIHOST", str, "auto") == "off":
         return Pod(0, 1, None, "off")
     if jax.distributed.is_initialized():
         state = pod_state()
         return Pod(state.process_id, state.num_processes, state.coordinator_address, "before")
-    port = option("coordinator_port", "JAX_COORDINATOR_PORT", int, None)
-    timeout = option("init_timeout", "DDPM_INIT_TIMEOUT", int, None)
-    heartbeat = option("heartbeat", "DDPM_HEARTBEAT", int, 30)
-    found = _explicit(port) or _detect(port, timeout or 300)
+    port = option(values, "coordinator_port", "JAX_COORDINATOR_PORT", int, None)
+    timeout = option(values, "init_timeout", "DDPM_INIT_TIMEOUT", int, None)
+    heartbeat = option(values, "heartbeat", "DDPM_HEARTBEAT", int, 30)
+    found = _explicit(values, port) or _detect(port, timeout or 300)
     if found is None or found[0].num_processes == 1:
         return Pod(0, 1, None, found[0].method if found else "alone")
     pod, local_device_ids = found
@@ -179,9 +185,8 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def option(flag: str, variable: str, kind, default):
+def option(values, flag: str, variable: str, kind, default):
     """Flag if given, else environment variable, else default."""
-    values = flags.FLAGS
     if flag in values and values.is_parsed() and values[flag].present:
         return values[flag].value
     text = os.environ.get(variable)
@@ -205,10 +210,10 @@ def _leave_on_exception(kind, value, trace):
     leave(EXIT_LOST if is_lost_peer(value) else 1)
 
 
-def _explicit(port: int | None):
-    given = {"coordinator": option("coordinator", "DDPM_COORD", str, None),
-             "num_processes": option("num_processes", "DDPM_NPROC", int, None),
-             "process_id": option("process_id", "DDPM_PROC", int, None)}
+def _explicit(values, port: int | None):
+    given = {"coordinator": option(values, "coordinator", "DDPM_COORD", str, None),
+             "num_processes": option(values, "num_processes", "DDPM_NPROC", int, None),
+             "process_id": option(values, "process_id", "DDPM_PROC", int, None)}
     if given["num_processes"] == 1 and given["process_id"] in (None, 0):
         return Pod(0, 1, None, "given"), None
     missing = [name for name, value in given.items() if value is None]

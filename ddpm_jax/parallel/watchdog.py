@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+from absl import flags
+
 from ddpm_jax.parallel import pod
 from ddpm_jax.parallel.exit_codes import EXIT_HUNG, log
 
@@ -53,13 +55,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def start_watchdog(seconds: float | None = None) -> Watchdog:
-    """Watches for hung steps: `seconds` without `beat()` prints all stacks, exits EXIT_HUNG.
-
-    `seconds` None reads --watchdog; 0 gives an object that does nothing.
-    """
-    if seconds is None:
-        seconds = pod.option("watchdog", "DDPM_WATCHDOG", float, 0.0)
+def start_watchdog(values: flags.FlagValues = flags.FLAGS) -> Watchdog:
+    """Watches for hung steps: --watchdog seconds without `beat()` print all stacks and exit with
+    EXIT_HUNG; 0 gives an object that does nothing."""
+    seconds = pod.option(values, "watchdog", "DDPM_WATCHDOG", float, 0.0)
     watchdog = Watchdog(seconds)
     if seconds > 0:
         threading.Thread(target=watchdog._watch, name="ddpm-watchdog", daemon=True).start()

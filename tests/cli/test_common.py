@@ -4,17 +4,37 @@ from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 
 
-def test_names_of_packaged_configs_become_paths():
-    argv = common.with_packaged_configs(
-        ["--config=digits", "--workdir=x", "--config", "cifar10", "--config.train.steps=3"])
-    assert argv[0].startswith("--config=/") and argv[0].endswith("configs/digits.py")
-    assert argv[3].endswith("configs/cifar10.py")
-    assert argv[1] == "--workdir=x" and argv[4] == "--config.train.steps=3"
+def parse(*words):
+    define = common.Definer(words)
+    define.config()
+    define.workdir()
+    define.values(["ddpm", *words])
+    return define.values
+
+
+def test_a_packaged_config_with_changed_fields():
+    values = parse("--config=digits", "--config.train.steps=3", "--config.model.ch_mult=(1,3)")
+    assert values.config.train.steps == 3 and values.config.model.ch_mult == (1, 3)
+    assert common.config_name(values) == "digits"
+    assert parse("--config", "cifar10").config.data.name == "cifar10"
     with pytest.raises(UserError, match="no such file"):
-        common.with_packaged_configs(["--config=dogs"])
+        parse("--config=dogs")
 
 
-def test_no_positionals():
-    common.no_positionals(["ddpm train"])
+def test_each_call_has_its_own_values():
+    first, second = parse("--config=digits", "--config.train.steps=3"), parse("--config=digits")
+    assert first.config.train.steps == 3 != second.config.train.steps
+
+
+def test_the_home_folder_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from ddpm_jax.configs.digits import get_config\n")
+    values = parse("--config=~/mine.py", "--workdir=~/run")
+    assert values.workdir == f"{tmp_path}/run" and values.config.data.name == "digits"
+    assert parse("--workdir=gs://bucket/run").workdir == "gs://bucket/run"
+
+
+def test_no_words():
+    common.no_words([])
     with pytest.raises(UserError, match="unexpected argument 'x'"):
-        common.no_positionals(["ddpm train", "x"])
+        common.no_words(["x"])

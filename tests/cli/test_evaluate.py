@@ -197,7 +197,6 @@ def test_a_disk_that_takes_no_more_is_one_message_and_no_number(classifiers, tmp
     (("--workdir=/absent",), "no run here"),
     (("extra", "--workdir=/absent"), "unexpected argument 'extra'"),
 ])
-@pytest.mark.usefixtures("fresh_flags")
 def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
     from ddpm_jax.cli import common, main
     monkeypatch.setattr(common, "join", lambda config=None: (None, None))

@@ -7,7 +7,6 @@ import pytest
 
 from ddpm_jax.cli import main
 
-pytestmark = pytest.mark.usefixtures("fresh_flags")
 HERE = pathlib.Path(__file__).parents[1]
 
 

@@ -99,8 +99,8 @@ def test_a_failed_save_in_a_pod_is_a_lost_peer_or_the_users(tmp_path, cause, cod
         "from ddpm_jax.parallel import pod\n"
         "pod.initialize()\n"
         "class Module:\n"
-        "    define_flags = staticmethod(lambda: None)\n"
-        "    def main(argv):\n"
+        "    define_flags = staticmethod(lambda define: None)\n"
+        "    def main(values, words):\n"
         f"        raise UserError('saving step 3 failed') from {cause}\n"
         "sys.modules['ddpm_jax.cli.train'] = Module\n"
         "sys.exit(main.main(['train']))\n")

@@ -4,8 +4,6 @@ import pytest
 
 from ddpm_jax.cli import common, main
 
-pytestmark = pytest.mark.usefixtures("fresh_flags")
-
 
 @pytest.mark.parametrize("words, message", [
     ([], "--dataset is missing"), (["--dataset=digits"], "--out is missing"),

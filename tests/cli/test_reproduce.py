@@ -28,7 +28,6 @@ def ddpm(*words, expect=0, around=()):
     return done.stdout
 
 
-@pytest.mark.usefixtures("fresh_flags")
 def test_dry_run_has_costs_the_papers_values_and_bands(capsys):
     from ddpm_jax.cli import main
     assert main.main(["reproduce", "table1", "--dry_run"]) == 0
@@ -39,7 +38,6 @@ def test_dry_run_has_costs_the_papers_values_and_bands(capsys):
     assert "PASS" not in out and "FAIL" not in out
 
 
-@pytest.mark.usefixtures("fresh_flags")
 def test_dry_run_of_table_2_says_what_the_paper_found_unstable(capsys):
     from ddpm_jax.cli import main
     assert main.main(["reproduce", "table2", "--dry_run"]) == 0
@@ -47,7 +45,6 @@ def test_dry_run_of_table_2_says_what_the_paper_found_unstable(capsys):
     assert out.count("unstable") == 2 and out.count(" train ") == 6
 
 
-@pytest.mark.usefixtures("fresh_flags")
 def test_verdicts_where_a_run_exists(capsys, tmp_path):
     from ddpm_jax.cli import main
     from ddpm_jax.evaluation.records import write_records
@@ -65,7 +62,6 @@ def test_verdicts_where_a_run_exists(capsys, tmp_path):
     (["fig7", "--dry_run", "--set=train.stepz=3"], "--set=train.stepz=3"),
     (["fig7", "--dry_run", "--config=nowhere"], "no such file, nor a packaged config"),
     (["fig7"], "--workdir is missing")])
-@pytest.mark.usefixtures("fresh_flags")
 def test_bad_input_is_one_line(words, message, capsys):
     from ddpm_jax.cli import main
     assert main.main(["reproduce", *words]) == 2
