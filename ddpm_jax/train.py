@@ -12,7 +12,6 @@ from ddpm_jax.config import to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import collect
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
@@ -241,9 +240,9 @@ class _GridSampler:
             chain = programs.sampling_chain(exp)
             self._program = programs.sample_program(exp, chain)
         wanted = exp.config.eval.sample_num
-        index = collect.my_indices(runner, 0, wanted)
+        index = hosts.local_indices(runner, 0, wanted)
         images = self._program(params, np.uint32(exp.config.seed), index)
-        images = collect.shared_rows(runner, images)[:wanted]
+        images = hosts.all_rows(runner, images)[:wanted]
         if self._writer.folder is not None:
             self._writer.images(step, "samples", images)
             samples = self._writer.folder / "samples"

@@ -28,9 +28,9 @@ def test_sampling_writes_numbered_images_and_pictures(straight, tmp_path):
 
 def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
     assert sample(straight, tmp_path / "a", stop=Stop(at=1)) is False
-    shard = tmp_path / "a" / "shards" / "00000.npy"
-    kept = np.load(shard)
-    np.save(shard, kept * 0 + 7)  # would be overwritten if it were drawn again
+    shard = tmp_path / "a" / "shards" / "shard-00000.npz"
+    kept = np.load(shard)["images"]
+    np.savez(shard, images=kept * 0 + 7)  # would be overwritten if it were drawn again
     assert sample(straight, tmp_path / "a") is True
     images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
     assert (images[:8] == 7).all() and (images[8:] != 7).any()

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from ddpm_jax import programs
-from ddpm_jax.evaluation import collect
 from ddpm_jax.evaluation.evaluate import check_options, make_context, run_subject
 from ddpm_jax.evaluation.features import gatherer, image_features, rows_of
 from ddpm_jax.evaluation.metrics import METRICS
 from ddpm_jax.evaluation.options import LOOKED_AT, Options
+from ddpm_jax.parallel import hosts
 
 
 class Along(NamedTuple):
@@ -47,12 +47,12 @@ def evaluate_along(exp, params, options: Options, *, facts, looks, shown, folder
 
         def produce(start, count):
             looked = program(params, np.uint32(options.seed),
-                             collect.my_indices(exp.runner, start, subject.batch))[1]
+                             hosts.local_indices(exp.runner, start, subject.batch))[1]
             frames = exp.runner.local(looked)
             rows = {f"{name} {k}": row for k in range(frames.shape[1])
                     for name, row in rows_of(exp.runner, features(
                         exp.runner.put("batch", frames[:, k])), count).items()}
-            kept = collect.shared_rows(exp.runner, looked)[:count]
+            kept = hosts.all_rows(exp.runner, looked)[:count]
             return rows | {"frames": kept[:max(0, shown - start)]}
 
         return produce

@@ -1,12 +1,13 @@
-"""Shards of a long evaluation: made once each, kept whole, gone on with after a stop."""
+"""Resumable, sharded collection of per-image arrays."""
 
 import hashlib
 import json
+from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
 LAYOUT = 1       # raise when shards of older code must not be read
@@ -14,12 +15,12 @@ SUM = "sum_"     # arrays of this prefix are added over shards; all others are r
 
 
 def key(request: dict) -> str:
-    """Eight characters that name a request to this version of the code."""
+    """Eight characters that identify a request to this version of the code."""
     text = json.dumps(request | {"layout": LAYOUT}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _name(k):
+def shard_name(k: int) -> str:
     return f"shard-{k:05d}.npz"
 
 
@@ -27,30 +28,22 @@ def _rows(arrays):
     return max((len(a) for name, a in arrays.items() if not name.startswith(SUM)), default=0)
 
 
-def _is_whole(path, count):
-    try:
-        return _rows(files.read_npz(path)) == count
-    except UserError:
-        return False      # cut short or damaged: made again
-
-
-def finished(folder, num: int, batch: int) -> np.ndarray:
-    """Which shards are on disk with the right number of images; the same on all processes."""
-    count = -(-num // batch)
-    done = np.zeros(count, bool)
-    if folder is not None and jax.process_index() == 0:
-        here = set(files.listing(folder))
-        for k in range(count):
-            path = files.join(folder, _name(k))
-            done[k] = _name(k) in here and _is_whole(path, min(batch, num - k * batch))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        done = np.asarray(multihost_utils.broadcast_one_to_all(done))
-    return done
+def _stored(folder, num, batch) -> dict[int, dict]:
+    """The shards on disk that have the right number of images; others are made again."""
+    here, found = set(files.listing(folder)), {}
+    for k, start in enumerate(range(0, num, batch)):
+        if shard_name(k) in here:
+            try:
+                arrays = files.read_npz(files.join(folder, shard_name(k)))
+            except UserError:
+                continue  # cut short or damaged
+            if _rows(arrays) == min(batch, num - start):
+                found[k] = arrays
+    return found
 
 
 def check_finite(arrays: dict, start: int, what: str) -> None:
-    """UserError naming the first image whose numbers are not finite."""
+    """Raise UserError naming the first image whose numbers are not finite."""
     for name, a in arrays.items():
         if a.dtype.kind == "f" and not np.all(np.isfinite(a)):
             bad = start + int(np.argmin(np.isfinite(a.reshape(len(a), -1)).all(1)))
@@ -58,58 +51,37 @@ def check_finite(arrays: dict, start: int, what: str) -> None:
                             "precision is too low: no metric is written")
 
 
-def collect(produce, *, num: int, batch: int, folder=None, request=None, stop=None,
-            what: str = "image", progress=None) -> dict | None:
-    """All rows of produce(start, count) over 0 ... num-1, on process 0 (elsewhere {}).
+def collect(produce: Callable[[int, int], dict], *, num: int, batch: int, folder=None,
+            request: dict | None = None, stop=None, what: str = "image",
+            progress: Callable[[int], None] | None = None) -> dict | None:
+    """All rows of produce(start, count) over 0 ... num-1, on the main process (elsewhere {}).
 
-    produce: on every process, -> {name: numpy [count, ...] (or fewer rows, where only the first
-    images are wanted) or, for a name starting with 'sum_', any shape}.
-    Shards found in ``folder`` are not made again. -> None where `stop` asked to leave.
+    produce: called on every process, -> {name: numpy [count, ...] (or fewer rows, where only the
+    first images are wanted) or, for a name starting with 'sum_', any shape}.
+    Shards found in ``folder`` are not made again; ``request`` is kept beside them as a note.
+    Returns None where ``stop`` requested it. Raises UserError where a number is not finite or
+    a shard cannot be written.
     """
-    first = jax.process_index() == 0
-    done = finished(folder, num, batch)
-    if folder is not None and first and not done.any():
-        files.write_json(files.join(folder, "request.json"), request or {})
-    parts = []
+    is_main = hosts.is_main_process()
+    parts = _stored(folder, num, batch) if is_main and folder is not None else {}
+    done = set(hosts.broadcast_json(sorted(parts)))
+    if is_main and folder is not None and request is not None and not done:
+        files.write_json(files.join(folder, "request.json"), request)
     for k, start in enumerate(range(0, num, batch)):
         if stop is not None and stop.requested(k):
             return None
         count = min(batch, num - start)
-        path = None if folder is None else files.join(folder, _name(k))
-        if done[k]:
-            arrays = files.read_npz(path) if first else {}
-        else:
+        if k not in done:
             arrays = produce(start, count)
             check_finite(arrays, start, what)
-            if path is not None and first:
-                files.write_npz(path, arrays)
-        if first:
-            parts.append(arrays)
+            if is_main:
+                parts[k] = arrays
+                if folder is not None:
+                    files.write_npz(files.join(folder, shard_name(k)), arrays)
         if progress is not None:
             progress(start + count)
-    if not first:
+    if not is_main:
         return {}
-    return {name: (np.sum([p[name] for p in parts], axis=0) if name.startswith(SUM)
-                   else np.concatenate([p[name] for p in parts])) for name in parts[0]}
-
-
-def shared_rows(runner, result) -> np.ndarray:
-    """A 'batch' result of a runner's program: all rows, on every process, in order."""
-    share = runner.local(result)
-    if jax.process_count() == 1:
-        return share
-    from jax.experimental import multihost_utils
-    return np.asarray(multihost_utils.process_allgather(share, tiled=True))
-
-
-def my_slots(runner, batch: int) -> tuple[int, int, int]:
-    """(first, count, total): this process's share of a batch rounded up to all devices."""
-    total = -(-batch // runner.num_devices) * runner.num_devices
-    share = total // jax.process_count()
-    return jax.process_index() * share, share, total
-
-
-def my_indices(runner, start: int, batch: int):
-    """Global indices start ... start+batch-1, rounded up to all devices, on the devices: int32."""
-    first, share, _ = my_slots(runner, batch)
-    return runner.put("batch", np.arange(start + first, start + first + share, dtype=np.int32))
+    shards = [parts[k] for k in sorted(parts)]
+    return {name: (np.sum([s[name] for s in shards], axis=0) if name.startswith(SUM)
+                   else np.concatenate([s[name] for s in shards])) for name in shards[0]}

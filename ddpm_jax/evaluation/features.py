@@ -13,6 +13,7 @@ from ddpm_jax.data.datasets import open_source, read_rows
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect, extract, protocols, small_cnn
 from ddpm_jax.evaluation.options import OFFLINE_REALS, REAL, REAL_BATCH, StoppedError
+from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
 
@@ -46,7 +47,7 @@ def _named(build, program, names, memory, key):
 
 
 def rows_of(runner, out, count):
-    return {name: collect.shared_rows(runner, a)[:count] for name, a in out.items()}
+    return {name: hosts.all_rows(runner, a)[:count] for name, a in out.items()}
 
 
 def image_features(runner, extractor, memory):
@@ -80,7 +81,7 @@ def model_draws(exp, chain, params, seed, batch, *, images_kept, memory):
         placed = exp.runner.put("replicated", extractor.params)
 
         def produce(start, count):
-            index = collect.my_indices(exp.runner, start, batch)
+            index = hosts.local_indices(exp.runner, start, batch)
             out = compiled(params, np.uint32(seed), index, placed)
             rows = rows_of(exp.runner, out, count)
             if "images" in rows:
@@ -99,7 +100,7 @@ def image_draws(runner, read, batch, *, images_kept=0, memory=None):
     def draw(extractor, quantise=None):
         del quantise      # they are integers already
         features = image_features(runner, extractor, memory)
-        first, share, _ = collect.my_slots(runner, batch)
+        first, share, _ = hosts.local_slots(runner, batch)
 
         def produce(start, count):
             # The last batch is filled with its last image; those rows are cut off again.
@@ -120,7 +121,7 @@ def bound_draws(exp, params, source, seed, batch, memory):
     if "bound" not in memory:
         memory["bound"] = programs.bound_program(exp)
     compiled = memory["bound"]
-    first, share, _ = collect.my_slots(exp.runner, batch)
+    first, share, _ = hosts.local_slots(exp.runner, batch)
 
     def produce(start, count):
         mine = [min(start + first + i, start + count - 1) for i in range(share)]

@@ -10,7 +10,8 @@ import numpy as np
 from ddpm_jax import experiment, programs
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
-from ddpm_jax.evaluation import collect, html_report, measures
+from ddpm_jax.evaluation import html_report, measures
+from ddpm_jax.parallel import hosts
 from ddpm_jax.reproduction.paper_results import TABLE_4, rate_verdict
 from ddpm_jax.storage import pictures
 from ddpm_jax.training import rng
@@ -47,8 +48,8 @@ def _drawn(run, chain, count) -> np.ndarray:
     """uint8 [count,H,W,C] of the images 0 ... count-1, whole on every process."""
     exp = run.exp
     program = programs.sample_program(exp, chain)
-    images = program(run.params, np.uint32(run.seed), collect.my_indices(exp.runner, 0, count))
-    return collect.shared_rows(exp.runner, images)[:count]
+    images = program(run.params, np.uint32(run.seed), hosts.local_indices(exp.runner, 0, count))
+    return hosts.all_rows(exp.runner, images)[:count]
 
 
 def shared_latents(run) -> Drawn:
