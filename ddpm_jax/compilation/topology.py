@@ -1,7 +1,7 @@
 """Names of machines, as people write them, to device descriptions that XLA can compile for.
 
-No accelerator is needed: `libtpu` (TPU) and the CUDA plugin (GPU) hold the compilers and are asked
-for a topology instead of devices. `cpu:8` means eight devices of this process' CPU.
+No accelerator is needed: `libtpu` (TPU) and the CUDA plugin (GPU) hold the compilers and
+describe a topology instead of devices. `cpu:8` means eight devices of this process's CPU.
 """
 
 import importlib.util
@@ -11,16 +11,18 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
+from ddpm_jax.compilation import hardware
+from ddpm_jax.errors import UserError
+
 # Read when the plugins load: no metadata server to wait for, no log files, and room for a second
 # process that compiles too.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
          "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}
-
-import jax  # noqa: E402
-
-from ddpm_jax.compilation import hardware  # noqa: E402
-from ddpm_jax.errors import UserError  # noqa: E402
+GPUS_PER_HOST = 8
+NAME = re.compile(r"([a-z0-9]+?)(?:(-|:)([0-9x]+))?(?:\*(\d+))?")
 
 
 class Topology(NamedTuple):
@@ -37,56 +39,11 @@ class Topology(NamedTuple):
         return len(self.devices) // (self.chip.devices_per_chip if self.chip else 1)
 
 
-class Generation(NamedTuple):
-    """How one TPU generation is named. platform_name: libtpu's; cores: what one chip counts for in
-    names such as v3-8 (cores) and v6e-8 (chips); dimensions: of its torus; options: for libtpu."""
-
-    platform_name: str
-    chip: str
-    cores: int
-    dimensions: int
-    options: dict
-    example: str
-
-
-GENERATIONS = {
-    "v2": Generation("v2", "v2", 2, 2, {}, "v2-8"),
-    "v3": Generation("v3", "v3", 2, 2, {}, "v3-8"),
-    # Two cores that act as one device, as on real v4 machines; libtpu must be told.
-    "v4": Generation("v4", "v4", 2, 3, {"chip_config_name": "megacore"}, "v4-8"),
-    "v5litepod": Generation("v5e", "v5e", 1, 2, {}, "v5litepod-8"),
-    "v5e": Generation("v5e", "v5e", 1, 2, {}, "v5e-256"),
-    "v5p": Generation("v5p", "v5p", 2, 3, {}, "v5p:4x4x4"),
-    "v6e": Generation("v6e", "v6e", 1, 2, {}, "v6e-8"),
-    "v7x": Generation("tpu7x", "v7x", 2, 3, {}, "v7x-8"),
-    "tpu7x": Generation("tpu7x", "v7x", 2, 3, {}, "tpu7x:2x2x1"),
-}
-# Target descriptions that the project ships, and how many GPUs a host has.
-GPU_TARGETS = {"h100": "h100.txtpb"}
-GPUS_PER_HOST = 8
-NAME = re.compile(r"([a-z0-9]+?)(?:(-|:)([0-9x]+))?(?:\*(\d+))?")
-
-
 def known() -> str:
     """One line that shows each form a name can take."""
-    examples = [g.example for g in GENERATIONS.values()]
-    return ", ".join([*examples, "v5e:16x16", "v5e-256*2 (two slices)",
-                      *(f"{name}:{GPUS_PER_HOST}" for name in GPU_TARGETS), "cpu:8"])
-
-
-def torus(chips: int, dimensions: int) -> str | None:
-    """The usual shape of a slice of `chips` chips, such as '2x4' or '4x4x8'; None if there is none.
-
-    Sides are powers of two, as equal as they can be, the smallest first; 3-D slices of fewer than
-    8 chips are flat (2x2x1), as they are sold.
-    """
-    exponent = chips.bit_length() - 1
-    if chips < 1 or chips != 1 << exponent:
-        return None
-    if dimensions == 3 and chips <= 4:
-        return {1: "1x1x1", 2: "1x2x1", 4: "2x2x1"}[chips]
-    low, more = divmod(exponent, dimensions)
-    return "x".join(str(1 << (low + (i >= dimensions - more))) for i in range(dimensions))
+    return ", ".join([*(f"{name}-8" for name in hardware.BY_TPU_NAME), "v5p:4x4x4", "v5e:16x16",
+                      "v5e-256*2 (two slices)",
+                      *(f"{name}:{GPUS_PER_HOST}" for name in hardware.BY_GPU_TARGET), "cpu:8"])
 
 
 def _unknown(name: str, why: str = "") -> UserError:
@@ -103,28 +60,28 @@ def _need(module: str, name: str, command: str) -> None:
                         f"installed; run: {command}")
 
 
-def _describe_tpu(name: str, generation: Generation, joint: str, size: str, slices: int):
+def _describe_tpu(name: str, tpu: hardware.Tpu, joint: str, size: str, slices: int):
     if joint == "-":
-        chips, rest = divmod(int(size), generation.cores)
-        shape = None if rest or "x" in size else torus(chips, generation.dimensions)
+        chips, rest = divmod(int(size), tpu.cores)
+        shape = None if rest or "x" in size else hardware.torus(chips, tpu.dimensions)
     else:
-        shape = size if size.count("x") == generation.dimensions - 1 else None
+        shape = size if size.count("x") == tpu.dimensions - 1 else None
     if shape is None:
-        sides = "x".join("NNN"[:generation.dimensions])
-        raise _unknown(name, f" (a {generation.platform_name} slice is a power of two of chips, "
-                             f"or {generation.platform_name}:{sides})")
+        sides = "x".join("N" * tpu.dimensions)
+        raise _unknown(name, f" (a {tpu.platform} slice is a power of two of chips, "
+                             f"or {tpu.platform}:{sides})")
     _need("libtpu", name, f'pip install "jax[tpu]=={jax.__version__}"')
-    options = dict(generation.options)
+    options = dict(tpu.options)
     if shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)
     if shape == "2x4":
         options["chips_per_host_bounds"] = (2, 4, 1)  # one host, as v5litepod-8 and v6e-8 are
     if slices > 1:
         options["num_slices"] = slices
-    return (f"{generation.platform_name}:{shape}", "tpu"), options
+    return (f"{tpu.platform}:{shape}", "tpu"), options
 
 
-def _describe_gpu(name: str, gpu: str, size: str, hosts: int):
+def _describe_gpu(name: str, target: str, size: str, hosts: int):
     if "x" in size:
         raise _unknown(name)
     count = int(size)
@@ -136,8 +93,8 @@ def _describe_gpu(name: str, gpu: str, size: str, hosts: int):
     version = jax.__version__
     _need("jax_plugins.xla_cuda12", name,
           f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}")
-    target = pathlib.Path(__file__).with_name(GPU_TARGETS[gpu]).read_text()
-    options = {"topology": f"1x{hosts}x{count}", "target_config": target}
+    options = {"topology": f"1x{hosts}x{count}",
+               "target_config": pathlib.Path(__file__).with_name(target).read_text()}
     return (name, "cuda"), options, hosts
 
 
@@ -176,12 +133,12 @@ def describe(name: str) -> Topology:
         return Topology(name, _cpu_devices(name, size or "1"), None, 1)
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    if kind in GPU_TARGETS:
-        chip = hardware.CHIPS[kind]
-        where, options, slices = _describe_gpu(name, kind, size or "1", slices)
-    elif kind in GENERATIONS and size:
-        chip = hardware.CHIPS[GENERATIONS[kind].chip]
-        where, options = _describe_tpu(name, GENERATIONS[kind], joint, size, slices)
+    if kind in hardware.BY_GPU_TARGET:
+        chip = hardware.BY_GPU_TARGET[kind]
+        where, options, slices = _describe_gpu(name, chip.target, size or "1", slices)
+    elif kind in hardware.BY_TPU_NAME and size:
+        chip = hardware.BY_TPU_NAME[kind]
+        where, options = _describe_tpu(name, chip.tpu, joint, size, slices)
     else:
         raise _unknown(name)
     try:

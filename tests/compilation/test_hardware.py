@@ -1,3 +1,5 @@
+import math
+
 import jax
 import pytest
 from jax._src.pallas.mosaic import tpu_info
@@ -42,3 +44,20 @@ def test_look_up_and_unknown_kind():
     assert v3.per_device(v3.bf16_flops) == 61.5e12 and v3.per_device(None) is None
     kinds = [kind for chip in hardware.CHIPS.values() for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds)) == len(hardware.BY_DEVICE_KIND)
+
+
+@pytest.mark.parametrize(("chips", "dimensions", "shape"), [
+    (1, 2, "1x1"), (4, 2, "2x2"), (8, 2, "2x4"), (16, 2, "4x4"), (32, 2, "4x8"), (256, 2, "16x16"),
+    (1, 3, "1x1x1"), (4, 3, "2x2x1"), (8, 3, "2x2x2"), (16, 3, "2x2x4"), (32, 3, "2x4x4"),
+    (64, 3, "4x4x4"), (256, 3, "4x8x8"), (4096, 3, "16x16x16"), (12, 2, None), (0, 3, None)])
+def test_slice_shapes_as_google_sells_them(chips, dimensions, shape):
+    assert hardware.torus(chips, dimensions) == shape
+
+
+def test_a_tpu_row_is_named_once_and_each_size_is_a_slice():
+    names = [name for chip in TPUS if chip.tpu for name in chip.tpu.names]
+    assert len(names) == len(set(names)) == len(hardware.BY_TPU_NAME)
+    for chip in filter(lambda chip: chip.tpu, TPUS):
+        for size in chip.tpu.sizes:
+            sides = hardware.torus(size // chip.tpu.cores, chip.tpu.dimensions).split("x")
+            assert math.prod(map(int, sides)) * chip.tpu.cores == size

@@ -14,14 +14,6 @@ def test_cpu_devices():
         topology.describe("cpu:9")
 
 
-@pytest.mark.parametrize(("chips", "dimensions", "shape"), [
-    (1, 2, "1x1"), (4, 2, "2x2"), (8, 2, "2x4"), (16, 2, "4x4"), (32, 2, "4x8"), (256, 2, "16x16"),
-    (1, 3, "1x1x1"), (4, 3, "2x2x1"), (8, 3, "2x2x2"), (16, 3, "2x2x4"), (32, 3, "2x4x4"),
-    (64, 3, "4x4x4"), (256, 3, "4x8x8"), (4096, 3, "16x16x16"), (12, 2, None), (0, 3, None)])
-def test_slice_shapes_as_google_sells_them(chips, dimensions, shape):
-    assert topology.torus(chips, dimensions) == shape
-
-
 @pytest.mark.parametrize("name", ["v9-8", "v3-8-8", "", "v5e", "h100:2x2", "cpu:2x4", "h100:12",
                                   "v3-5", "v3:1x1x1", "b200:8"])
 def test_unknown_names_list_what_exists(name):
