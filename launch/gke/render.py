@@ -11,7 +11,6 @@ per slice; launch/README.md has the commands.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import re
@@ -19,18 +18,11 @@ import string
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Node label and machine: those generations that GKE knows by these names.
-TPU_LABELS = {"v4": "tpu-v4-podslice", "v5litepod": "tpu-v5-lite-podslice",
-              "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
+sys.path.insert(0, str(HERE.parent))
+from cloud_tpu import LaunchError  # noqa: E402
+from cloud_tpu.accelerators import TPUS, parse_accelerator  # noqa: E402
+
 RESTART_CODES = [42, *range(127, 256)]
-
-
-def _tpu_table():
-    spec = importlib.util.spec_from_file_location("launch_tpu", HERE.parent / "tpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("launch_tpu", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse(argv):
@@ -68,17 +60,17 @@ def parse(argv):
 
 
 def values(o, parser) -> dict:
-    """What the template's ${names} stand for. None: the line is left out."""
+    """The values of the template's ${names}. None: the line is left out."""
     env = {"JAX_COORDINATOR_PORT": str(o.port), "PYTHONUNBUFFERED": "1"}
     if o.tpu:
-        table = _tpu_table()
         try:
-            piece = table.parse_accelerator(o.tpu)
-        except table.LaunchError as error:
+            piece = parse_accelerator(o.tpu)
+        except LaunchError as error:
             parser.error(f"--tpu: {error}")
-        if piece.family not in TPU_LABELS or piece.topology is None:
-            parser.error(f"--tpu={o.tpu}: not rendered; known: {', '.join(TPU_LABELS)}")
-        accelerator, topology, hosts = TPU_LABELS[piece.family], piece.topology, piece.hosts
+        if piece.tpu.gke is None:
+            known = ", ".join(name for name, tpu in TPUS.items() if tpu.gke)
+            parser.error(f"--tpu={o.tpu}: not rendered; known: {known}")
+        accelerator, topology, hosts = piece.tpu.gke, piece.topology, piece.hosts
         chips = piece.chips // piece.hosts
         if o.slices > 1:
             env["DDPM_INIT_TIMEOUT"] = "3600"  # the slices come one by one

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from cloud_tpu import accelerators
 
 RENDER = pathlib.Path(__file__).parents[2] / "launch" / "gke" / "render.py"
 spec = importlib.util.spec_from_file_location("launch_render", RENDER)
@@ -111,12 +112,9 @@ def test_bad_input(arguments, expected):
 
 def test_sky_example_names_what_exists():
     task = yaml.safe_load((RENDER.parents[1] / "sky" / "train.yaml").read_text())
-    spec = importlib.util.spec_from_file_location("launch_tpu", RENDER.parents[1] / "tpu.py")
-    tpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tpu)
     name = task["resources"]["accelerators"].removeprefix("tpu-")
-    assert tpu.parse_accelerator(name).hosts == 1
-    family = tpu.FAMILIES[tpu.parse_accelerator(name).family]
-    assert task["resources"]["accelerator_args"]["runtime_version"] == family.runtime
+    piece = accelerators.parse_accelerator(name)
+    assert piece.hosts == 1
+    assert task["resources"]["accelerator_args"]["runtime_version"] == piece.tpu.runtime
     for word in ("WORKDIR", "CONFIG"):
         assert f"${word}" in task["run"] and word in task["envs"]

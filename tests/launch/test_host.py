@@ -1,6 +1,5 @@
 """host.sh as a worker runs it: the real wheel with all it needs, in a new home folder."""
 
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -8,11 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from cloud_tpu import staging
 
 REPO = pathlib.Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("launch_tpu", REPO / "launch" / "tpu.py")
-tpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tpu)
 
 OLD_PYTHON = """#!/bin/sh
 case "$*" in
@@ -57,7 +54,7 @@ def test_setup_provides_python_311_and_installs_the_wheel(tmp_path, host):
         shutil.copy(REPO / name, source)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet",
                     f"--wheel-dir={folder}", source], check=True, timeout=300)
-    tpu.stage(folder, [])
+    staging.stage(folder, [])
     done = host("setup", str(folder), "")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Python 3.10.12 on this image, 3.11 needed: uv provides it" in done.stdout

@@ -9,11 +9,12 @@ import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 TEXT = (LAUNCH / "README.md").read_text()
+PARSERS = {"tpu.py": "cloud_tpu/__main__.py"}
 JOINED = TEXT.replace("\\\n", " ")
 
 
 def module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"launch_{path.stem}", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -29,7 +30,7 @@ def commands(program):
 
 @pytest.mark.parametrize("program, least", [("tpu.py", 2), ("local.py", 2), ("gke/render.py", 3)])
 def test_commands_parse(program, least):
-    loaded = module(LAUNCH / program)
+    loaded = module(LAUNCH / PARSERS.get(program, program))
     found = list(commands(program))
     assert len(found) >= least
     for words in found:
@@ -49,7 +50,7 @@ def test_files_and_codes_exist():
 def test_troubleshooting_quotes_messages_that_the_programs_print():
     page = (LAUNCH / "TROUBLESHOOTING.md").read_text()
     sources = "".join(p.read_text() for p in [
-        *LAUNCH.glob("*.py"), LAUNCH / "host.sh", *(LAUNCH.parent / "ddpm_jax").rglob("*.py")])
+        *LAUNCH.rglob("*.py"), LAUNCH / "host.sh", *(LAUNCH.parent / "ddpm_jax").rglob("*.py")])
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)
     for ours in ("no coordinator at", "nothing listens", "is unknown here", "hosts differ",
                  "watchdog: no step for", "restarts without a new checkpoint",
