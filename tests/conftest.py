@@ -18,11 +18,12 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests already run side by side
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for tiny_run, bucket
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for tiny_run, bucket, ...
 
 import bucket  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from made_up_files import make  # noqa: E402, F401 - a fixture
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

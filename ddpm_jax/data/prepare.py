@@ -25,7 +25,7 @@ import numpy as np
 
 from ddpm_jax.data import images
 from ddpm_jax.errors import UserError
-from ddpm_jax.formats import tfrecord
+from ddpm_jax.formats import archives, idx, lsun_lmdb, tfrecord
 from ddpm_jax.storage import files, remote
 
 INFO = "info.json"
@@ -171,7 +171,7 @@ def lsun(name, data_dir, sources, options=DEFAULTS):
         if split in splits:
             raise UserError(f"--from={path}: a second source of the {split} split")
         if path.is_dir():
-            count, items = tfrecord.lmdb_items(path)
+            count, items = lsun_lmdb.lmdb_items(path)
             splits[split] = (count, items, None, decode)
         elif path.suffix == ".zip":
             raise UserError(f"--from={path}: unpack it first, and give the folder")
@@ -246,7 +246,7 @@ def cifar10(name, data_dir, sources, options=DEFAULTS):
             source = source / "cifar-10-binary.tar.gz"
         members = {p.name: io.BytesIO(p.read_bytes()) for p in source.rglob("*") if p.is_file()} \
             if source.is_dir() else {pathlib.PurePath(n).name: f
-                                     for n, f in tfrecord.tar_members(source)}
+                                     for n, f in archives.tar_members(source)}
         needed = [*info.train_files, *info.test_files, *info.label_files]
         if missing := [n for n in needed if n not in members]:
             raise UserError(f"{source}: {missing[0]} is not in it; give cifar-10-binary.tar.gz")
@@ -256,7 +256,7 @@ def cifar10(name, data_dir, sources, options=DEFAULTS):
         def examples(prefix, batches):
             index = 0
             for file in batches:
-                pixels, labels = tfrecord.cifar_batch(members[file].read(), f"{source}, {file}")
+                pixels, labels = archives.cifar_batch(members[file].read(), f"{source}, {file}")
                 for image, label in zip(pixels, labels, strict=True):
                     yield index, {"id": f"{prefix}_{index:05d}", "label": int(label),
                                   "image": Image.fromarray(image)}
@@ -277,11 +277,11 @@ def fashion_mnist(name, data_dir, sources, options=DEFAULTS):
 
     def load(stem, download):
         if given is None:
-            return tfrecord.read_idx(download(f"{parent.URL}{stem}.gz"))
+            return idx.read_idx(download(f"{parent.URL}{stem}.gz"))
         found = [p for p in (given / f"{stem}.gz", given / stem) if p.exists()]
         if not found:
             raise UserError(f"--from={given}: {stem}.gz is not in it")
-        return tfrecord.read_idx(found[0])
+        return idx.read_idx(found[0])
 
     def generate(builder, download):
         splits = {}
@@ -306,7 +306,7 @@ def celeb_a_hq(name, data_dir, sources, options=DEFAULTS):
 
     def generate(builder, download):
         def examples():
-            for member, file in tfrecord.tar_members(path):
+            for member, file in archives.tar_members(path):
                 image = images.decode(file, f"{path}, {member}", channels=3)
                 if image.shape != (256, 256, 3):
                     raise UserError(f"{path}, {member}: {image.shape}, not (256, 256, 3)")

@@ -1,89 +1,77 @@
-"""Reads and writes .safetensors files (8-byte header length, JSON header, raw data).
-
-Read here rather than with the library because numpy has no bfloat16, and because an array should
-stay in its file until it is asked for; written with the library.
-"""
+"""Reads and writes .safetensors files with the library (version 0.8: its numpy reader is lazy and
+knows bfloat16)."""
 
 import json
 import os
 import struct
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.formats.lazy import Lazy, bfloat16_to_float32, map_bytes
+from ddpm_jax.formats.lazy import Lazy
+from ddpm_jax.storage.files import whole_file
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
-           "I8": "i1", "U8": "u1", "BOOL": "?"}
-_MAX_HEADER = 100_000_000  # the library's own limit
-
-
-def _header(path):
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-        if length > _MAX_HEADER or 8 + length > size:
-            raise UserError(f"{path}: not a safetensors file, or cut short in its header")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise UserError(f"{path}: not a safetensors file: the header is no JSON") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: not a safetensors file: the header is no JSON object")
-    return header, 8 + length, size
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.float32,
+           "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+           "BOOL": np.bool_}
 
 
-def _lazy(path, name, facts, base, size):
+def _opened(path):
     try:
-        kind, shape = facts["dtype"], tuple(int(n) for n in facts["shape"])
-        start, end = (int(n) for n in facts["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: no shape, type and place for {name}") from error
-    stored = np.dtype("<u2" if kind == "BF16" else _DTYPES.get(kind, "V1"))
-    if kind != "BF16" and kind not in _DTYPES:
-        raise UserError(f"{path}: {name} has type {kind}, which is not supported")
-    count = int(np.prod(shape, dtype=np.int64))
-    if min((*shape, start)) < 0 or end - start != count * stored.itemsize:
-        raise UserError(f"{path}: damaged: {name} of shape {shape} is not {end - start} bytes")
-    if base + end > size:
-        raise UserError(f"{path}: truncated: {name} ends at byte {base + end}, the file at {size}")
-
-    def read():
-        array = np.array(map_bytes(path, base + start, stored, count)).reshape(shape)
-        return bfloat16_to_float32(array) if kind == "BF16" else array
-
-    return Lazy(shape, np.dtype(np.float32) if kind == "BF16" else stored, read)
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a safetensors file, damaged or cut short ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def open_safetensors(path) -> tuple[dict[str, Lazy], dict[str, str]]:
     """({name: Lazy array}, metadata) of a .safetensors file; bfloat16 reads as float32.
 
-    Raises UserError for a missing, truncated or foreign file.
+    Raises UserError for a missing, damaged or foreign file.
     """
     path = os.fspath(path)
-    try:
-        header, base, size = _header(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    metadata = header.pop("__metadata__", {})
-    return {n: _lazy(path, n, facts, base, size) for n, facts in header.items()}, dict(metadata)
+
+    def lazy(name, piece):
+        kind = piece.get_dtype()
+        if kind not in _DTYPES:
+            raise UserError(f"{path}: {name} has type {kind}, which is not supported")
+
+        def read():
+            with _opened(path) as file:
+                return file.get_tensor(name).astype(_DTYPES[kind], copy=False)
+
+        return Lazy(tuple(piece.get_shape()), np.dtype(_DTYPES[kind]), read)
+
+    with _opened(path) as file:
+        arrays = {name: lazy(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        return arrays, file.metadata() or {}
 
 
 def save_safetensors(arrays, path, metadata=None) -> None:
-    """Writes {name: array} (any axis order; copied tensor by tensor) to ``path``, atomically."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    """Writes {name: array} (any axis order; copied tensor by tensor) to ``path``, atomically.
 
-    path = os.fspath(path)
-    temporary = f"{path}.partial"
+    Equal arrays and metadata give equal bytes. Raises UserError where it cannot be written.
+    """
     # The library writes an array's buffer as it lies: a permuted view has to be made contiguous.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    try:
-        save_file(contiguous, temporary, metadata={k: str(v) for k, v in (metadata or {}).items()})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(path) as file:
+        try:
+            save_file(contiguous, file.name, {k: str(v) for k, v in (metadata or {}).items()})
+        except SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
+        _sort_metadata(file.name)
+
+
+def _sort_metadata(path):
+    """Rewrites the header in place: the library writes its metadata in random order."""
+    with open(path, "r+b") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(length))

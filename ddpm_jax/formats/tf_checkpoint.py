@@ -13,8 +13,9 @@ import struct
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.formats.crc32c import masked_crc32c
-from ddpm_jax.formats.lazy import Lazy, map_bytes
+from ddpm_jax.formats.lazy import Lazy
+from ddpm_jax.formats.protobuf import ProtobufError, content, fields, signed, varint
+from ddpm_jax.formats.tfrecord import masked_crc32c
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48  # two block handles padded to 40 bytes, magic
@@ -23,64 +24,15 @@ _TRAILER = 5  # compression type, masked checksum
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 6: "i1", 9: "<i8", 10: "?", 19: "<f2"}
 
 
-class _TruncatedError(Exception):
-    """A field runs past the end of its message."""
-
-
-def _varint(data, at):
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise _TruncatedError
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _fields(message):
-    """(number, value) of a protocol buffer: int for numbers, bytes for everything else."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-        elif wire in (1, 2, 5):
-            size, at = {1: lambda m, a: (8, a), 5: lambda m, a: (4, a), 2: _varint}[wire](
-                message, at)
-            value = message[at : at + size]
-            at += size
-            if at > len(message):
-                raise _TruncatedError
-            if wire != 2:
-                value = int.from_bytes(value, "little")
-        else:
-            raise _TruncatedError
-        yield number, value
-
-
-def _number(fields, number):
-    """A field that has to be a number; 0 where it is absent, as protocol buffers have it."""
-    value = fields.get(number, 0)
-    if not isinstance(value, int):
-        raise _TruncatedError
-    return value - (1 << 64) if value >> 63 else value
-
-
 def _shape(message):
-    sizes = []
-    for number, value in _fields(message):
-        if number == 2:
-            sizes.append(_number(dict(_fields(value)), 1))
-    return tuple(sizes)
+    """Of a TensorShapeProto: dim (2) with its size (1)."""
+    return tuple(signed(dict(fields(dim)).get(1, 0))
+                 for number, dim in fields(message) if number == 2)
 
 
 def _handle(data, at):
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
+    offset, at = varint(data, at)
+    size, at = varint(data, at)
     return offset, size, at
 
 
@@ -101,9 +53,9 @@ def _block(index, offset, size, path):
     entries_end = len(block) - 4 - 4 * struct.unpack_from("<I", block, len(block) - 4)[0]
     pairs, key, at = {}, b"", 0
     while at < entries_end:
-        shared, at = _varint(block, at)
-        fresh, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        fresh, at = varint(block, at)
+        length, at = varint(block, at)
         key = key[:shared] + block[at : at + fresh]
         at += fresh
         pairs[key] = block[at : at + length]
@@ -125,28 +77,31 @@ def _table(index, path):
         for handle in _block(index, offset, size, path).values():
             start, length, _ = _handle(handle, 0)
             pairs.update(_block(index, start, length, path))
-    except (_TruncatedError, struct.error) as error:
+    except (ProtobufError, struct.error) as error:
         raise UserError(f"{path}: damaged: an entry of the table runs past its block") from error
     return pairs
 
 
 def _reader(path, offset, size, dtype, shape, checksum, name):
     def read():
-        raw = map_bytes(path, offset, np.uint8, size)
-        if masked_crc32c(raw) != checksum:
+        try:
+            raw = np.fromfile(path, np.uint8, size, offset=offset)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if len(raw) != size or masked_crc32c(raw) != checksum:
             raise UserError(f"{path}: damaged: variable {name} fails its checksum")
-        return np.array(raw).view(dtype).reshape(shape)
+        return raw.view(dtype).reshape(shape)
 
     return read
 
 
 def _entry(name, message, files, sizes):
-    fields = dict(_fields(message))
-    if 7 in fields:
+    entry = dict(fields(message))
+    if 7 in entry:
         raise UserError(f"variable {name} is partitioned into slices, which is not supported: "
                         "re-save the checkpoint without a partitioner")
-    kind, shape = _number(fields, 1), _shape(fields.get(2, b""))
-    shard, offset, size = (_number(fields, i) for i in (3, 4, 5))
+    shape = _shape(entry.get(2, b""))
+    kind, shard, offset, size = (signed(entry.get(i, 0)) for i in (1, 3, 4, 5))
     if not 0 <= shard < len(files):
         raise UserError(f"variable {name} lies in data file {shard} of {len(files)}")
     if offset < 0 or size < 0 or offset + size > sizes[shard]:
@@ -163,7 +118,7 @@ def _entry(name, message, files, sizes):
 
         return Lazy(shape, dtype, refuse)
     return Lazy(shape, dtype, _reader(files[shard], offset, size, dtype, shape,
-                                      _number(fields, 6), name))
+                                      int.from_bytes(content(entry.get(6, b"")), "little"), name))
 
 
 def find_prefix(path) -> str:
@@ -215,12 +170,12 @@ def open_bundle(prefix) -> dict[str, Lazy]:
     pairs = _table(index, path)
     header = pairs.pop(b"", None)
     try:
-        fields = dict(_fields(header)) if header is not None else {1: b""}
-        if isinstance(fields.get(1, 0), bytes):  # V1 keeps a message of its own there
+        facts = dict(fields(header)) if header is not None else {1: b""}
+        if not isinstance(facts.get(1, 0), int):  # V1 keeps a message of its own there
             raise UserError(f"{path}: a table without a bundle header: not a V2 checkpoint of "
                             "TensorFlow (a V1 checkpoint, or another program's table)")
-        shards = _number(fields, 1)
-        if _number(fields, 2) != 0:
+        shards = signed(facts.get(1, 0))
+        if signed(facts.get(2, 0)) != 0:
             raise UserError(f"{path}: written on a big-endian machine, which is not supported")
         files = [f"{prefix}.data-{i:05d}-of-{shards:05d}" for i in range(shards)]
         missing = [f for f in files if not os.path.isfile(f)]
@@ -231,5 +186,5 @@ def open_bundle(prefix) -> dict[str, Lazy]:
         return {name.decode("utf-8", "replace"): _entry(name.decode("utf-8", "replace"), message,
                                                         files, sizes)
                 for name, message in pairs.items()}
-    except (_TruncatedError, TypeError, ValueError) as error:
+    except (ProtobufError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged: an entry cannot be decoded") from error

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.formats.crc32c import masked_crc32c
 from ddpm_jax.formats.tf_checkpoint import find_prefix, open_bundle
+from ddpm_jax.formats.tfrecord import masked_crc32c
 
 # tiny.* were written by TensorFlow 2.21 (tf.compat.v1.train.Saver): W float32 [3,4] = arange / 8,
 # its .../ExponentialMovingAverage = -W, half float16 [2] = (0.5, -2), global_step int64 = 790000.

@@ -18,6 +18,7 @@ import shutil
 import tarfile
 
 import numpy as np
+
 from ddpm_jax import experiment, judge, run
 
 OUT = pathlib.Path(__file__).with_name("workdir-84ae50c")

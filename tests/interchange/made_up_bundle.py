@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 
-from ddpm_jax.formats.crc32c import masked_crc32c
+from ddpm_jax.formats.tfrecord import masked_crc32c
 
 
 def varint(n):

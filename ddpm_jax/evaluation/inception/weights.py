@@ -4,20 +4,17 @@ Reads the .pth of pytorch-fid and torch-fidelity (both pickle layouts) and Tenso
 (.pb, .tgz) with numpy and the standard library, through a reader that cannot execute code.
 """
 
-import collections
 import hashlib
 import io
 import os
-import pickle
 import struct
-import tarfile
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import network
+from ddpm_jax.formats import archives, protobuf, torch_pickle
 from ddpm_jax.storage import files
 
 ENVIRONMENT = "DDPM_JAX_INCEPTION"
@@ -32,7 +29,6 @@ URLS = (
 )
 TGZ_URL = "http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"
 KNOWN_SOURCES = {PTH_SHA256: "pt_inception-2015-12-05-6726825d.pth"}
-LARGEST_FILE = 1 << 30
 FINGERPRINT_SEED = 20151205
 
 
@@ -45,179 +41,19 @@ class Weights(NamedTuple):
     fingerprint: np.ndarray | None
 
 
-# --- PyTorch files ---------------------------------------------------------------------------
-
-class _StorageType(NamedTuple):
-    dtype: str
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: str
-    numel: int
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    size: tuple
-    stride: tuple
-
-
-_STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
-             "LongStorage": "<i8", "IntStorage": "<i4", "ByteStorage": "|u1", "BoolStorage": "|b1"}
-
-
-def _rebuild_tensor(storage_, offset, size, stride, *_):
-    if not isinstance(storage_, _Storage):
-        raise UserError("a tensor of the file does not name its storage: not a weights file")
-    return _Tensor(storage_, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
-
-
-def _rebuild_parameter(tensor, *_):
-    return tensor
-
-
-_ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows tensors and OrderedDict; refuses every other name before anything is called."""
-
-    def find_class(self, module, name):
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
-        raise UserError(f"refused: the file wants to load {module}.{name}, which a weights file "
-                        "has no use for; do not open it with torch.load either")
-
-    def persistent_load(self, pid):
-        kind, type_, key, _, numel = pid[:5]
-        if kind != "storage" or not isinstance(type_, _StorageType):
-            raise UserError(f"the file refers to {kind!r}, not to a storage: not a weights file")
-        return _Storage(str(key), type_.dtype, int(numel))
-
-
-def _materialise(tensors, storages):
-    arrays = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, _Tensor):
-            continue
-        flat = storages[tensor.storage.key]
-        last = tensor.offset + sum((n - 1) * s for n, s in
-                                   zip(tensor.size, tensor.stride, strict=True))
-        empty = 0 in tensor.size
-        if min((tensor.offset, *tensor.size, *tensor.stride)) < 0 or (
-                not empty and last >= len(flat)):
-            raise UserError(f"tensor {name!r} reaches outside its storage: damaged file")
-        arrays[str(name)] = np.lib.stride_tricks.as_strided(
-            flat[tensor.offset:], tensor.size, [s * flat.itemsize for s in tensor.stride],
-            writeable=False).copy()
-    return arrays
-
-
-def _read_pth_zip(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        infos = {info.filename: info for info in archive.infolist()}
-        if sum(info.file_size for info in infos.values()) > LARGEST_FILE:
-            raise UserError("the archive unpacks to more than 1 GiB: not Inception's weights")
-        pickles = [name for name in infos if name.endswith("data.pkl")]
-        if len(pickles) != 1:
-            raise UserError("the zip holds no data.pkl: not a PyTorch file")
-        root = pickles[0][:-len("data.pkl")]
-        order = archive.read(root + "byteorder") if root + "byteorder" in infos else b"little"
-        if order.strip() != b"little":
-            raise UserError("the file was written on a big-endian machine: not supported")
-        tensors = _RestrictedUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
-        storages = {}
-        for tensor in tensors.values():
-            if isinstance(tensor, _Tensor) and tensor.storage.key not in storages:
-                raw = archive.read(f"{root}data/{tensor.storage.key}")
-                storages[tensor.storage.key] = np.frombuffer(raw, tensor.storage.dtype)
-    return _materialise(tensors, storages)
-
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-
-def _read_pth_legacy(content):
-    file = io.BytesIO(content)
-    if _RestrictedUnpickler(file).load() != _LEGACY_MAGIC:
-        raise UserError("no PyTorch magic number: not a .pth file")
-    _RestrictedUnpickler(file).load()
-    _RestrictedUnpickler(file).load()
-    tensors = _RestrictedUnpickler(file).load()
-    keys = _RestrictedUnpickler(file).load()
-    kinds = {t.storage.key: t.storage for t in tensors.values() if isinstance(t, _Tensor)}
-    storages = {}
-    for key in keys:
-        kind = kinds.get(str(key))
-        if kind is None:
-            raise UserError(f"storage {key!r} belongs to no tensor: damaged file")
-        numel, = struct.unpack("<q", file.read(8))
-        if numel != kind.numel:
-            raise UserError(f"storage {key!r} has {numel} numbers for {kind.numel}: damaged file")
-        raw = file.read(numel * np.dtype(kind.dtype).itemsize)
-        storages[str(key)] = np.frombuffer(raw, kind.dtype)
-    return _materialise(tensors, storages)
-
-
-# --- TensorFlow's frozen graph -----------------------------------------------------------------
-
-def _fields(buffer):
-    """(field number, wire type, value) of one protobuf message; value is an int or a memoryview."""
-    at, end = 0, len(buffer)
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = buffer[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    def take(n):
-        nonlocal at
-        if n > end - at:
-            raise IndexError("truncated")
-        at += n
-        return buffer[at - n:at]
-
-    while at < end:
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            value = varint()
-        elif kind == 1:
-            value = take(8)
-        elif kind == 2:
-            value = take(varint())
-        elif kind == 5:
-            value = take(4)
-        else:
-            raise IndexError(f"wire type {kind}")
-        yield key >> 3, kind, value
-
-
-def _tensor(buffer):
+def _tensor(message):
     """float32 array of a TensorProto, or None for another dtype."""
     dtype, shape, content, values = 0, [], b"", []
-    for field, kind, value in _fields(buffer):
+    for field, value in protobuf.fields(message):
         if field == 1:
             dtype = value
         elif field == 2:
-            shape = [next((v for f, _, v in _fields(dim) if f == 1), 0)
-                     for f, _, dim in _fields(value) if f == 2]
+            shape = [protobuf.signed(dict(protobuf.fields(dim)).get(1, 0))
+                     for number, dim in protobuf.fields(value) if number == 2]
         elif field == 4:
-            content = bytes(value)
+            content = value
         elif field == 5:
-            values.append(np.frombuffer(value, "<f4") if kind in (2, 5) else ())
+            values.append(np.frombuffer(protobuf.content(value), "<f4"))
     if dtype != 1:
         return None
     flat = np.frombuffer(content, "<f4") if content else (
@@ -229,27 +65,25 @@ def _tensor(buffer):
 def read_graph(content: bytes) -> tuple[dict, dict]:
     """GraphDef -> ({name: array of each float Const}, {name: {attribute: value}} of norms)."""
     constants, norms = {}, {}
-    for field, _, node in _fields(memoryview(content)):
+    for field, node in protobuf.fields(content):
         if field != 1:
             continue
         name = op = ""
         attributes = {}
-        for part, _, value in _fields(node):
+        for part, value in protobuf.fields(node):
             if part == 1:
-                name = bytes(value).decode()
+                name = protobuf.text(value)
             elif part == 2:
-                op = bytes(value).decode()
+                op = protobuf.text(value)
             elif part == 5:
-                entry = {f: v for f, _, v in _fields(value)}
-                attributes[bytes(entry[1]).decode()] = entry.get(2, b"")
-        if op == "Const" and "value" in attributes:
-            raw = next((v for f, _, v in _fields(attributes["value"]) if f == 8), None)
-            array = None if raw is None else _tensor(raw)
+                entry = dict(protobuf.fields(value))
+                attributes[protobuf.text(entry[1])] = dict(protobuf.fields(entry.get(2, b"")))
+        if op == "Const" and 8 in attributes.get("value", {}):
+            array = _tensor(attributes["value"][8])
             if array is not None:
                 constants[name] = array
         elif op == "BatchNormWithGlobalNormalization":
-            norms[name] = {key: next((v for _, _, v in _fields(value)), 0)
-                           for key, value in attributes.items()}
+            norms[name] = {key: next(iter(value.values()), 0) for key, value in attributes.items()}
     return constants, norms
 
 
@@ -287,11 +121,17 @@ def graph_names() -> dict:
     return names
 
 
-def _read_pb(content):
+def _read_pb(content, path):
     try:
         constants, norms = read_graph(content)
-    except (IndexError, ValueError, KeyError) as error:
-        raise UserError(f"not a TensorFlow GraphDef: {error}") from error
+        epsilons = {name: struct.unpack("<f", norm["variance_epsilon"])[0]
+                    for name, norm in norms.items() if "variance_epsilon" in norm}
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        raise UserError(f"{path}: not a TensorFlow GraphDef, or damaged: {error}") from error
+    for name, epsilon in epsilons.items():
+        if abs(epsilon - network.BN_EPSILON) > 1e-6:
+            raise UserError(f"{path}: {name}: batch norm's epsilon is {epsilon:g}, not "
+                            f"{network.BN_EPSILON}: another graph")
     state = {}
     parts = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean",
              "running_var": "moving_variance"}
@@ -302,8 +142,8 @@ def _read_pb(content):
     wanted |= {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
     missing = [theirs for theirs in wanted.values() if theirs not in constants]
     if missing:
-        raise UserError(f"the graph lacks {len(missing)} constants, first {missing[0]!r}: not "
-                        "classify_image_graph_def.pb")
+        raise UserError(f"{path}: the graph lacks {len(missing)} constants, first {missing[0]!r}: "
+                        "not classify_image_graph_def.pb")
     for ours, theirs in wanted.items():
         array = constants[theirs]
         if ours == "fc.weight":
@@ -314,60 +154,45 @@ def _read_pb(content):
         if ours.endswith("bn.weight") and norm and not norm.get("scale_after_normalization", 1):
             array = np.ones_like(array)      # the graph carries a gamma that it does not apply
         state[ours] = np.ascontiguousarray(array)
-    for name, norm in norms.items():
-        epsilon = norm.get("variance_epsilon")
-        epsilon = 1e-3 if epsilon is None else struct.unpack("<f", epsilon)[0]
-        if abs(epsilon - network.BN_EPSILON) > 1e-6:
-            raise UserError(f"{name}: batch norm's epsilon is {epsilon:g}, not "
-                            f"{network.BN_EPSILON}: another graph")
     return state
 
 
-def _read_tgz(content):
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            for member in archive:
-                if member.isfile() and member.name.endswith(".pb"):
-                    if member.size > LARGEST_FILE:
-                        break
-                    return _read_pb(archive.extractfile(member).read())
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"not a readable .tgz: {error}") from error
-    raise UserError("the archive holds no .pb: expected classify_image_graph_def.pb")
+def _read_tgz(content, path):
+    for name, file in archives.tar_members(path, io.BytesIO(content)):
+        if name.endswith(".pb"):
+            return _read_pb(file.read(), path)
+    raise UserError(f"{path}: the archive holds no .pb: expected classify_image_graph_def.pb")
 
 
-def _reader(content):
-    """Chosen by the file's first bytes, not by its name."""
-    if content[:2] == b"PK":
-        return _read_pth_zip
-    if content[:2] == b"\x1f\x8b":
-        return _read_tgz
-    if content[:1] == b"\x80":
-        return _read_pth_legacy
-    if content[:1] == b"\x0a":
-        return _read_pb
-    raise UserError("neither a PyTorch file (.pth) nor a TensorFlow graph (.pb, .tgz)")
+def _read_pth(content, path):
+    return {name: lazy.read() for name, lazy in torch_pickle.open_torch(path, content).items()}
 
 
-def read_state(content: bytes) -> dict:
-    """The 472 tensors of `network.state_shapes()` from a file's bytes, as float32."""
-    try:
-        found = _reader(content)(content)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, struct.error, KeyError,
-            AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"damaged or truncated weights file: {error}") from error
+# First bytes of a file -> its reader; names are not trusted.
+_READERS = {b"PK": _read_pth, b"\x80": _read_pth, b"\x1f\x8b": _read_tgz, b"\x0a": _read_pb}
+
+
+def read_state(content: bytes, path="the file") -> dict:
+    """The 472 tensors of `network.state_shapes()` from the bytes of the file ``path``, as float32.
+
+    Raises UserError: another format, damaged, or other tensors.
+    """
+    reader = next((r for start, r in _READERS.items() if content.startswith(start)), None)
+    if reader is None:
+        raise UserError(f"{path}: neither a PyTorch file (.pth) nor a TensorFlow graph (.pb, .tgz)")
+    found = reader(content, path)
     shapes = network.state_shapes()
     found = {k: v for k, v in found.items() if not k.endswith("num_batches_tracked")}
     missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
     if missing or extra:
         example = min(missing or extra)
-        raise UserError(f"not the FID Inception: {len(missing)} tensors missing, {len(extra)} not "
-                        f"known (first {example!r}); torchvision's own weights do not fit")
+        raise UserError(f"{path}: not the FID Inception: {len(missing)} tensors missing, "
+                        f"{len(extra)} not known (first {example!r}); torchvision's own weights do not fit")
     for name, shape in shapes.items():
         if found[name].shape != shape:
-            raise UserError(f"{name}: shape {found[name].shape}, expected {shape}")
+            raise UserError(f"{path}: {name}: shape {found[name].shape}, expected {shape}")
         if not np.all(np.isfinite(found[name])):
-            raise UserError(f"{name}: has a value that is not finite")
+            raise UserError(f"{path}: {name}: has a value that is not finite")
     return {name: np.asarray(found[name], np.float32) for name in shapes}
 
 
@@ -427,7 +252,7 @@ def convert(source, target, *, allow_unknown: bool = False, overwrite: bool = Fa
     content = files.read_bytes(source)
     digest = hashlib.sha256(content).hexdigest()
     _check_source(digest, len(content), source, allow_unknown)
-    state = read_state(content)
+    state = read_state(content, source)
     identity = state_sha256(state)
     files.write_npz(target, state | {
         "source_sha256": np.array(digest), "state_sha256": np.array(identity),
@@ -477,7 +302,7 @@ def load(path, *, allow_unknown: bool = False) -> Weights:
         content = files.read_bytes(path)
         digest = hashlib.sha256(content).hexdigest()
         _check_source(digest, len(content), path, allow_unknown)
-        state = read_state(content)
+        state = read_state(content, path)
         return Weights(network.fold(state), state_sha256(state), digest, str(path), None)
     arrays = files.read_npz(path)
     shapes = network.state_shapes()

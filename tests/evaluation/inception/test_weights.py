@@ -219,8 +219,8 @@ def test_a_tensor_outside_its_storage_is_refused():
 
 @pytest.mark.parametrize("content, message", [
     (b"", "neither"), (b"hello world", "neither"), (b"PK\x03\x04junk", "damaged"),
-    (b"\x1f\x8bjunk", "tgz"), (b"\x80\x02junk", "damaged|neither"),
-    (b"\x0a\xff\x01abc", "GraphDef"),    (tgz_file(b"")[:200], "tgz")])
+    (b"\x1f\x8bjunk", "tar archive"), (b"\x80\x02junk", "damaged|neither"),
+    (b"\x0a\xff\x01abc", "GraphDef"), (tgz_file(b"")[:200], "tar archive")])
 def test_damaged_files_say_so(content, message):
     with pytest.raises(UserError, match=message):
         weights.read_state(content)

@@ -72,6 +72,6 @@ def save(path, array):
 
 @pytest.fixture
 def make():
-    """The writers above: importlib mode lets no test import another file of this folder."""
+    """The writers above."""
     return types.SimpleNamespace(crc32c=crc32c, save=save, idx=idx, lmdb=write_lmdb,
                                  tfrecord=write_tfrecord)
