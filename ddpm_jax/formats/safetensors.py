@@ -63,15 +63,22 @@ def save_safetensors(arrays, path, metadata=None) -> None:
             save_file(contiguous, file.name, {k: str(v) for k, v in (metadata or {}).items()})
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}") from error
-        _sort_metadata(file.name)
+        _settle(file)
 
 
-def _sort_metadata(path):
-    """Rewrites the header in place: the library writes its metadata in random order."""
-    with open(path, "r+b") as file:
-        length, = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+def _settle(file):
+    """Makes what the library left under the file's name reproducible and safe.
+
+    It orders metadata at random, and it renames a file of its own, which is private and not
+    flushed to the disk, over the one that it is given.
+    """
+    with open(file.name, "r+b") as written:
+        length, = struct.unpack("<Q", written.read(8))
+        header = json.loads(written.read(length))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
+        written.seek(8)
+        written.write(text.ljust(length))
+        written.flush()
+        os.fchmod(written.fileno(), os.fstat(file.fileno()).st_mode)
+        os.fsync(written.fileno())

@@ -39,6 +39,16 @@ def test_library_reads_what_is_written_permuted_views_included(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_equal_weights_give_equal_bytes_that_others_may_read(tmp_path):
+    facts = {"step": 3, "weights": "ema", "format": "pt", "name \u00e4": 'a "quoted"\nline'}
+    for i in range(8):
+        save_safetensors(arrays(), tmp_path / f"{i}", facts)
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(8)}) == 1
+    assert open_safetensors(tmp_path / "0")[1] == {k: str(v) for k, v in facts.items()}
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "0").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_bfloat16_reads_as_float32(tmp_path):
     path = tmp_path / "x.safetensors"
     header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
