@@ -55,6 +55,11 @@ def claim(workdir, config: dict, *, write=True) -> None:
         write_json(folder / "config.json", config)
 
 
+def _not_from_orbax(record) -> bool:
+    """A failed save is one line, from ``_failures``; Orbax logs pages before it raises."""
+    return "orbax" not in record.pathname
+
+
 class _Best:
     """Orbax's policy to keep the lowest of ``scores``, which come after the save: an evaluation
     takes long, and what it evaluates should be safe before."""
@@ -80,8 +85,7 @@ class Checkpoints:
         on, from a copy of each numpy array; else one after the other, without."""
         import orbax.checkpoint as ocp
 
-        # A failed save is told in one line, by ``_failures``; Orbax logs pages before it raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(n=max(keep, 1))]
         if keep_every:

@@ -1,4 +1,7 @@
-"""What a person looks at: metrics.jsonl, TensorBoard, pictures, the loss curve, a progress bar."""
+"""Run logging: metrics.jsonl, TensorBoard, image grids, the loss curve, progress lines.
+
+Inside functions: tensorboardX, matplotlib and tqdm, which are slow to import.
+"""
 
 import json
 import logging
@@ -14,19 +17,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files, pictures
 
 log = logging.getLogger(__name__)
-
-
-class Writer(NamedTuple):
-    """Functions that record a run. `folder` is local: files put there are uploaded for gs://."""
-
-    scalars: Callable  # (step, {name: number}) -> None
-    images: Callable  # (step, name, uint8 [N, H, W, C]) -> None
-    truncate_after: Callable  # (step) -> None: forget lines and events of later steps
-    close: Callable  # () -> None
-    folder: pathlib.Path | None
 
 
 def say(text: str) -> None:
@@ -35,24 +29,142 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def upload(path, target: str):
-    """Copy a local file to a gs:// (or other etils.epath) address."""
-    from etils import epath
-    target = epath.Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(pathlib.Path(path).read_bytes())
+class Writer:
+    """Records a run in the local ``folder``: metrics.jsonl, TensorBoard's events in tb/, grids of
+    images in a folder each, loss.png. Does nothing where ``folder`` is None.
+
+    What cannot be written ends no run: one warning names the reason, and numbers stay in memory
+    until a later call can write them. ``uploads()`` is called at the end.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, *, config_text=None, uploads=lambda: None):
+        self.folder = folder
+        self._config_text, self._uploads = config_text, uploads
+        self._lines, self._events = [], []  # not written yet
+        self._written = None  # bytes of metrics.jsonl before a write that failed
+        self._board = self._purge_step = None
+        self._warned = set()
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Numbers of a step; nan and inf are null in metrics.jsonl, which JSON has no words for."""
+        if self.folder is None:
+            return
+        from tensorboardX import summary
+        numbers = {name: float(value) for name, value in values.items()}
+        record = {"step": int(step), **{
+            name: value if math.isfinite(value) else None for name, value in numbers.items()}}
+        self._lines.append(json.dumps(record, allow_nan=False) + "\n")
+        for name, value in numbers.items():
+            self._event(step, summary=summary.scalar(name, value))
+        self._flush()
+
+    def images(self, step: int, name: str, images) -> None:
+        """A grid of uint8 [N,H,W,C] as NAME/STEP.png and in TensorBoard."""
+        if self.folder is None:
+            return
+        from tensorboardX import summary
+        grid = pictures.tile(images)
+        self._attempt(pictures.write_png, self.folder / name / f"{step:08d}.png", grid)
+        self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
+        self._flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the lines and events of later steps."""
+        if self.folder is None:
+            return
+        self._close_board()
+        self._lines, self._events, self._purge_step = [], [], int(step) + 1
+        lines = self.folder / "metrics.jsonl"
+        if lines.exists():
+            kept = [r for r in read_metrics(lines) if r["step"] <= step]
+            self._attempt(files.write_bytes, lines,
+                          "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    def close(self) -> None:
+        """Write what is left, draw the loss, upload."""
+        if self.folder is None:
+            return
+        self._flush()
+        self._close_board()
+        if (self.folder / "metrics.jsonl").exists():
+            self._attempt(plot_loss, self.folder / "metrics.jsonl", self.folder / "loss.png")
+        self._uploads()
+
+    def _attempt(self, function, *args) -> bool:
+        try:
+            function(*args)
+        except (OSError, UserError) as error:
+            if function not in self._warned:  # once, until it succeeds
+                self._warned.add(function)
+                log.warning("%s; training goes on", error)
+            return False
+        self._warned.discard(function)
+        return True
+
+    def _flush(self):
+        self._attempt(self._write_lines)
+        if not self._attempt(self._write_events):
+            self._close_board()  # its file may end in half an event: the next try takes another
+
+    def _write_lines(self):
+        if not self._lines:
+            return
+        path = self.folder / "metrics.jsonl"
+        with files.storage_errors(path, "write", ""), open(path, "ab") as file:
+            if self._written is not None:
+                file.seek(file.truncate(self._written))
+            self._written = file.tell()
+            file.write("".join(self._lines).encode())
+        self._lines, self._written = [], None
+
+    def _event(self, step, **content):
+        from tensorboardX.proto.event_pb2 import Event
+        self._events.append(Event(wall_time=time.time(), step=int(step), **content))
+
+    def _write_events(self):
+        """Without SummaryWriter, whose thread dies of a full disk and then blocks the caller."""
+        if not self._events:
+            return
+        from tensorboardX.event_file_writer import EventsWriter
+        tb = self.folder / "tb"
+        with files.storage_errors(tb, "write", ""):
+            events = self._events
+            if self._board is None:
+                tb.mkdir(parents=True, exist_ok=True)
+                self._board = EventsWriter(str(tb / "events"), f".{time.time_ns()}")
+                events = self._header() + events
+            for event in events:
+                self._board.write_event(event)
+            self._board.flush()
+        self._events = []
+
+    def _header(self):
+        """What a file of events begins with: the step from which earlier files count no more, and
+        the config."""
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        events, step = [], self._purge_step or 0
+        if self._purge_step is not None:
+            events.append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        if self._config_text:
+            text = f"```\n{self._config_text}\n```"
+            events.append(Event(step=step, summary=summary.text("config", text)))
+        return events
+
+    def _close_board(self):
+        if self._board is not None:
+            self._attempt(self._board.close)
+            self._board = None
+
+
+def upload(path, target: str) -> None:
+    """Copy a local file to an address."""
+    files.write_bytes(target, pathlib.Path(path).read_bytes())
 
 
 def download(target: str) -> bytes | None:
     """The bytes at an address, None where there is no file."""
-    from etils import epath
-    target = epath.Path(target)
-    return target.read_bytes() if target.exists() else None
-
-
-def _number(value):
-    value = float(value)
-    return value if math.isfinite(value) else None  # JSON has no nan
+    return files.read_bytes(target) if files.exists(target) else None
 
 
 def _mirror(folder, workdir, every, put):
@@ -94,65 +206,24 @@ def _mirror(folder, workdir, every, put):
 
 def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, put=upload,
                 get=download) -> Writer:
-    """Record scalars to WORKDIR/metrics.jsonl and, with images, to WORKDIR/tb.
+    """The writer of the run in ``workdir``.
 
     workdir: a folder, or an address such as gs://bucket/run: then files are written to a local
     temporary folder and uploaded every `upload_every` seconds and at close(). config_text is shown
-    in TensorBoard. enabled=False (every process but the first) gives a writer that does nothing.
+    in TensorBoard. enabled=False (every process but the main one) gives a writer that does nothing.
     metrics.jsonl has one object a line, {"step": 100, "loss": 0.03}; null stands for nan and inf.
     """
     if not enabled:
-        return Writer(*(lambda *a: None,) * 4, None)
-    remote = "://" in str(workdir)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="ddpm_metrics_") if remote else workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = folder / "metrics.jsonl"
-    if remote and (earlier := get(f"{str(workdir).rstrip('/')}/metrics.jsonl")) is not None:
-        lines.write_bytes(earlier)
-    stop = _mirror(folder, str(workdir), upload_every, put) if remote else lambda: None
-    opened = {}
-    purge_step = None
-
-    def board():
-        if "board" not in opened:
-            from tensorboardX import SummaryWriter
-            opened["board"] = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
-            if config_text:
-                opened["board"].add_text("config", f"```\n{config_text}\n```", purge_step or 0)
-        return opened["board"]
-
-    def scalars(step, values):
-        if "lines" not in opened:
-            opened["lines"] = open(lines, "a", encoding="utf-8")
-        record = {"step": int(step), **{k: _number(v) for k, v in values.items()}}
-        opened["lines"].write(json.dumps(record, allow_nan=False) + "\n")
-        opened["lines"].flush()
-        for name, value in values.items():
-            board().add_scalar(name, float(value), int(step))
-        board().flush()
-
-    def images(step, name, grid):
-        board().add_image(name, pictures.tile(grid), int(step), dataformats="HWC")
-        board().flush()
-
-    def shut():
-        for handle in opened.values():
-            handle.close()
-        opened.clear()
-
-    def truncate_after(step):
-        nonlocal purge_step
-        shut()
-        purge_step = int(step) + 1
-        if lines.exists():
-            kept = [r for r in read_metrics(lines) if r["step"] <= step]
-            files.write_bytes(lines, "".join(json.dumps(r) + "\n" for r in kept).encode())
-
-    def close():
-        shut()
-        stop()
-
-    return Writer(scalars, images, truncate_after, close, folder)
+        return Writer(None)
+    if not files.is_remote(workdir):
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return Writer(folder, config_text=config_text)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="ddpm_metrics_"))
+    if (earlier := get(files.join(workdir, "metrics.jsonl"))) is not None:
+        (folder / "metrics.jsonl").write_bytes(earlier)
+    return Writer(folder, config_text=config_text,
+                  uploads=_mirror(folder, str(workdir), upload_every, put))
 
 
 def read_metrics(path) -> list[dict]:

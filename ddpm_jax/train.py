@@ -15,7 +15,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
-from ddpm_jax.storage import files, pictures
+from ddpm_jax.storage import files
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
 
@@ -212,8 +212,6 @@ def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, e
         save(outcome.step, outcome.state)
     store.wait()
     stop.unsaved(False)
-    if writer.folder is not None and (writer.folder / "metrics.jsonl").exists():
-        run_log.plot_loss(writer.folder / "metrics.jsonl", writer.folder / "loss.png")
     stopped = outcome.stopped or interrupted
     say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
         f"{store.steps()}; {folder}/loss.png, metrics.jsonl, samples/")
@@ -243,8 +241,4 @@ class _GridSampler:
         index = hosts.local_indices(runner, 0, wanted)
         images = self._program(params, np.uint32(exp.config.seed), index)
         images = hosts.all_rows(runner, images)[:wanted]
-        if self._writer.folder is not None:
-            self._writer.images(step, "samples", images)
-            samples = self._writer.folder / "samples"
-            samples.mkdir(exist_ok=True)
-            pictures.write_png(samples / f"{step:08d}.png", pictures.tile(images))
+        self._writer.images(step, "samples", images)

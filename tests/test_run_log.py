@@ -1,5 +1,6 @@
 import io
 import json
+import resource
 import time
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import run_log
-from ddpm_jax.storage import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
 
@@ -31,8 +31,10 @@ def events(folder):
     found = []
     for path in sorted(folder.glob("events*")):
         data, at = path.read_bytes(), 0
-        while at < len(data):
+        while at + 12 < len(data):
             size = int.from_bytes(data[at:at + 8], "little")
+            if at + 16 + size > len(data):
+                break  # cut short by a full disk
             event = Event.FromString(data[at + 12:at + 12 + size])
             found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
             if event.session_log.status:
@@ -48,6 +50,43 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     writer.close()
     assert (3, "loss", 0.25) in events(tmp_path / "tb")
     assert (3, "samples") in [e[:2] for e in events(tmp_path / "tb")]
+
+
+@pytest.fixture
+def full_disk():
+    """Files may not grow past 4 KiB; calling what it yields lifts that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    def lift():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    yield lift
+    lift()
+
+
+def test_a_full_disk_ends_nothing_and_numbers_are_written_later(tmp_path, full_disk, caplog):
+    writer = run_log.open_writer(tmp_path, config_text="x" * 2000)
+    writer.images(0, "samples", np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8))
+    for step in range(200):
+        writer.scalars(step, {"loss": step, "grad_norm": 1.0})
+    assert len(caplog.records) == 3 and "File too large" in caplog.text
+    assert (tmp_path / "metrics.jsonl").stat().st_size <= 4096
+    full_disk()
+    writer.scalars(200, {"loss": 200, "grad_norm": 1.0})
+    writer.close()
+    assert [r["step"] for r in lines(tmp_path)] == list(range(201))
+    assert {e[0] for e in events(tmp_path / "tb") if e[1] == "loss"} == set(range(201))
+
+
+def test_a_folder_where_a_file_belongs_ends_nothing(tmp_path, caplog):
+    (tmp_path / "samples").write_text("")
+    (tmp_path / "loss.png").mkdir()
+    writer = run_log.open_writer(tmp_path)
+    writer.scalars(1, {"loss": 1.0})
+    writer.images(1, "samples", np.zeros((1, 4, 4, 3), np.uint8))
+    writer.close()
+    assert len(lines(tmp_path)) == 1 and len(caplog.records) == 2
 
 
 def test_a_resume_leaves_no_duplicates(tmp_path):
@@ -96,12 +135,11 @@ def test_a_bucket_gets_everything_and_a_resume_continues_it():
         writer = run_log.open_writer("gs://b/run/", put=put, get=get)
         for step in steps:
             writer.scalars(step, {"loss": step})
-        (writer.folder / "samples").mkdir()
-        pictures.write_png(writer.folder / "samples/1.png", np.zeros((4, 4, 3), np.uint8))
+        writer.images(step, "samples", np.zeros((2, 4, 4, 3), np.uint8))
         writer.close()
     text = files["gs://b/run/metrics.jsonl"].decode()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
-    assert "gs://b/run/samples/1.png" in files
+    assert "gs://b/run/samples/00000002.png" in files
     assert len([f for f in files if f.startswith("gs://b/run/tb/events")]) >= 1
 
 

@@ -163,7 +163,7 @@ def with_fields(config, fields):
 
 
 def _overrides(before, after):
-    from ddpm_jax.checkpoints import flatten
+    from ddpm_jax.config import flatten
 
     before, after = flatten(before), flatten(after)
     return [f"--config.{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
