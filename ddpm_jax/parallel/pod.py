@@ -4,14 +4,13 @@ JAX's detectors and its coordination service are used as they are; added are a l
 silent wait, a check that the coordinator can be reached, and an order among the sources.
 """
 
-import contextlib
 import errno
+import functools
 import os
 import socket
 import sys
 import threading
 import time
-from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -26,54 +25,37 @@ from ddpm_jax.parallel.exit_codes import (
     log,
     pod_state,
 )
-
-# JAX's own default, 8482, is closed by the firewall rules that Google Cloud makes for TPU
-# networks; 8476 is open there (jax issue 35905).
-DEFAULT_PORT = 8476
-
-
-class Pod(NamedTuple):
-    """Which process of how many this is. ``coordinator`` is host:port, None for one process."""
-
-    process_id: int
-    num_processes: int
-    coordinator: str | None
-    method: str
+from ddpm_jax.parallel.launchers import DEFAULT_PORT, Pod, detect, local_device_ids
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
     """Defines in `values` the flags that `initialize` and `start_watchdog` read. Each has an
     environment variable too."""
-    flags.DEFINE_enum("multihost", "auto", ["auto", "off"],
-                      "auto: join the other processes when the environment tells of any (DDPM_*, "
-                      "Cloud TPU, GKE, SLURM, Open MPI, Kubernetes); off: run alone",
-                      flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)",
-                        flag_values=values)
-    flags.DEFINE_integer("coordinator_port", None,
-                         f"port of the coordinator (env JAX_COORDINATOR_PORT); {DEFAULT_PORT} "
-                         "where neither says, but SLURM's own choice on SLURM", lower_bound=1,
-                         upper_bound=65535, flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1,
-                         flag_values=values)
-    flags.DEFINE_integer("process_id", None, "number of this one, from 0 (env DDPM_PROC)",
-                         lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("init_timeout", None, "seconds to wait for the other processes; default "
-                         "300, several TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1,
-                         flag_values=values)
-    flags.DEFINE_integer("heartbeat", None, "seconds after which a silent process counts as dead "
-                         "and the others end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2,
-                         flag_values=values)
-    flags.DEFINE_float("watchdog", 0.0, "print all stacks and exit with "
-                       f"{EXIT_HUNG} after this many seconds without a step; 0: never",
-                       lower_bound=0.0, flag_values=values)
+    string, integer, number, enum = (
+        functools.partial(define, flag_values=values) for define in
+        (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_enum))
+    enum("multihost", "auto", ["auto", "off"],
+         "auto: join the other processes that the environment names (DDPM_*, Cloud TPU, GKE, "
+         "SLURM, Open MPI, Kubernetes); off: run alone")
+    string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
+    integer("coordinator_port", None,
+            f"port of the coordinator (env JAX_COORDINATOR_PORT); default {DEFAULT_PORT}, on SLURM "
+            "one by the job's number", lower_bound=1, upper_bound=65535)
+    integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1)
+    integer("process_id", None, "number of this one, from 0 (env DDPM_PROC)", lower_bound=0)
+    integer("init_timeout", None, "seconds to wait for the other processes; default 300, several "
+            "TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1)
+    integer("heartbeat", None, "seconds after which a silent process counts as dead and the others "
+            "end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2)
+    number("watchdog", 0.0, f"print all stacks and exit with {EXIT_HUNG} after this many seconds "
+           "without a step; 0: never", lower_bound=0.0)
 
 
 def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
     """Joins the pod, or does nothing for one process. Call before anything touches a device.
 
-    Order: flags, then DDPM_COORD/DDPM_NPROC/DDPM_PROC, then what JAX detects. Says what it waits
-    for and where before it waits.
+    Order: flags, then DDPM_COORD/DDPM_NPROC/DDPM_PROC, then `launchers.detect`. One line names
+    what is waited for, and where, before the wait.
 
     Raises:
       UserError: half of the settings given, or the port of process 0 is taken.
@@ -86,13 +68,17 @@ def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
         return Pod(state.process_id, state.num_processes, state.coordinator_address, "before")
     port = option(values, "coordinator_port", "JAX_COORDINATOR_PORT", int, None)
     timeout = option(values, "init_timeout", "DDPM_INIT_TIMEOUT", int, None)
-    heartbeat = option(values, "heartbeat", "DDPM_HEARTBEAT", int, 30)
-    found = _explicit(values, port) or _detect(port, timeout or 300)
+    found = _explicit(values, port) or detect(port, timeout or 300)
     if found is None or found[0].num_processes == 1:
         return Pod(0, 1, None, found[0].method if found else "alone")
-    pod, local_device_ids = found
+    pod, device_ids = found
     if timeout is None:
         timeout = 3600 if int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1 else 300
+    _join(pod, device_ids, timeout, option(values, "heartbeat", "DDPM_HEARTBEAT", int, 30))
+    return pod
+
+
+def _join(pod: Pod, device_ids, timeout: int, heartbeat: int):
     host, port = split_address(pod.coordinator)
     # gRPC would send the coordinator's traffic to an HTTP proxy, which answers nothing.
     if any("_proxy" in name.lower() for name in os.environ):
@@ -103,7 +89,7 @@ def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
         require_free_port(port)
         peers = pod.num_processes - 1
         log(f"{me} ({pod.method}): waiting for {peers} peer{'s' * (peers > 1)} at "
-             f"{pod.coordinator}, up to {timeout} s")
+            f"{pod.coordinator}, up to {timeout} s")
     else:
         log(f"{me} ({pod.method}): waiting for process 0 at {pod.coordinator}, up to {timeout} s")
         started = time.monotonic()
@@ -116,31 +102,30 @@ def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
     threading.Thread(target=_still_waiting, args=(joined, me, pod.coordinator), daemon=True).start()
     try:
         jax.distributed.initialize(
-            pod.coordinator, pod.num_processes, pod.process_id, local_device_ids,
+            pod.coordinator, pod.num_processes, pod.process_id, device_ids,
             cluster_detection_method="deactivate", initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat)
     finally:
         joined.set()
     sys.excepthook = _leave_on_exception
     log(f"{me}: joined; a process silent for {heartbeat} s ends the run")
-    return pod
 
 
 def probe(host: str, port: int, timeout: float) -> str | None:
     """Connects to host:port, trying again until `timeout` seconds are over.
 
-    Returns None when something listens there, else one line: what is wrong and what to do.
+    -> None when something listens there, else one line: what is wrong and the remedy.
     """
     deadline = time.monotonic() + timeout
-    said = time.monotonic()
+    reported = time.monotonic()
     while True:
         problem = probe_once(host, port, min(5.0, max(0.2, deadline - time.monotonic())))
         if problem is None:
             return None
         if time.monotonic() >= deadline:
             return f"no coordinator at {host}:{port} after {timeout:.0f} s: {problem}"
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
+        if time.monotonic() - reported > 30:
+            reported = time.monotonic()
             log(f"still no coordinator at {host}:{port}: {problem}")
         time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
 
@@ -229,81 +214,4 @@ def _explicit(values, port: int | None):
     if ":" not in address:
         address = f"{address}:{port or DEFAULT_PORT}"
     split_address(address)
-    return Pod(given["process_id"], given["num_processes"], address, "given"), _local_device_ids()
-
-
-def _detect(port: int | None, timeout: int):
-    """What the environment says, through JAX's detectors: (Pod, local device ids) or None."""
-    if _kubernetes_without_job():
-        return None
-    from jax._src.clusters import ClusterEnv
-    with _environment(_overrides(port)):
-        for env in ClusterEnv._cluster_types:
-            if env.opt_in_only_method or not env.is_env_present():
-                continue
-            method = env.name or env.__name__
-            if "tpu" in method:
-                os.environ.setdefault("JAX_COORDINATOR_PORT", str(port or DEFAULT_PORT))
-            count = env.get_process_count()
-            if count == 1:
-                return Pod(0, 1, None, method), None
-            address = env.get_coordinator_address(
-                timeout_secs=timeout,
-                override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"))
-            ids = _local_device_ids()
-            if ids is None and "tpu" not in method:
-                ids = _slurm_devices() if method == "slurm" else None
-                local = env.get_local_process_id()
-                if ids is None and local is not None:
-                    ids = [local]
-            return Pod(env.get_process_id(), count, address, method), ids
-    return None
-
-
-def _overrides(port):
-    values = {}
-    if port:
-        values["JAX_COORDINATOR_PORT"] = str(port)
-    # On GKE a pod of a single slice has no MEGASCALE_*; JAX then asks the metadata server, which
-    # pods may not reach, and fails (jax issue 40854). Empty means "one slice" without asking.
-    if "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_PROCESS_ADDRESSES" in os.environ:
-        for name in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS"):
-            if f"MEGASCALE_{name}" not in os.environ:
-                values[f"MEGASCALE_{name}"] = ""
-    return values
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]):
-    """Sets variables for the time of the detection only: libtpu reads some of them too."""
-    names = {*values, "JAX_COORDINATOR_PORT"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _kubernetes_without_job() -> bool:
-    """A pod that is no member of an indexed Job, nor a TPU worker, is alone."""
-    return ("KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
-            and "TPU_WORKER_ID" not in os.environ and "SLURM_JOB_ID" not in os.environ)
-
-
-def _local_device_ids() -> list[int] | None:
-    text = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    return [int(x) for x in text.split(",")] if text else None
-
-
-def _slurm_devices() -> list[int] | None:
-    """One task per node gets all its GPUs; JAX by itself would use only the first."""
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if tasks == "1" and gpus.isdigit() and int(gpus) > 1:
-        return list(range(int(gpus)))
-    return None
+    return Pod(given["process_id"], given["num_processes"], address, "given"), local_device_ids()

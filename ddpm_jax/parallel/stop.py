@@ -12,26 +12,36 @@ import time
 
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART, LEAVE_PATIENCE_S, log, pod_state
 
+SIGNALS = (signal.SIGTERM,)
 LEAVE_DELAY_S = 3.0     # a main thread that is not stuck comes to requested() within this time
+RUNNING, SIGNALLED, AGREED, LEAVING, CLOSED = "running", "signalled", "agreed", "leaving", "closed"
 
 
 class Stop:
-    """Tells the loops when to save and leave. Made by `watch_for_stop`."""
+    """When the loops are to save and leave. Made by `watch_for_stop`::
+
+        RUNNING ---signal---> SIGNALLED ---requested(): all processes agree---> AGREED
+           |                      |                       the loops save, then exit with 42
+           | a peer is leaving    | for 3 s nothing unsaved and no agreement
+           +----------------------+-----------------------------------------> LEAVING
+                                                          a thread exits with 42
+
+    A process whose peer got the signal goes from RUNNING to AGREED, and from AGREED to LEAVING if
+    the peer leaves. `close` goes from any state but LEAVING, which ends the process, to CLOSED.
+    """
 
     def __init__(self, client, process_id: int, manager):
         self._client, self._process_id, self._manager = client, process_id, manager
         self._calls = 0
-        self._noticed = self._signalled = False
-        self._unsaved = self._agreed = self._leaving = False
+        self._noticed = self._unsaved = False
+        self._state = RUNNING
         self._changed = threading.Condition()
         self._chain = None
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
-        self._old_handler = self._old_wakeup = None
-        self._closed = False
+        self._old_handlers, self._old_wakeup = {}, None
         self._watcher = threading.Thread(target=self._watch, name="ddpm-stop", daemon=True)
-        self._leaver = threading.Thread(target=self._leave_if_stuck, name="ddpm-leave", daemon=True)
 
     def requested(self, step: int) -> bool:
         """True when all processes are to save now and exit with EXIT_RESTART.
@@ -39,7 +49,7 @@ class Stop:
         Every process calls it equally often, at the same steps, in every loop (training,
         evaluation, sampling); all get True from the same call on. `step` is for the log.
         """
-        if self._agreed:
+        if self._state == AGREED:
             return True
         self._calls += 1
         if self._manager is None:
@@ -49,13 +59,12 @@ class Stop:
             # given steps, it would wait for one that a loop of several steps a call never names.
             agreed = self._manager.reached_sync_point(self._calls)
         if agreed:
-            with self._changed:
-                self._agreed = True
+            self._go(AGREED, RUNNING, SIGNALLED)
             log(f"process {self._process_id}: stopping at step {step} on SIGTERM")
         return agreed
 
     def unsaved(self, unsaved: bool):
-        """Says whether there is work that a checkpoint does not hold yet (False at the start).
+        """Sets whether there is work that no checkpoint holds yet (False at the start).
 
         While False, a SIGTERM that the loops do not see within 3 s (a long compilation) ends the
         process with EXIT_RESTART. Set False only after the save is complete, not while it runs.
@@ -65,23 +74,28 @@ class Stop:
             self._changed.notify_all()
 
     def close(self):
-        """Puts the former signal handler back and ends the threads; runs at exit by itself."""
-        if self._closed:
+        """Puts the former signal handlers back and ends the thread; runs at exit by itself."""
+        if self._state == CLOSED:
             return
         atexit.unregister(self._at_exit)
-        if self._leaving:  # a thread is ending the process: do not race it
-            self._leaver.join()
-        self._closed = True
+        if not self._go(CLOSED, RUNNING, SIGNALLED, AGREED):
+            self._watcher.join()  # it is ending the process: do not race it
         signal.set_wakeup_fd(self._old_wakeup)
-        signal.signal(signal.SIGTERM, self._old_handler or signal.SIG_DFL)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         os.write(self._wake_write, b"\0")
         # Not left to the interpreter: a daemon thread that it ends inside a call of the
         # coordination service aborts the whole process ("exception not rethrown").
-        for thread in (self._watcher, self._leaver):
-            if thread.is_alive():
-                thread.join(4 * LEAVE_PATIENCE_S)
+        self._watcher.join(4 * LEAVE_PATIENCE_S)
         for end in (self._wake_read, self._wake_write):
             os.close(end)
+
+    def _go(self, state, *from_states) -> bool:
+        with self._changed:
+            if self._state in from_states:
+                self._state = state
+                return True
+        return False
 
     def _at_exit(self):
         self.close()
@@ -89,11 +103,12 @@ class Stop:
             with contextlib.suppress(Exception):
                 self._client.key_value_set(f"ddpm/done/{self._process_id}", "")
         # The process is on its way out; one more signal must not change its exit code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in self._old_handlers:
+            signal.signal(number, signal.SIG_IGN)
 
     def _install(self):
         before = _c_handler()
-        self._old_handler = signal.signal(signal.SIGTERM, self._on_python_signal)
+        self._old_handlers = {n: signal.signal(n, self._on_python_signal) for n in SIGNALS}
         self._old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         # JAX's handler is C++ and only raises a flag: Python does not know of it, so it is called
         # by its address. Where the address is Python's own there is nothing to call.
@@ -109,60 +124,53 @@ class Stop:
         with contextlib.suppress(OSError):
             os.write(self._wake_write, bytes([signum]))
 
-    def _on_signal(self):
-        if self._signalled:
-            return
-        self._noticed = self._signalled = True
-        if self._chain is not None:
-            self._chain(signal.SIGTERM)
-        log(f"process {self._process_id}: received SIGTERM; stopping at the next step")
-        self._leaver.start()
-
     def _watch(self):
         # A pipe, because the C half of Python's handler writes to it at once, while the Python
         # half waits for the main thread to come back from XLA, which may take minutes.
         every = max(2.0, pod_state().num_processes / 500) if self._client else None
-        while not self._closed:
-            ready, _, _ = select.select([self._wake_read], [], [], every)
-            if self._closed:
-                break
-            if ready and signal.SIGTERM in os.read(self._wake_read, 4096):
-                self._on_signal()
-            if self._client is None or self._leaving:
+        asked = idle_since = time.monotonic()
+        while True:
+            wait = 0.1 if self._state == SIGNALLED else every
+            ready, _, _ = select.select([self._wake_read], [], [], wait)
+            now = time.monotonic()
+            if self._state == CLOSED:
+                return
+            if ready and set(os.read(self._wake_read, 4096)) & set(SIGNALS):
+                idle_since = now if self._on_signal() else idle_since
+            if self._unsaved:
+                idle_since = now
+            if now - idle_since > LEAVE_DELAY_S:
+                self._leave("SIGTERM and nothing unsaved", SIGNALLED)
+            if self._client is None or now - asked < every:
                 continue
+            asked = now
             try:
                 peers = self._client.key_value_dir_get("ddpm/leave/")
             except Exception:  # the service is gone: JAX itself ends the process
-                break
-            if peers:
-                self._leaver = threading.current_thread()
-                self._leave(f"{peers[0][1]} is leaving")
-
-    def _leave_if_stuck(self):
-        idle_since = time.monotonic()
-        while time.monotonic() - idle_since < LEAVE_DELAY_S:
-            with self._changed:
-                self._changed.wait(0.1)
-                if self._closed or self._agreed or self._leaving:
-                    return
-                if self._unsaved:
-                    idle_since = time.monotonic()
-        self._leave("SIGTERM and nothing unsaved")
-
-    def _leave(self, why: str):
-        """Ends this process, and through the coordination service the others, with 42."""
-        with self._changed:
-            if self._leaving:
                 return
-            self._leaving = True
+            if peers:
+                self._leave(f"{peers[0][1]} is leaving", RUNNING, SIGNALLED, AGREED)
+
+    def _on_signal(self) -> bool:
+        """Whether it is the first."""
+        self._noticed = True
+        if not self._go(SIGNALLED, RUNNING):
+            return False
+        if self._chain is not None:
+            self._chain(signal.SIGTERM)
+        log(f"process {self._process_id}: received SIGTERM; stopping at the next step")
+        return True
+
+    def _leave(self, why: str, *from_states):
+        """Ends this process, and through the coordination service the others, with 42."""
+        if not self._go(LEAVING, *from_states):
+            return
         if self._client is not None:
             with contextlib.suppress(Exception):
                 self._client.key_value_set(f"ddpm/leave/{self._process_id}",
                                            f"process {self._process_id}")
-            deadline = time.monotonic() + LEAVE_PATIENCE_S
             with self._changed:
-                while self._unsaved and time.monotonic() < deadline:
-                    self._changed.wait(0.1)
+                self._changed.wait_for(lambda: not self._unsaved, LEAVE_PATIENCE_S)
             with contextlib.suppress(Exception):
                 if not self._client.key_value_dir_get("ddpm/done/"):
                     self._client.wait_at_barrier("ddpm/leave", int(1500 * LEAVE_PATIENCE_S))
@@ -178,7 +186,7 @@ class Stop:
 
 
 def watch_for_stop() -> Stop:
-    """Takes SIGTERM over and returns the `Stop` that the loops ask. Main thread, once, after
+    """Takes SIGTERM over and returns the `Stop` that the loops poll. Main thread, once, after
     `initialize`. SIGINT stays KeyboardInterrupt."""
     state = pod_state()
     manager = None
@@ -186,8 +194,8 @@ def watch_for_stop() -> Stop:
         manager = state.preemption_sync_manager
         if isinstance(manager, _NoSyncPoint):
             manager = manager.manager
-        # Orbax asks the same manager with step numbers, from a thread of its own as well, and so
-        # overwrites the count of whoever polls it. From here on it is told "no preemption".
+        # Orbax polls the same manager with step numbers, from a thread of its own as well, and so
+        # overwrites the count of whoever polls it. From here on it sees no preemption.
         state.preemption_sync_manager = _NoSyncPoint(manager)
     stop = Stop(state.client, state.process_id, manager)
     stop._install()

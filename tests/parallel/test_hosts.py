@@ -1,17 +1,26 @@
-"""What processes exchange: indices and rows of a batch."""
-
-import jax
-import numpy as np
 import pytest
+from pod_processes import Processes, free_port
 
 from ddpm_jax.parallel import hosts
-from ddpm_jax.parallel.runners import RUNNERS
 
 
-@pytest.mark.parametrize("name", RUNNERS)
-def test_indices_go_to_the_devices_and_come_back_in_order(name):
-    runner = RUNNERS[name](jax.devices())
-    double = runner.compile(lambda i: 2 * i, ("batch",), ("batch",))
-    rows = hosts.all_rows(runner, double(hosts.local_indices(runner, 5, 11)))
-    assert len(rows) % len(jax.devices()) == 0
-    np.testing.assert_array_equal(rows[:11], 2 * np.arange(5, 16))
+@pytest.mark.multiprocess
+def test_hosts_that_differ_are_named_and_equal_ones_pass(tmp_path):
+    with Processes(tmp_path, ["facts"], 2, env={"CONFIG": "abc"}) as run:
+        assert run.wait() == [0, 0]
+    assert all("SAME" in run.text(i) for i in (0, 1))
+    port = free_port()
+    with Processes(tmp_path, ["facts"], 3, env={"CONFIG": "abc"}, port=port, only=[0, 2]) as run, \
+            Processes(tmp_path, ["facts"], 3, env={"CONFIG": "xyz"}, port=port, only=[1]) as odd:
+        assert run.wait() + odd.wait() == [2, 2, 2]
+        for text in (run.text(0), run.text(1), odd.text(0)):
+            assert "process 1 on" in text and "config=xyz (process 0 has abc)" in text
+            assert "process 2 on" not in text.split("DIFFER")[1]
+
+
+
+def test_versions_name_what_must_agree():
+    import jax
+    assert hosts.versions()["jax"] == jax.__version__
+    assert set(hosts.versions()) >= {"python", "jaxlib", "flax", "orbax-checkpoint"}
+

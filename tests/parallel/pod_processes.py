@@ -1,0 +1,121 @@
+"""Real processes of a real jax.distributed, a few seconds each."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+# A stand-in for the loops: argv is a list of words, each does one thing.
+PROGRAM = '''
+import ctypes, os, signal, sys, time
+from absl import flags
+from ddpm_jax.errors import UserError
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART
+from ddpm_jax.parallel.hosts import check_same_everywhere
+from ddpm_jax.parallel.pod import define_flags, initialize
+from ddpm_jax.parallel.stop import watch_for_stop
+from ddpm_jax.parallel.watchdog import start_watchdog
+# What a shell starts in the background ignores SIGINT, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+define_flags()
+words = flags.FLAGS(["x", *sys.argv[1:]])[1:]
+pod = initialize()
+import jax, jax.numpy as jnp
+def block(libc):
+    # As a compilation: a call of C in the main thread that no signal cuts short. CDLL lets go of
+    # the interpreter's lock for the call, PyDLL keeps it.
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+from jax.experimental import multihost_utils
+if "facts" in words:
+    try:
+        check_same_everywhere({"config": os.environ["CONFIG"]})
+    except UserError as error:
+        print("DIFFER", error, flush=True)
+        sys.exit(2)
+    print("SAME", flush=True)
+stop = watch_for_stop()
+dog = start_watchdog()
+if "compile" in words:
+    print("READY", flush=True)
+    block(ctypes.CDLL(None))
+if "loop" in words:
+    stop.unsaved(True)
+    for step in range(0, 100_000, 10):
+        jax.block_until_ready(multihost_utils.process_allgather(jnp.ones(())))
+        dog.beat(step)
+        assert step < 20 or os.environ.get("RAISE") != "1", "RAISE"
+        if step == 50:
+            print("READY", flush=True)
+        if "hang" in words and step == 60:
+            time.sleep(60)
+        if "locked" in words and step == 60:
+            time.sleep(0.6)  # two ticks of the watchdog
+            block(ctypes.PyDLL(None))
+        if stop.requested(step):
+            print("SAVE", step, flush=True)
+            if "slowsave" in words:
+                time.sleep(2)
+            print("SAVED", step, flush=True)
+            stop.unsaved(False)
+            sys.exit(EXIT_RESTART)
+        time.sleep(0.005)
+print("END", pod.process_id, pod.num_processes, flush=True)
+if os.environ.get("LATE") == str(pod.process_id):
+    block(ctypes.CDLL(None))
+'''
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+
+class Processes:
+    """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one."""
+
+    def __init__(self, folder, words, count, flags=(), env=(), port=None, only=None):
+        port = port or free_port()
+        self.files, self.popen = [], []
+        for i in range(count) if only is None else only:
+            e = {**os.environ, "DDPM_COORD": f"127.0.0.1:{port}", "DDPM_NPROC": str(count),
+                 "DDPM_PROC": str(i), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                 "TF_CPP_MIN_LOG_LEVEL": "3"}
+            e.update(env(i) if callable(env) else env)
+            if count == 1:
+                e = {k: v for k, v in e.items() if not k.startswith("DDPM_")}
+            file = open(pathlib.Path(folder) / f"{i}.log", "w+")
+            self.files.append(file)
+            self.popen.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *flags, *words],
+                                               stdout=file, stderr=subprocess.STDOUT, env=e))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for p in self.popen:
+            p.kill()
+            p.wait()
+        for f in self.files:
+            f.close()
+
+    def text(self, i):
+        return pathlib.Path(self.files[i].name).read_text()
+
+    def until(self, word, seconds=60):
+        deadline = time.time() + seconds
+        while not all(word in self.text(i) for i in range(len(self.popen))):
+            assert time.time() < deadline, [self.text(i) for i in range(len(self.popen))]
+            assert all(p.poll() is None for p in self.popen), \
+                [self.text(i) for i in range(len(self.popen))]
+            time.sleep(0.05)
+
+    def wait(self, seconds=60):
+        deadline = time.time() + seconds
+        return [p.wait(max(0.1, deadline - time.time())) for p in self.popen]
+

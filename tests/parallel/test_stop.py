@@ -1,0 +1,87 @@
+import os
+import signal
+
+import pytest
+from pod_processes import Processes
+
+from ddpm_jax.parallel import stop
+
+
+@pytest.mark.smoke
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, who):
+    with Processes(tmp_path, ["loop", "slowsave"], 2) as run:
+        run.until("READY")
+        run.popen[who].send_signal(signal.SIGTERM)
+        run.until("SAVE ")
+        run.popen[who].send_signal(signal.SIGTERM)  # a second one leaves the save alone
+        run.popen[1 - who].send_signal(signal.SIGTERM)
+        assert run.wait() == [42, 42]
+        lines = [[x for x in run.text(i).splitlines() if x.startswith("SAVE")] for i in (0, 1)]
+    assert lines[0] == lines[1] and len(lines[0]) == 2, lines
+    assert "received SIGTERM" in run.text(who) and "waiting for" in run.text(1 - who)
+
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_during_a_compilation_ends_all_with_42(tmp_path, who):
+    with Processes(tmp_path, ["compile"], 2) as run:
+        run.until("READY")
+        run.popen[who].send_signal(signal.SIGTERM)
+        assert run.wait(25) == [42, 42]
+    assert "nothing unsaved" in run.text(who) and "is leaving" in run.text(1 - who)
+
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_where_the_other_is_done_leaves_it_its_code(tmp_path, who):
+    """The other waits in JAX's shutdown, and would be aborted where its peer just disappears."""
+    with Processes(tmp_path, [], 2, env={"LATE": str(who)}) as run:
+        run.until("END")
+        run.popen[who].send_signal(signal.SIGTERM)
+        codes = run.wait(60)
+    assert (codes[who], codes[1 - who]) == (42, 0), (run.text(0), run.text(1))
+
+
+
+def test_single_process_stops_at_the_next_step(tmp_path):
+    with Processes(tmp_path, ["loop", "slowsave"], 1) as run:
+        run.until("READY")
+        run.popen[0].send_signal(signal.SIGTERM)
+        run.until("SAVE ")
+        run.popen[0].send_signal(signal.SIGTERM)
+        assert run.wait() == [42]
+    assert run.text(0).count("SAVED") == 1
+
+
+
+def test_single_process_leaves_during_a_compilation(tmp_path):
+    with Processes(tmp_path, ["compile"], 1) as run:
+        run.until("READY")
+        run.popen[0].send_signal(signal.SIGTERM)
+        assert run.wait(20) == [42]
+
+
+
+def test_sigint_stays_keyboard_interrupt(tmp_path):
+    with Processes(tmp_path, ["loop"], 1) as run:
+        run.until("READY")
+        run.popen[0].send_signal(signal.SIGINT)
+        assert run.wait(20) != [42]
+    assert "KeyboardInterrupt" in run.text(0)
+
+
+
+def test_stop_puts_the_old_handler_back():
+    before = signal.getsignal(signal.SIGTERM)
+    watch = stop.watch_for_stop()
+    assert not watch.requested(0)
+    watch.unsaved(True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert watch.requested(1) and watch.requested(2)
+    watch.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
