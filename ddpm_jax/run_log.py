@@ -229,9 +229,7 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl, here or on a bucket; a last line cut short by a kill is left
     out."""
-    records = []
-    from etils import epath
-    lines = epath.Path(path).read_text(encoding="utf-8").splitlines()
+    records, lines = [], files.read_bytes(path).decode().splitlines()
     for i, line in enumerate(lines):
         try:
             records.append(json.loads(line))
@@ -254,8 +252,6 @@ def plot_loss(jsonl, png) -> bool:
                 curves.setdefault(key, []).append((record["step"], value))
     if not curves:
         return False
-    from io import BytesIO
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -275,9 +271,8 @@ def plot_loss(jsonl, png) -> bool:
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="loss")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    files.write_bytes(png, data.getvalue())
+    with files.whole_file(png) as file:
+        figure.savefig(file, format="png", dpi=120)
     return True
 
 
