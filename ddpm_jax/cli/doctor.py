@@ -165,7 +165,7 @@ def check_devices(timeout=120) -> Finding:
 
 def check_workdir(workdir: str) -> list[Finding]:
     """Write, read, list and delete a small file; on gs:// also what Orbax asks of the bucket."""
-    from etils import epath
+    from ddpm_jax.storage import files
     findings = []
     if workdir.startswith("gs://"):
         bucket = workdir[5:].split("/")[0]
@@ -179,7 +179,7 @@ def check_workdir(workdir: str) -> list[Finding]:
             findings.append(Finding("bucket", True, f"{bucket}: storage.buckets.get granted"))
         except Exception as error:  # gcsfs raises its own, requests' and google.auth's types
             findings.append(Finding("bucket", False, bucket_problem(bucket, error)))
-    folder = epath.Path(workdir)
+    folder = files.resolve(workdir)
     file = folder / f".ddpm_doctor_{socket.gethostname()}_{os.getpid()}"
     doing = "write"
     try:

@@ -1,7 +1,6 @@
 """`ddpm`: the table of subcommands and the way into each."""
 
 import importlib
-import os
 import sys
 
 from absl import flags
@@ -49,8 +48,6 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    # gs:// goes through gcsfs (the extra [gcs]), whether or not TensorFlow happens to be there.
-    os.environ.setdefault("EPATH_USE_TF", "0")
     name, rest = argv[0], argv[1:]
     if name not in SUBCOMMANDS:
         print(f"ddpm: error: no subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}",

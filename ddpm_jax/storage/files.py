@@ -13,6 +13,9 @@ from etils import epath
 
 from ddpm_jax.errors import UserError
 
+# gs:// goes through gcsfs (the extra [gcs]), whether or not TensorFlow is installed.
+os.environ.setdefault("EPATH_USE_TF", "0")
+
 PARTIAL = ".partial"  # ending of every temporary name; the name begins with a dot
 
 
@@ -61,6 +64,9 @@ def _reason(path, error, advice) -> str:
         is_remote(path) and isinstance(error, FileNotFoundError))
     if local or not is_remote(path):
         reason = getattr(error, "strerror", None) or text
+        place = str(getattr(error, "filename", None) or path)
+        if place != str(path) and not place.endswith(PARTIAL):  # a folder above it, say
+            reason += f" ({place})"
         return f"{reason}; {advice}" if advice else reason
     bucket = bucket_of(path)
     code = str(getattr(error, "code", ""))
@@ -142,7 +148,8 @@ def whole_file(path):
             os.replace(temporary, target)
             _sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder):

@@ -1,7 +1,10 @@
-"""All or nothing on disk."""
+"""Files and folders that appear whole or not at all, on disk and in a bucket."""
 
-import errno
 import os
+import resource
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,16 +22,91 @@ def test_round_trips(tmp_path):
     assert files.listing(tmp_path / "absent") == []
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path):
     files.write_bytes(tmp_path / "x", b"old")
-
-    def full(fd):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*No space left"):
-        files.write_bytes(tmp_path / "x", b"new")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*x: File too large; free space or name"):
+            files.write_bytes(tmp_path / "x", bytes(1001))
+        with pytest.raises(UserError, match="cannot write .*y.npz: File too large"):
+            files.write_npz(tmp_path / "y.npz", {"a": np.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert files.listing(tmp_path) == ["x"] and files.read_bytes(tmp_path / "x") == b"old"
+
+
+def test_a_process_that_is_killed_leaves_the_old_file(tmp_path):
+    files.write_bytes(tmp_path / "x", b"old")
+    code = ("import os, signal, sys\n"
+            "from ddpm_jax.storage import files\n"
+            "with files.whole_file(sys.argv[1]) as file:\n"
+            "    file.write(bytes(10**6)); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], timeout=60)
+    assert done.returncode == -signal.SIGKILL and files.read_bytes(tmp_path / "x") == b"old"
+    [left] = [name for name in files.listing(tmp_path) if name != "x"]
+    assert left.startswith(".x.") and left.endswith(files.PARTIAL)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(
+        ("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(
+        ("replace", os.path.basename(a))) or replace(a, b))
+    files.write_bytes(tmp_path / "folder/x", b"new")
+    (_, temporary), replaced, folder = calls
+    assert replaced == ("replace", temporary) and temporary.endswith(files.PARTIAL)
+    assert folder == ("fsync", "folder")
+
+
+def test_an_error_of_the_caller_leaves_nothing_and_keeps_its_type(tmp_path):
+    for wrong in (KeyError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(wrong)), files.whole_file(tmp_path / "x") as file:
+            file.write(b"half")
+            raise wrong
+    assert files.listing(tmp_path) == []
+
+
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot read .*absent: No such file or directory$"):
+        files.read_bytes(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"write .*file/x: File exists \(.*file\); free space or"):
+        files.write_bytes(tmp_path / "file/x", b"")
+    with pytest.raises(UserError, match="not a readable .npz"):
+        files.read_npz(tmp_path / "file")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # gcsfs leaves its session open
+def test_a_bucket_holds_the_same(storage):
+    url = f"{storage}/files"
+    files.write_json(f"{url}/a/b.json", {"x": 1})
+    files.write_npz(f"{url}/c.npz", {"x": np.arange(3)})
+    assert files.read_json(f"{url}/a/b.json") == {"x": 1}
+    np.testing.assert_array_equal(files.read_npz(f"{url}/c.npz")["x"], [0, 1, 2])
+    assert files.listing(url) == ["a", "c.npz"] and files.exists(f"{url}/c.npz")
+    with pytest.raises(KeyError), files.whole_file(f"{url}/d") as file:
+        file.write(b"half")
+        raise KeyError("x")
+    with pytest.raises(UserError, match="a is not|files exists and is not an empty folder"):
+        with files.new_folder(url):
+            raise AssertionError("entered")
+    files.remove(f"{url}/c.npz")
+    files.remove(f"{url}/a")
+    assert files.listing(url) == [] and not files.exists(f"{url}/d")
+    with pytest.raises(KeyError), files.new_folder(f"{url}/new") as staging:
+        (staging / "file").write_text("x")
+        raise KeyError("x")
+    assert files.listing(f"{url}/new") == []
+    with files.new_folder(f"{url}/new") as staging:
+        (staging / "file").write_text("x")
+    assert files.listing(f"{url}/new") == ["file"]
+    with pytest.raises(UserError, match="cannot read gs://absent/x: nothing there, or no bucket"):
+        files.read_bytes("gs://absent/x")
+    with pytest.raises(UserError, match="cannot write gs://absent/x: "):
+        files.write_bytes("gs://absent/x", b"")
 
 
 def test_a_result_is_never_nan(tmp_path):
@@ -41,3 +119,34 @@ def test_what_is_not_json_is_said(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_folder_appears_at_the_end_with_an_ordinary_mode(tmp_path):
+    out = tmp_path / "a" / "out"
+    with files.new_folder(out) as staging:
+        (staging / "file").write_text("x")
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["file"] and os.listdir(tmp_path / "a") == ["out"]
+    (tmp_path / "plain").mkdir()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
+    with pytest.raises(KeyError), files.new_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+        raise KeyError("x")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(UserError, match="No space left"), files.new_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_folder_may_be_there_anything_else_not(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.new_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+    for name in ("out", "out/file"):
+        with pytest.raises(UserError, match="is not an empty folder"):
+            with files.new_folder(tmp_path / name):
+                raise AssertionError("entered")
+    assert (tmp_path / "out" / "file").read_text() == "x"

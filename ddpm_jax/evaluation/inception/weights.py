@@ -1,7 +1,7 @@
-"""Inception's weights: where they are looked for, what is read, how a file is known to be right.
+"""Inception's weights: where they are looked for, how they are read, converted and verified.
 
-Reads the .pth of pytorch-fid and torch-fidelity (both pickle layouts) and TensorFlow's frozen graph
-(.pb, .tgz) with numpy and the standard library, through a reader that cannot execute code.
+Reads the .pth of pytorch-fid and torch-fidelity and TensorFlow's frozen graph (.pb, .tgz) with
+``ddpm_jax.formats``, which needs neither PyTorch nor TensorFlow and executes nothing in a file.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import struct
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ddpm_jax.errors import UserError
@@ -187,7 +188,8 @@ def read_state(content: bytes, path="the file") -> dict:
     if missing or extra:
         example = min(missing or extra)
         raise UserError(f"{path}: not the FID Inception: {len(missing)} tensors missing, "
-                        f"{len(extra)} not known (first {example!r}); torchvision's own weights do not fit")
+                        f"{len(extra)} not known (first {example!r}); torchvision's own weights do "
+                        "not fit")
     for name, shape in shapes.items():
         if found[name].shape != shape:
             raise UserError(f"{path}: {name}: shape {found[name].shape}, expected {shape}")
@@ -212,8 +214,7 @@ def fingerprint_images() -> np.ndarray:
 
 
 def fingerprint(params: dict, *, precision: str = "highest") -> np.ndarray:
-    """pool_3 of `fingerprint_images`, float32 [8,2048], on the machine at hand."""
-    import jax
+    """pool_3 of `fingerprint_images`, float32 [8,2048], computed on this machine."""
     run = jax.jit(lambda p, x: network.features(p, x, precision=precision).pool_3)
     return np.concatenate([np.asarray(run(params, image[None])) for image in fingerprint_images()])
 
@@ -221,7 +222,7 @@ def fingerprint(params: dict, *, precision: str = "highest") -> np.ndarray:
 def fingerprint_error(weights: Weights, *, precision: str = "highest") -> float | None:
     """Relative distance of this machine's pool_3 from the one stored at conversion.
 
-    Near 3e-7 in float32; 5e-4 or more says that the device rounds its multiplications.
+    Near 3e-7 in float32; 5e-4 or more: the device rounds its multiplications.
     """
     if weights.fingerprint is None:
         return None
@@ -261,7 +262,7 @@ def convert(source, target, *, allow_unknown: bool = False, overwrite: bool = Fa
 
 
 def candidates(explicit=None, environ=None) -> list:
-    """(what it is, path) of every place that is looked at, in order."""
+    """(what it is, path) of every place that is searched, in order."""
     environ = os.environ if environ is None else environ
     if explicit:
         return [("--inception_weights", str(explicit))]
