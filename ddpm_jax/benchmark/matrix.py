@@ -105,6 +105,15 @@ def run_cell(cell: Cell, export: pathlib.Path | None = None) -> dict:
     return {"cell": cell.name, **reports[0], "warm": warm}
 
 
+def run(cells: list[Cell], export=None) -> list[dict]:
+    """The reports of all cells, in order; export: folder of the corpus."""
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
+        rows.append(run_cell(cell, pathlib.Path(export) if export else None))
+    return rows
+
+
 def _export(source: pathlib.Path, target: pathlib.Path, cell: Cell, found: dict) -> None:
     """Add a cell's StableHLO to the corpus in `target`; equal modules are kept once."""
     target.mkdir(parents=True, exist_ok=True)

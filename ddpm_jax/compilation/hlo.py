@@ -312,24 +312,6 @@ def summary(text: str) -> dict:
     }
 
 
-def large_float32(text: str, *, batch: int, at_least: int, parameter_sizes=()) -> dict[str, int]:
-    """Shapes of float32 arrays that kernels write to memory and that look like feature maps.
-
-    A feature map has `batch` among its first two sizes and at least `at_least` elements, and is
-    not a parameter (their element counts are `parameter_sizes`). -> {'f32[...]': how many}
-    """
-    program = parse(text)
-    found: collections.Counter = collections.Counter()
-    for i, runs in execution(program).lines:
-        for item, dims in ARRAY.findall(i.type):
-            sizes = [int(d) for d in dims.split(",") if d]
-            count = math.prod(sizes)
-            if (item == "f32" and count >= at_least and batch in sizes[:2]
-                    and count not in parameter_sizes):
-                found[f"f32[{dims}]"] += runs
-    return dict(found)
-
-
 def stablehlo_opcodes(text: str) -> dict[str, int]:
     """Operations of a StableHLO module's text by name, most frequent first."""
     counts: collections.Counter = collections.Counter()

@@ -15,7 +15,7 @@ def test_help_and_bad_input(tmp_path):
     done = ddpm("stp", "--config=digits")
     assert done.returncode == 2
     known = "step|sample|data|eval|statistics|compile|sweep|page"
-    assert f"ddpm: error: say what to measure: ddpm bench {known}" in done.stderr
+    assert f"ddpm: error: expected ddpm bench {known}" in done.stderr
     (tmp_path / "there.json").write_text("[]")
     done = ddpm("data", "--config=digits", f"--out={tmp_path}/there.json")
     assert done.returncode == 2 and "exists; name another file" in done.stderr
@@ -35,7 +35,7 @@ def test_data_in_the_common_format(tmp_path):
 @pytest.mark.slow
 def test_features_are_a_share_of_sampling(tmp_path):
     from ddpm_jax import experiment
-    from ddpm_jax.cli import compile as programs
+    from ddpm_jax.benchmark import compiled
     from ddpm_jax.config import load_config
     from ddpm_jax.evaluation.inception import network
     done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
@@ -43,7 +43,7 @@ def test_features_are_a_share_of_sampling(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
     config = load_config("digits")
-    work = programs.network_work(experiment.build(config))
+    work = compiled.network_work(experiment.build(config))
     one = network.flops_per_image() + 2 * 2048 ** 2
     first = rows["Inception-2015"]
     assert first["share_of_flops"] == pytest.approx(one / (100 * work.forward_flops), rel=1e-6)

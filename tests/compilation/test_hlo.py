@@ -122,15 +122,6 @@ def test_bytes_of_types(type, size):
     assert hlo.array_bytes(type) == size
 
 
-def test_float32_feature_maps_are_found_and_parameters_are_not():
-    text = PROGRAM.replace("%big = f32[100]{0}", "%big = f32[16,4,4,8]{3,2,1,0}").replace(
-        "%loop_update_fusion = f32[100]{0}", "%loop_update_fusion = f32[16,4,4,8]{3,2,1,0}")
-    assert hlo.large_float32(text, batch=16, at_least=1000) == {"f32[16,4,4,8]": 1}
-    assert hlo.large_float32(text, batch=16, at_least=3000) == {}
-    assert hlo.large_float32(text, batch=8, at_least=1000) == {}
-    assert hlo.large_float32(text, batch=16, at_least=1000, parameter_sizes={2048}) == {}
-
-
 def test_what_xla_prints_today_is_read():
     # 7 steps of x @ w: the loop, its trip count and its product must all be found.
     def f(x, w):

@@ -1,0 +1,215 @@
+"""Programs compiled for a machine that may be absent: their arguments, work, fit and speed."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax import experiment, programs
+from ddpm_jax.compilation import cache, report, roofline
+from ddpm_jax.compilation.topology import describe
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.inception import network
+from ddpm_jax.training.steps import to_uint8
+
+MFUS = (0.2, 0.3, 0.4, 0.5)
+
+
+class Program(NamedTuple):
+    """A program and its work. jitted, args: for .lower(); flops: of one call, counted by hand;
+    images: of one call; calls: of the config's whole run; payload: bytes summed over devices."""
+
+    jitted: object
+    args: tuple
+    flops: float
+    images: int
+    calls: int
+    payload: float = 0.0
+
+
+def network_work(exp) -> roofline.Work:
+    """The U-Net's hand-counted work of one image."""
+    model = exp.model
+    return roofline.unet_work(
+        image_size=model.image_size, ch=model.ch, ch_mult=model.ch_mult,
+        num_res_blocks=model.num_res_blocks, attn_resolutions=model.attn_resolutions,
+        in_channels=model.in_channels, out_channels=model.out_channels,
+        space_to_depth=model.space_to_depth)
+
+
+def train_step(exp, num_examples) -> Program:
+    """A training step; num_examples: of a data set kept on the device."""
+    config, work = exp.config, network_work(exp)
+    resident = num_examples if config.data.resident else None
+    # The loop over a dispatch's steps has a length that is data: its body, one step, counts once.
+    return Program(
+        programs.train_program(exp, resident), programs.train_arguments(exp, resident),
+        flops=config.train.batch_size * work.train_flops, images=config.train.batch_size,
+        calls=config.train.steps, payload=4.0 * work.parameters)
+
+
+def _sampler_batch(exp) -> int:
+    batch = exp.config.sampler.batch_size
+    if batch % exp.runner.num_devices:
+        raise UserError(f"config.sampler.batch_size={batch} is not divisible by the "
+                        f"{exp.runner.num_devices} devices of the topology")
+    return batch
+
+
+def _weights_seed_index(exp, batch):
+    runner = exp.runner
+    return (runner.abstract("replicated", exp.abstract_state.params),
+            runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.uint32)),
+            runner.abstract("batch", jax.ShapeDtypeStruct((batch,), jnp.int32)))
+
+
+def _images(exp, batch):
+    return exp.runner.abstract("batch", jax.ShapeDtypeStruct((batch, *exp.image_shape), jnp.uint8))
+
+
+def sample(exp, num_examples) -> Program:
+    """The whole chain as one program, as accelerators run it."""
+    del num_examples
+    batch, chain = _sampler_batch(exp), programs.sampling_chain(exp)
+    jitted = exp.runner.compile(
+        lambda params, seed, index: to_uint8(
+            programs.draw_images(exp, chain, params, seed, index)),
+        ("replicated", "replicated", "batch"), ("batch",))
+    flops = batch * chain.num_steps * network_work(exp).forward_flops
+    return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
+                   calls=math.ceil(50_000 / batch))
+
+
+def evaluate(exp, num_examples) -> Program:
+    """Bits/dim: the whole bound of a batch, as `ddpm evaluate` computes it."""
+    batch = _sampler_batch(exp)
+
+    def bound(params, seed, index, images):
+        return programs.bound(exp, params, seed, images, index).total
+
+    jitted = exp.runner.compile(bound, ("replicated", "replicated", "batch", "batch"), ("batch",))
+    flops = batch * exp.config.diffusion.num_timesteps * network_work(exp).forward_flops
+    return Program(jitted, (*_weights_seed_index(exp, batch), _images(exp, batch)), flops=flops,
+                   images=batch, calls=math.ceil((num_examples or 10_000) / batch))
+
+
+def inception(exp, num_examples) -> Program:
+    """Inception-2015 features of a batch of samples."""
+    del num_examples
+    batch = _sampler_batch(exp)
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    params = {name: {"kernel": shape(*sizes), "bias": shape(sizes[-1])}
+              for name, sizes in network.conv_shapes().items()}
+    params["fc"] = {"kernel": shape(network.FEATURES, network.CLASSES),
+                    "bias": shape(network.CLASSES)}
+    jitted = exp.runner.compile(lambda p, x: network.features(p, x, precision="fast").pool_3,
+                                ("replicated", "batch"), ("batch",))
+    return Program(jitted, (exp.runner.abstract("replicated", params), _images(exp, batch)),
+                   flops=batch * network.flops_per_image(), images=batch,
+                   calls=math.ceil(50_000 / batch))
+
+
+PROGRAMS = {"train_step": train_step, "sample": sample, "evaluate": evaluate,
+            "inception": inception}
+
+
+def step_parts(config) -> dict[str, str]:
+    """What a training step of `config` holds besides the network: present, and how, or absent."""
+    train = config.train
+    return {
+        "dropout": str(config.model.dropout) if config.model.dropout else "absent",
+        "clip": f"{train.clip_norm} {train.clip_scope}" if train.clip_norm else "absent",
+        "EMA": str(config.ema.decay) if config.ema.decay else "absent",
+        "optimizer": f"Adam, eps as {config.optimizer.eps_rule}",
+        "random": train.random,
+    }
+
+
+def prepare_host() -> None:
+    """Keep JAX off the accelerators, which another process may need: nothing runs on them here."""
+    jax.config.update("jax_platforms", "cpu")
+    cache.enable_compilation_cache()
+
+
+def measure(config, *, topology: str, program: str, options: dict, num_examples: int, name=""):
+    """Compile `program` of `config`, called `name`, for `topology`.
+
+    -> compilation.report.Compiled whose report has about, work, fit, roofline and speed too.
+    Raises UserError for an unknown program or topology, and for a batch that does not fit it.
+    """
+    if program not in PROGRAMS:
+        raise UserError(f"program: {program!r} is not known; known: {', '.join(PROGRAMS)}")
+    machine = describe(topology)
+    exp = experiment.build(config, machine.devices)
+    made = PROGRAMS[program](exp, num_examples)
+    result = report.compile_and_report(made.jitted, made.args, options=options,
+                                       programs_cache=machine.chip is None)
+    devices = len(machine.devices)
+    found = result.report | {
+        "about": {
+            "program": program, "config": name or config.data.name,
+            "machine": f"{topology}: {devices} devices ({machine.devices[0].device_kind})",
+            "topology": topology, "devices": devices, "runner": config.parallel.runner,
+            "dtype": config.model.dtype,
+            "batch": f"{made.images} ({made.images // devices} a device)",
+            **({"step": step_parts(config)} if program == "train_step" else {}),
+        },
+        "work": {"flops_per_call": made.flops, "flops_per_image": made.flops / made.images,
+                 "images_per_call": made.images,
+                 "parameters": network_work(exp).parameters},
+    }
+    if machine.chip is not None:
+        found |= _on_chip(machine, made, found)
+    return result._replace(report=found)
+
+
+def _on_chip(machine, made, found) -> dict:
+    """Parts of the report that need a chip's figures: fit (if compiled), roofline, speed."""
+    chip, devices, parts = machine.chip, len(machine.devices), {}
+    hbm = chip.per_device(chip.hbm_bytes)
+    if "memory" in found:
+        peak = found["memory"]["peak"]
+        parts["fit"] = {"fits": peak <= hbm, "peak": peak, "hbm": hbm, "free": 1 - peak / hbm}
+    parts["roofline"] = roofline.roofline(
+        chip, devices=devices, slices=machine.slices, flops=made.flops,
+        bytes_per_device=found["hlo"]["bytes"] if "hlo" in found else None, payload=made.payload)
+    parts["speed"] = [roofline.at_mfu(chip, devices=devices, flops=made.flops, steps=made.calls,
+                                      mfu=mfu) for mfu in MFUS]
+    return parts
+
+
+SWEEPS = {
+    "batch": ((16, 64, 256), lambda value: {"train.batch_size": value}),
+    "image size": ((16, 32, 64), lambda value: {"data.image_size": value}),
+    "width": ((64, 128, 256), lambda value: {"model.ch": value}),
+    "devices": ((1, 2, 8), lambda value: {"train.batch_size": 64 * value}),
+}
+
+
+def sweep(config, kind: str, name: str) -> list[dict]:
+    """Reports of the training step of `config`, called `name`, at the sizes of SWEEPS on machines
+    of `kind` (h100, v5e): 64 images a device where not swept, clipped by its global norm, one step
+    a dispatch. Each row has 'sweep': [axis, value]."""
+    joint = ":" if kind in ("h100", "cpu") else "-"
+    options = report.compiler_options(None if joint == ":" else "O0")
+    rows, seen = [], {}
+    for axis, (values, change) in SWEEPS.items():
+        for value in values:
+            mine = config.copy_and_resolve_references()
+            with mine.unlocked():
+                mine.update_from_flattened_dict({
+                    "train.batch_size": 64, "train.clip_scope": "global",
+                    "train.steps_per_dispatch": 1, **change(value)})
+            topology = f"{kind}{joint}{value if axis == 'devices' else 1}"
+            key = (topology, mine.to_json())
+            if key not in seen:
+                print(f"{axis} {value} on {topology}", flush=True)
+                seen[key] = measure(mine, topology=topology, program="train_step", options=options,
+                                    num_examples=50_000, name=name).report
+            rows.append({**seen[key], "sweep": [axis, value],
+                         "cell": f"{axis} {value} on {topology}"})
+    return rows

@@ -1,0 +1,34 @@
+"""A denoising step of the sampler, from whole chains."""
+
+import jax
+import numpy as np
+
+from ddpm_jax import programs
+from ddpm_jax.benchmark import compiled
+from ddpm_jax.benchmark.bench import Bench, first_call
+
+
+def chain_run(exp, chain, batch):
+    """-> run(), which draws a batch of images with weights of zero and waits for them."""
+    program = programs.sample_program(exp, chain)
+    params = exp.runner.put("replicated", jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
+    index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
+    return lambda: jax.block_until_ready(program(params, np.uint32(0), index))
+
+
+def sample(bench: Bench) -> list[dict]:
+    """The row of one denoising step of config.sampler."""
+    exp = bench.start()
+    batch, chain = exp.config.sampler.batch_size, programs.sampling_chain(exp)
+    run = chain_run(exp, chain, batch)
+    first = first_call(run)
+    seconds = bench.rounds({"ours": run})["ours"]
+    if bench.profile:
+        made = compiled.sample(exp, None)
+        bench.trace(run, lambda: made.jitted.lower(*made.args))
+    row = bench.row("sample", "ddpm_jax", [t / chain.num_steps for t in seconds], images=batch,
+                    flops=batch * compiled.network_work(exp).forward_flops, first_call=first,
+                    denoising_steps=chain.num_steps)
+    row["finished_images_per_s"] = row["images_per_s"] / chain.num_steps
+    return [row]
