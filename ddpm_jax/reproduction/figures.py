@@ -10,7 +10,8 @@ import numpy as np
 from ddpm_jax import experiment, programs
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
-from ddpm_jax.evaluation import html_report, measures
+from ddpm_jax.evaluation import html_report as html
+from ddpm_jax.evaluation import measures
 from ddpm_jax.parallel import hosts
 from ddpm_jax.reproduction.paper_results import TABLE_4, rate_verdict
 from ddpm_jax.storage import pictures
@@ -74,10 +75,12 @@ def shared_latents(run) -> Drawn:
               for stop, r in zip(stops, rows, strict=True)}
     text = (f"One latent x_t a row, decoded {COLUMNS} times; t = {', '.join(map(str, stops))}. "
             "The later the fork, the more is shared.")
-    return Drawn({"shared_latents": picture}, [html_report.section(
-        "Samples that share a latent", html_report.note(text), html_report.image(picture, "fig. 7")),
-        html_report.section("Spread between the samples of a row, grey levels", html_report.table(
-            list(spread.items()), ("row", "standard deviation")))], spread)
+    sections = [
+        html.section("Samples that share a latent", html.note(text),
+                     html.image(picture, "fig. 7")),
+        html.section("Spread between the samples of a row, grey levels",
+                     html.table(list(spread.items()), ("row", "standard deviation")))]
+    return Drawn({"shared_latents": picture}, sections, spread)
 
 
 def interpolation(run) -> Drawn:
@@ -108,8 +111,8 @@ def interpolation(run) -> Drawn:
     picture = _grid(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "
             f"{chain.num_steps}, decoded with the same noise.")
-    return Drawn({"interpolation": picture}, [html_report.section(
-        "Interpolation", html_report.note(text), html_report.image(picture, "fig. 8"))], {})
+    return Drawn({"interpolation": picture}, [html.section(
+        "Interpolation", html.note(text), html.image(picture, "fig. 8"))], {})
 
 
 def progressive(run) -> Drawn:
@@ -124,15 +127,14 @@ def progressive(run) -> Drawn:
     total = along.steps[-1]
     labels = [f"after {s} of {total} reverse steps" for s in along.steps]
     picture = _grid(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
-    sections = [html_report.section("Predicted x_0 along the way", html_report.scrubber(frames, labels))]
+    sections = [html.section("Predicted x_0 along the way", html.scrubber(frames, labels))]
     for name in sorted(along.scores[0]):
-        text = ("Not FID, and comparable with itself only. In the paper, Fig. 10 has IS and FID."
-                if name.startswith("FD-") else "")
-        sections.append(html_report.section(
-            f"{name} of the predicted x_0", html_report.note(text) if text else "",
-            html_report.curve({name: [(s, v[name]) for s, v in
-                                 zip(along.steps, along.scores, strict=True)]},
-                         x_label="reverse steps", y_label=name)))
+        note = html.note("This is not FID; compare it only with values from the same classifier and "
+                         "sample count. Fig. 10 of the paper has IS and FID.")
+        points = [(s, v[name]) for s, v in zip(along.steps, along.scores, strict=True)]
+        sections.append(html.section(
+            f"{name} of the predicted x_0", note if name.startswith("FD-") else "",
+            html.curve({name: points}, x_label="reverse steps", y_label=name)))
     return Drawn({"progressive": picture}, sections, {
         f"{name} after {s}": v[name] for s, v in zip(along.steps, along.scores, strict=True)
         for name in v})
@@ -143,7 +145,7 @@ def rate(run) -> Drawn:
     exp, values = run.exp, run.values
     split = "test" if "test" in run.sources else "train"
     if f"terms_{split}" not in values:
-        return Drawn({}, [html_report.note(f"no bound of the {split} set in evaluation.json")], {})
+        return Drawn({}, [html.note(f"no bound of the {split} set in evaluation.json")], {})
     rates, rmse = measures.rate_distortion(values[f"terms_{split}"], values[f"prior_{split}"],
                                            values[f"mse_{split}"])
     total, is_paper = len(rates), exp.config.data.name == "cifar10" and len(rates) == 1000
@@ -159,13 +161,11 @@ def rate(run) -> Drawn:
     header += ["paper's rate", "paper's RMSE", "verdict"] if is_paper else []
     done = np.arange(1, total + 1)
     pick = np.unique(np.linspace(0, total - 1, 200).astype(int))
-    sections = [
-        html_report.section(f"Rate and distortion, {split} set", html_report.table(rows, header)),
-        html_report.section("Fig. 5", html_report.curve({"RMSE": [(done[i], rmse[i]) for i in pick]},
-                                              x_label="reverse steps", y_label="RMSE"),
-                       html_report.curve({"rate": [(done[i], rates[i]) for i in pick]},
-                                    x_label="reverse steps", y_label="bits/dim"),
-                       html_report.rate_curve(values, split))]
+    curves = [html.curve({name: [(done[i], y[i]) for i in pick]}, x_label="reverse steps",
+                         y_label=unit)
+              for name, y, unit in (("RMSE", rmse, "RMSE"), ("rate", rates, "bits/dim"))]
+    sections = [html.section(f"Rate and distortion, {split} set", html.table(rows, header)),
+                html.section("Fig. 5", *curves, html.rate_curve(values, split))]
     return Drawn({}, sections, numbers)
 
 
