@@ -129,8 +129,8 @@ def progressive(run) -> Drawn:
     picture = _grid(along.frames[:COLUMNS, ::max(1, len(frames) // 10)])
     sections = [html.section("Predicted x_0 along the way", html.scrubber(frames, labels))]
     for name in sorted(along.scores[0]):
-        note = html.note("This is not FID; compare it only with values from the same classifier and "
-                         "sample count. Fig. 10 of the paper has IS and FID.")
+        note = html.note("This is not FID; compare it only with values from the same classifier "
+                         "and sample count. Fig. 10 of the paper has IS and FID.")
         points = [(s, v[name]) for s, v in zip(along.steps, along.scores, strict=True)]
         sections.append(html.section(
             f"{name} of the predicted x_0", note if name.startswith("FD-") else "",
