@@ -30,12 +30,7 @@ class Program(NamedTuple):
 
 def network_work(exp) -> roofline.Work:
     """The U-Net's hand-counted work of one image."""
-    model = exp.model
-    return roofline.unet_work(
-        image_size=model.image_size, ch=model.ch, ch_mult=model.ch_mult,
-        num_res_blocks=model.num_res_blocks, attn_resolutions=model.attn_resolutions,
-        in_channels=model.in_channels, out_channels=model.out_channels,
-        space_to_depth=model.space_to_depth)
+    return roofline.unet_work(exp.model)
 
 
 def train_step(exp, num_examples) -> Program:

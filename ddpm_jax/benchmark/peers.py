@@ -1,6 +1,8 @@
 """Other libraries' training steps, for `ddpm bench step --compare`: the same U-Net and batch."""
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import network
+from ddpm_jax.interchange.diffusers.fields import unet_config
 
 STEPS = 3  # of a timed call
 
@@ -16,20 +18,13 @@ def _need_diffusers():
 
 
 def unet(config):
-    """diffusers' UNet2DModel with the config's shape: the same parameters and multiply-adds."""
+    """diffusers' UNet2DModel of the config's network: the same parameters and multiply-adds.
+
+    Raises UserError for a network that diffusers does not have.
+    """
     _, diffusers = _need_diffusers()
-    model, size = config.model, config.data.image_size
-    if model.space_to_depth != 1:
-        raise UserError("compare: diffusers' U-Net has no space_to_depth")
-    attends = [(size >> level) in model.attn_resolutions for level in range(len(model.ch_mult))]
-    down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends]
-    up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
-    return diffusers.UNet2DModel(
-        sample_size=size, in_channels=config.data.channels, out_channels=config.data.channels,
-        layers_per_block=model.num_res_blocks, down_block_types=down, up_block_types=up,
-        block_out_channels=[model.ch * m for m in model.ch_mult], attention_head_dim=None,
-        norm_num_groups=model.num_groups, norm_eps=1e-6, dropout=model.dropout,
-        downsample_padding=0, freq_shift=1, flip_sin_to_cos=False)
+    fields = unet_config(network(config))
+    return diffusers.UNet2DModel(**{k: v for k, v in fields.items() if not k.startswith("_")})
 
 
 def training(name: str, config):

@@ -72,13 +72,9 @@ def cell_config(name: str):
 def forward_flops(config) -> float:
     """One image through the network, by hand count."""
     from ddpm_jax.compilation.roofline import unet_work
-    from ddpm_jax.diffusion.prediction import VARIANCES
-    m, d = config.model, config.data
-    return float(unet_work(
-        image_size=d.image_size, ch=m.ch, ch_mult=m.ch_mult, num_res_blocks=m.num_res_blocks,
-        attn_resolutions=m.attn_resolutions, in_channels=d.channels,
-        out_channels=d.channels * VARIANCES[config.diffusion.variance].channels,
-        space_to_depth=m.space_to_depth).forward_flops)
+    from ddpm_jax.experiment import network
+
+    return float(unet_work(network(config)).forward_flops)
 
 
 def machine_rate() -> tuple[float, str]:

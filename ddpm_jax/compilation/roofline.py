@@ -5,9 +5,12 @@ residual sums and the optimizer are not (they are bytes, not arithmetic). One mu
 FLOP. Everything here is an estimate: a bound from the data sheet, never a measurement.
 """
 
+import math
 from typing import NamedTuple
 
 from ddpm_jax.compilation import hardware
+from ddpm_jax.models.layers import Conv1x1, Conv3x3, Dense, parameter_layers
+from ddpm_jax.models.unet import KINDS, UNet
 
 TRAIN_TO_FORWARD = 3  # a training step is the forward pass and two products as large in backward
 ESTIMATED = "estimated"
@@ -35,84 +38,26 @@ class Work(NamedTuple):
         return TRAIN_TO_FORWARD * self.forward_flops
 
 
-def unet_work(*, image_size: int, ch: int, ch_mult, num_res_blocks: int, attn_resolutions,
-              in_channels: int = 3, out_channels: int = 3, space_to_depth: int = 1) -> Work:
-    """`Work` of the U-Net of Ho et al. 2020 (diffusion_tf/models/unet.py) for one image.
+# Field of `Work` that a layer's multiply-adds count in, and whether it is applied at each pixel.
+_KINDS = {Conv3x3: ("conv3x3", True), Conv1x1: ("conv1x1", True), Dense: ("dense", False)}
 
-    image_size: of the images; with space_to_depth = f the network sees image_size / f and
-    f * f times the channels. attn_resolutions: side lengths, as the network sees them.
-    """
-    conv3x3 = conv1x1 = dense = attention = parameters = 0
-    size = image_size // space_to_depth
-    fold = space_to_depth**2
-    embedding = 4 * ch
 
-    def conv(inputs, outputs, side):
-        nonlocal conv3x3, parameters
-        conv3x3 += 9 * inputs * outputs * side**2
-        parameters += 9 * inputs * outputs + outputs
-
-    def pointwise(inputs, outputs, side):
-        nonlocal conv1x1, parameters
-        conv1x1 += inputs * outputs * side**2
-        parameters += inputs * outputs + outputs
-
-    def linear(inputs, outputs):
-        nonlocal dense, parameters
-        dense += inputs * outputs
-        parameters += inputs * outputs + outputs
-
-    def norm(channels):
-        nonlocal parameters
-        parameters += 2 * channels
-
-    def block(inputs, outputs, side):
-        norm(inputs)
-        conv(inputs, outputs, side)
-        linear(embedding, outputs)
-        norm(outputs)
-        conv(outputs, outputs, side)
-        if inputs != outputs:
-            pointwise(inputs, outputs, side)
-
-    def attend(channels, side):
-        nonlocal attention
-        norm(channels)
-        for _ in "qkvo":
-            pointwise(channels, channels, side)
-        attention += 2 * side**4 * channels  # the scores, and the mean of the values
-
-    linear(ch, embedding)
-    linear(embedding, embedding)
-    conv(in_channels * fold, ch, size)
-    skips, channels = [ch], ch
-    levels = list(enumerate(ch_mult))
-    for level, multiplier in levels:
-        for _ in range(num_res_blocks):
-            block(channels, ch * multiplier, size)
-            channels = ch * multiplier
-            if size in attn_resolutions:
-                attend(channels, size)
-            skips.append(channels)
-        if level != levels[-1][0]:
-            size //= 2
-            conv(channels, channels, size)
-            skips.append(channels)
-    block(channels, channels, size)
-    attend(channels, size)
-    block(channels, channels, size)
-    for level, multiplier in reversed(levels):
-        for _ in range(num_res_blocks + 1):
-            block(channels + skips.pop(), ch * multiplier, size)
-            channels = ch * multiplier
-            if size in attn_resolutions:
-                attend(channels, size)
-        if level:
-            size *= 2
-            conv(channels, channels, size)
-    norm(channels)
-    conv(channels, out_channels * fold, size)
-    return Work(conv3x3, conv1x1, dense, attention, parameters)
+def unet_work(model: UNet) -> Work:
+    """`Work` of the network for one image, from the description in models/."""
+    stages = model.stages()
+    finest = model.image_size // model.space_to_depth
+    sizes = {s.name: s.size for s in stages}
+    macs = dict.fromkeys(("conv3x3", "conv1x1", "dense"), 0)
+    parameters = 0
+    for path, layer in parameter_layers(model):
+        shapes = layer.shapes()
+        parameters += sum(map(math.prod, shapes.values()))
+        if type(layer) in _KINDS:
+            kind, at_each_pixel = _KINDS[type(layer)]
+            pixels = sizes.get(path[0], finest)**2 if at_each_pixel else 1
+            macs[kind] += math.prod(shapes["kernel"]) * pixels
+    attention = sum(KINDS[s.kind].products(s) for s in stages)
+    return Work(**macs, attention=attention, parameters=parameters)
 
 
 def all_reduce_seconds(chip: hardware.Chip, chips: int, slices: int, payload: float):

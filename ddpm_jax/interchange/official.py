@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's own code (hojonathanho/diffusion, TensorFlow 1), read and understood.
+"""Reads checkpoints of the paper's own code (hojonathanho/diffusion, commit 1e0dceb, TensorFlow 1).
 
 One checkpoint holds the raw weights, their moving averages, Adam's two slots and the step
 (tpu_utils.py:88,150-171; utils.py:150-177). Reading needs no TensorFlow.
@@ -56,13 +56,14 @@ def open_official(path) -> Checkpoint:
     if ignored:
         notes.append(f"ignored, not the model's: {', '.join(ignored)}")
     if not parts["params"] and not parts["ema_params"]:
-        raise UserError(f"{prefix}: no variable named {parameter_names.SCOPE}/...: not a checkpoint of "
-                        f"hojonathanho/diffusion (it holds {', '.join(sorted(variables)[:3])} ...)")
+        raise UserError(f"{prefix}: no variable named {parameter_names.SCOPE}/...: not a "
+                        "checkpoint of hojonathanho/diffusion (it holds "
+                        f"{', '.join(sorted(variables)[:3])} ...)")
     if not parts["params"]:
-        notes.append("no raw weights in the checkpoint: the EMA weights stand for both")
+        notes.append("no raw weights in the checkpoint: the EMA weights are used as both")
         parts["params"] = parts["ema_params"]
     if not parts["ema_params"]:
-        notes.append("no EMA weights in the checkpoint: the raw weights stand for both "
+        notes.append("no EMA weights in the checkpoint: the raw weights are used as both "
                      "(sample quality suffers: FID 12.1 instead of 3.2 for the released CIFAR-10)")
         parts["ema_params"] = parts["params"]
     if not parts["mu"] or not parts["nu"]:

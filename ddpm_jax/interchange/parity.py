@@ -1,31 +1,32 @@
-"""Does a converted model compute what its source computes? The verdict of every import.
+"""Does a converted model compute what its source computes? Every import ends with this verdict.
 
-eps at four timesteps on a fixed input, by this project (handed in as a function, at matmul
-precision ``highest``) and by diffusers on PyTorch's CPU, or against values that a peer once
-computed from the very same weights and that ship with the project (parity_golden.json, keyed by
-the weights' hash). With neither, nothing is claimed.
+eps at four timesteps on a fixed input, by this project (at matmul precision ``highest``) and by
+diffusers on PyTorch's CPU. Without diffusers and PyTorch nothing is claimed; they are optional and
+imported inside ``diffusers_peer``.
 """
 
-import hashlib
-import json
-import pathlib
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.errors import UserError
+from ddpm_jax.formats.lazy import load
 from ddpm_jax.interchange import parameter_names
+from ddpm_jax.interchange.diffusers.fields import unet_config
+from ddpm_jax.interchange.diffusers.read import WEIGHTS, Model
+from ddpm_jax.models.unet import UNet
 
 TOLERANCE = 1e-4  # of the largest |eps|, float32
-POINTS = 64  # of each golden eps
-GOLDEN = pathlib.Path(__file__).with_name("parity_golden.json")
-
 PASS, FAIL, NOT_COMPARED = "PASS", "FAIL", "not compared"
 
 
 class Verdict(NamedTuple):
     """result: PASS, FAIL or NOT_COMPARED; max_abs: largest difference of eps; scale: largest |eps|
-    of the peer; peer: who it was compared with, or why with nobody."""
+    of the peer; peer: the program compared with, or the reason why there was none."""
 
     result: str
     max_abs: float | None
@@ -41,31 +42,23 @@ class Verdict(NamedTuple):
                 f"{TOLERANCE:.0e} of the largest)")
 
 
+def not_compared(why) -> Verdict:
+    return Verdict(NOT_COMPARED, None, None, (), why)
+
+
 def fixed_input(shape, num_timesteps):
-    """(x [1,H,W,C] standard normal, four timesteps from 0 to T-1), the same for everybody."""
+    """(x [1,H,W,C] standard normal, four timesteps from 0 to T-1), the same in every version."""
     # RandomState's stream is frozen (numpy NEP 19), Generator's is not.
     x = np.random.RandomState(2006_11239 % 2**32).standard_normal((1, *shape)).astype(np.float32)
     return x, tuple(int(t) for t in np.round(np.linspace(0, num_timesteps - 1, 4)))
 
 
-def fingerprint(params, config) -> str:
-    """sha256 of all weights in the table's order: one model, one hash, whatever file it was in."""
-    digest = hashlib.sha256()
-    for entry in parameter_names.entries(config):
-        leaf = params
-        for part in entry.path:
-            leaf = leaf[part]
-        digest.update("/".join(entry.path).encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32).data)
-    return digest.hexdigest()
-
-
-def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, folder=None):
+def diffusers_peer(config: Mapping, state_dict: Mapping | None = None, folder=None):
     """(function (x [1,H,W,C], t) -> eps, name) of diffusers' UNet2DModel; None where it or PyTorch
     is not installed.
 
-    folder: let diffusers read its .safetensors there (nothing of ours in between); else state_dict,
-    {current key: array}, is loaded.
+    config: its JSON. folder: diffusers reads the .safetensors there (nothing of ours in between);
+    else state_dict, {current key: array}, is loaded.
     """
     try:
         import diffusers
@@ -77,8 +70,7 @@ def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, fold
                                                     use_safetensors=True,
                                                     torch_dtype=torch.float32)
     else:
-        keywords = {k: v for k, v in unet_config.items() if not k.startswith("_")}
-        net = diffusers.UNet2DModel(**keywords)
+        net = diffusers.UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
         net.load_state_dict({k: torch.from_numpy(np.array(v, np.float32, order="C"))
                              for k, v in state_dict.items()}, assign=True)
     net.eval()
@@ -91,39 +83,50 @@ def diffusers_peer(unet_config: Mapping, state_dict: Mapping | None = None, fold
     return eps, f"diffusers {diffusers.__version__} (PyTorch {torch.__version__})"
 
 
-def points(eps) -> np.ndarray:
-    """The POINTS values of one eps that a golden record keeps, evenly spread."""
-    flat = np.asarray(eps).reshape(-1)
-    return flat[np.linspace(0, flat.size - 1, min(POINTS, flat.size)).astype(int)]
+def peer_of_params(model: UNet, params):
+    """``diffusers_peer`` with our params. Raises UserError for a model that diffusers lacks."""
+    return diffusers_peer(unet_config(model), parameter_names.state_dict_from_params(params, model))
 
 
-def golden_peer(params, config, path=GOLDEN):
-    """(function (x, t) -> POINTS values of eps, name) for weights whose hash is known, or None."""
-    known = json.loads(pathlib.Path(path).read_text())
-    record = known.get(fingerprint(params, config)) if known else None
-    if record is None:
-        return None
-    return (lambda x, t: np.float32(record["eps"][str(t)])), f"{record['peer']} (stored values)"
+def peer_of_file(found: Model):
+    """``diffusers_peer`` of a file: diffusers reads it where that is safe, else it is given the
+    file's arrays, since a .bin is a pickle whose loader may run code, depending on the versions
+    installed. Raises UserError for weights without config.json."""
+    if found.config is None:
+        raise UserError("no config.json beside the weights for diffusers to build the model from")
+    if os.path.basename(found.weights) == f"{WEIGHTS}.safetensors":
+        return diffusers_peer(found.config, folder=found.folder)
+    state = parameter_names.current_names(found.state_dict)
+    return diffusers_peer(found.config, {k: load(v) for k, v in state.items()})
+
+
+def network_eps(model: UNet, params):
+    """(x, t) -> eps of our network in float32, products at precision ``highest``."""
+    model = model.clone(dtype=jnp.float32)
+
+    @jax.jit
+    def apply(params, x, t):
+        return model.apply({"params": params}, x, t)
+
+    on_device = jax.device_put(params, jax.devices()[0])
+
+    def eps(x, t):
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(apply(on_device, x, jnp.full(len(x), t, jnp.int32)))
+
+    return eps
 
 
 def verdict(ours: Callable, peer, shape, num_timesteps) -> Verdict:
-    """Compare ours(x [1,H,W,C] float32, t int) -> eps with ``peer``: (function, name), or None.
-
-    A golden peer's function returns POINTS values instead of a whole eps.
-    """
-    x, timesteps = fixed_input(shape, num_timesteps)
+    """Compare ours(x [1,H,W,C] float32, t int) -> eps with ``peer``: (function, name), or None."""
     if peer is None:
-        return Verdict(NOT_COMPARED, None, None, timesteps,
-                       "diffusers and PyTorch are not installed, and no values of a peer are "
-                       "stored for these weights")
+        return not_compared("diffusers and PyTorch are not installed")
+    x, timesteps = fixed_input(shape, num_timesteps)
     function, name = peer
     error = scale = 0.0
     for t in timesteps:
         theirs = np.asarray(function(x, t), np.float64)
-        mine = np.asarray(ours(x, t), np.float64)
-        if mine.shape != theirs.shape:
-            mine = points(mine)
-        error = max(error, _largest(mine - theirs))
+        error = max(error, _largest(np.asarray(ours(x, t), np.float64) - theirs))
         scale = max(scale, _largest(theirs))
     close = np.isfinite(error) and np.isfinite(scale) and error <= TOLERANCE * scale
     return Verdict(PASS if close else FAIL, error, scale, timesteps, name)
@@ -132,3 +135,19 @@ def verdict(ours: Callable, peer, shape, num_timesteps) -> Verdict:
 def _largest(x) -> float:
     """max |x|, infinite where anything is not a number (max() would drop a NaN)."""
     return float(np.abs(x).max()) if np.isfinite(x).all() else float("inf")
+
+
+def check(model: UNet, params, num_timesteps, found: Model | None = None) -> Verdict:
+    """The verdict on ``params``, converted from a diffusers file (found) or from elsewhere.
+
+    Raises UserError if it is FAIL.
+    """
+    try:
+        peer = peer_of_file(found) if found else peer_of_params(model, params)
+    except UserError as error:  # a model that diffusers cannot express
+        return not_compared(str(error))
+    shape = (model.image_size, model.image_size, model.in_channels)
+    result = verdict(network_eps(model, params), peer, shape, num_timesteps)
+    if result.result == FAIL:
+        raise UserError(f"{result}; nothing was written")
+    return result

@@ -14,11 +14,11 @@ from made_up import SMALL, assert_bit_equal, flat, random_params, small_config  
 
 from ddpm_jax import experiment  # noqa: E402
 from ddpm_jax.cli import export  # noqa: E402
-from ddpm_jax.config import to_json  # noqa: E402
 from ddpm_jax.errors import UserError  # noqa: E402
 from ddpm_jax.formats.safetensors import open_safetensors  # noqa: E402
-from ddpm_jax.interchange import diffusers, names  # noqa: E402
-from ddpm_jax.interchange.workdir import write_run  # noqa: E402
+from ddpm_jax.interchange import parameter_names  # noqa: E402
+from ddpm_jax.interchange.diffusers.read import open_diffusers  # noqa: E402
+from ddpm_jax.interchange.workdir import training_state, write_run  # noqa: E402
 
 
 @pytest.fixture
@@ -26,11 +26,8 @@ def make_run(tmp_path):
     def make(facts, **sections):
         config = small_config(**sections)
         exp = experiment.build(config, jax.devices()[:1])
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.opt_state)
-        arch = names.architecture(to_json(config))
-        write_run(tmp_path / "run", step=41, params=random_params(arch),
-                  ema_params=random_params(arch, 1), opt_state=zeros,
-                  config=to_json(config), facts=facts)
+        state = training_state(exp, 41, random_params(exp.model), random_params(exp.model, 1))
+        write_run(tmp_path / "run", exp, state, facts)
         return tmp_path / "run"
 
     return make
@@ -41,8 +38,8 @@ def test_diffusers_folder_holds_the_averaged_or_the_raw_weights(tmp_path, make_r
     assert export.export_diffusers(folder, tmp_path / "ema") == 41
     assert export.export_diffusers(folder, tmp_path / "raw", step=41, ema=False) == 41
     for name, seed, word in (("ema", 1, "moving average"), ("raw", 0, "raw, not averaged")):
-        model = diffusers.open_diffusers(tmp_path / name)
-        assert_bit_equal(names.params_from_state_dict(model.state_dict, SMALL),
+        model = open_diffusers(tmp_path / name)
+        assert_bit_equal(parameter_names.params_from_state_dict(model.state_dict, SMALL),
                          random_params(SMALL, seed))
         card = (tmp_path / name / "README.md").read_text()
         assert word in card and "41 steps" in card and "a friend" in card

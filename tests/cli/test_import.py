@@ -1,213 +1,20 @@
-"""`ddpm import`: from somebody's files to a run that samples and trains."""
+"""`ddpm import`: the command line, whole conversions, and their memory."""
 
-import json
 import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 HELPERS = str(pathlib.Path(__file__).parents[1] / "interchange")
 sys.path.insert(0, HELPERS)
 
-from made_up import SMALL, assert_bit_equal, random_params, small_config  # noqa: E402
+from made_up import SMALL, assert_bit_equal, random_params, restore, small_config  # noqa: E402
 
-from ddpm_jax import checkpoints, experiment, sample, train  # noqa: E402
-from ddpm_jax.cli import import_  # noqa: E402
-from ddpm_jax.config import from_json, load_config, to_json  # noqa: E402
-from ddpm_jax.errors import UserError  # noqa: E402
-from ddpm_jax.formats.lazy import Lazy  # noqa: E402
-from ddpm_jax.interchange import diffusers, official, parameter_names  # noqa: E402
-
-
-def lazy(array):
-    return Lazy(array.shape, array.dtype, lambda: np.array(array))
-
-
-@pytest.fixture
-def checkpoint(monkeypatch):
-    """A made-up official checkpoint of SMALL at step 790: part i is the weights of seed i."""
-    parts = {part: {k: lazy(v) for k, v in parameter_names.variables_from_params(
-        random_params(SMALL, i), SMALL).items()} for i, part in enumerate(
-            ("params", "ema_params", "mu", "nu"))}
-    found = official.Checkpoint("/x/model.ckpt-790", 790, **parts, notes=[])
-    monkeypatch.setattr(official, "open_official", lambda path: found)
-    return found
-
-
-def restore(folder, config):
-    exp = experiment.build(config, jax.devices()[:1])
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-                        exp.abstract_state)
-    store = checkpoints.Checkpoints(folder, read_only=True)
-    try:
-        return jax.tree.map(np.asarray, store.restore(store.find(None), like))
-    finally:
-        store.close()
-
-
-def test_official_state_arrives_whole(tmp_path, checkpoint, capsys):
-    config = small_config()
-    result = import_.import_official("x", config, workdir=tmp_path / "run", verify=False)
-    assert result.result == "not compared" and "PASS" not in capsys.readouterr().err
-    state = restore(tmp_path / "run", config)
-    for i, tree in enumerate((state.params, state.ema_params, state.opt_state[0].mu,
-                              state.opt_state[0].nu)):
-        assert_bit_equal(tree, random_params(SMALL, i))
-    assert state.step == 790
-    assert state.opt_state[0].count == 790 and state.opt_state[1].count == 790
-    facts = json.loads((tmp_path / "run" / "import.json").read_text())
-    assert facts["step"] == 790 and facts["averaged"] and facts["optimizer"]
-    assert checkpoints.read_config(tmp_path / "run") == to_json(config)
-
-
-def test_without_ema_and_adam_it_says_so_and_fills_in(tmp_path, checkpoint, monkeypatch):
-    bare = checkpoint._replace(ema_params=checkpoint.params, mu={}, nu={})
-    monkeypatch.setattr(official, "open_official", lambda path: bare)
-    config = small_config()
-    import_.import_official("x", config, workdir=tmp_path / "run", verify=False)
-    state = restore(tmp_path / "run", config)
-    assert_bit_equal(state.params, state.ema_params)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state[0].mu))
-    assert state.opt_state[0].count == 790
-    facts = json.loads((tmp_path / "run" / "import.json").read_text())
-    assert not facts["averaged"] and not facts["optimizer"]
-
-
-def test_a_failed_verdict_leaves_nothing(tmp_path, checkpoint, monkeypatch):
-    from ddpm_jax.interchange import parity
-
-    monkeypatch.setattr(parity, "diffusers_peer",
-                        lambda *a, **k: (lambda x, t: np.ones_like(x), "a liar"))
-    monkeypatch.setattr(import_, "_eps", lambda exp, params: lambda x, t: np.zeros_like(x))
-    with pytest.raises(UserError, match="parity: FAIL.*a liar.*nothing was written"):
-        import_.import_official("x", small_config(), workdir=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_that_diffusers_cannot_express_is_imported_but_not_compared(tmp_path, monkeypatch):
-    arch = SMALL._replace(out_channels=6)
-    weights = {k: lazy(v) for k, v in parameter_names.variables_from_params(
-        random_params(arch), arch).items()}
-    found = official.Checkpoint("/x/model.ckpt-1", 1, weights, weights, {}, {}, notes=[])
-    monkeypatch.setattr(official, "open_official", lambda path: found)
-    config = small_config(diffusion={"variance": "learned", "loss": "kl"})
-    result = import_.import_official("x", config, workdir=tmp_path / "run")
-    assert result.result == "not compared" and "variance=learned" in str(result)
-    assert_bit_equal(restore(tmp_path / "run", config).ema_params, random_params(arch))
-
-
-def test_another_architecture_is_refused_before_anything_is_written(tmp_path, checkpoint):
-    config = small_config(model={"num_res_blocks": 2})
-    with pytest.raises(UserError, match="do not fit the model of this config"):
-        import_.import_official("x", config, workdir=tmp_path / "run", verify=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_holds_something_is_refused_first(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="not an empty folder"):
-        import_.import_official("no such checkpoint", small_config(), workdir=tmp_path)
-
-
-def write_diffusers(folder, config):
-    exp = experiment.build(config, jax.devices()[:1])
-    diffusers.write_folder(folder, random_params(SMALL), to_json(config), exp.betas,
-                           step=5, weights="averaged", version="0")
-    return folder
-
-
-def test_diffusers_config_is_derived_from_the_json(tmp_path, capsys):
-    folder = write_diffusers(tmp_path / "ddpm-anything", small_config())
-    import_.import_diffusers(str(folder), workdir=tmp_path / "run", verify=False)
-    stored = checkpoints.read_config(tmp_path / "run")
-    ours = to_json(small_config())
-    for section in ("model", "diffusion", "data"):
-        assert stored[section] == ours[section]
-    state = restore(tmp_path / "run", from_json(stored))
-    assert_bit_equal(state.params, random_params(SMALL))
-    assert_bit_equal(state.ema_params, random_params(SMALL))
-    assert state.step == 0
-    said = capsys.readouterr().err
-    assert "--config=default" in said and "--config.model.ch=32" in said
-
-
-@pytest.mark.parametrize("folder, base", [
-    ("google/ddpm-cifar10-32", "cifar10"), ("google/ddpm-ema-celebahq-256", "celebahq256"),
-    ("hf://google/ddpm-church-256", "lsun_church"), ("x/ddpm-bedroom-256/", "lsun_bedroom"),
-    ("ddpm-cat-256", "lsun_cat"), ("ddpm-location-256", "default"), ("ddpm-cat-64", "default"),
-    ("my-cifar10-church", "cifar10"),
-])
-def test_base_config_by_the_folders_name(folder, base):
-    size = 32 if "cifar10" in folder else 64 if folder.endswith("64") else 256
-    name, config = import_._base(folder, {"image_size": size, "channels": 3})
-    assert name == base
-    assert config.data.name == {"default": "folder"}.get(
-        name, load_config(base).data.name)
-
-
-def test_given_config_keeps_what_the_json_does_not_say(tmp_path):
-    folder = write_diffusers(tmp_path / "f", small_config())
-    config = small_config(train={"steps": 77}, model={"ch": 64, "dropout": 0.3})
-    import_.import_diffusers(str(folder), config, workdir=tmp_path / "run", verify=False)
-    stored = checkpoints.read_config(tmp_path / "run")
-    assert stored["train"]["steps"] == 77 and stored["model"]["ch"] == 32
-    assert config.model.ch == 64  # the caller's own is not touched
-
-
-@pytest.mark.parametrize("ending, reads_itself", [(".safetensors", True), (".bin", False)])
-def test_a_pickle_is_never_handed_to_another_loader(monkeypatch, ending, reads_itself):
-    from ddpm_jax.interchange import parity
-
-    seen = {}
-    monkeypatch.setattr(parity, "diffusers_peer",
-                        lambda config, state=None, folder=None: seen.update(f=folder, s=state))
-    state = parameter_names.older_names({k: lazy(v) for k, v in parameter_names.state_dict_from_params(
-        random_params(SMALL), SMALL).items()})
-    model = diffusers.Model(f"/x/diffusion_pytorch_model{ending}", state, {}, {}, "/x")
-    import_._peer_of_file(model)
-    assert (seen["f"] == "/x") == reads_itself and (seen["s"] is None) == reads_itself
-    assert reads_itself or "mid_block.attentions.0.to_q.weight" in seen["s"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_imported_runs_sample_and_train_on(tmp_path, checkpoint, monkeypatch):
-    config = small_config(data={"name": "digits", "channels": 1}, diffusion={"num_timesteps": 2},
-                          optimizer={"warmup_steps": 0}, train={"steps": 792, "log_every": 1})
-    arch = SMALL._replace(in_channels=1, out_channels=1)
-    parts = {part: {k: lazy(v) for k, v in parameter_names.variables_from_params(
-        random_params(arch, i), arch).items()} for i, part in enumerate(("params", "ema_params"))}
-    small = {k: lazy(1e-3 * np.abs(v.read())) for k, v in parts["params"].items()}
-    whole = checkpoint._replace(**parts, mu=small, nu=small)
-    monkeypatch.setattr(official, "open_official", lambda path: whole)
-    import_.import_official("x", config, workdir=tmp_path / "run", verify=False)
-
-    class Quiet:
-        def requested(self, step):
-            return False
-
-        def unsaved(self, value):
-            pass
-
-        def beat(self, *a, **k):
-            pass
-
-        def pause(self, *a, **k):
-            pass
-
-    assert sample.sample(tmp_path / "run", tmp_path / "images", num=8)
-    with np.load(tmp_path / "images" / "samples.npz") as images:
-        assert images["arr_0"].shape == (8, 16, 16, 1)
-    assert train.train(config, tmp_path / "run", stop=Quiet(), watchdog=Quiet())
-    state = restore(tmp_path / "run", config)
-    assert state.step == 792 and state.opt_state[0].count == 792
-    start = random_params(arch, 1)["conv_in"]["kernel"]
-    moved = np.abs(state.ema_params["conv_in"]["kernel"] - start).max()
-    assert 0 < moved < 0.1
+from ddpm_jax import experiment  # noqa: E402
+from ddpm_jax.config import load_config  # noqa: E402
+from ddpm_jax.interchange import parameter_names  # noqa: E402
 
 
 @pytest.mark.parametrize("words, message", [
@@ -264,7 +71,8 @@ MEASURE = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from ddpm_jax.config import load_config, to_json
-from ddpm_jax.cli import export, import_
+from ddpm_jax.cli import export
+from ddpm_jax.interchange import importing
 config = load_config("lsun_church")
 {}
 status = dict(line.split(":", 1) for line in
@@ -279,9 +87,8 @@ def test_a_256_model_converts_within_four_gib(tmp_path):
     """A whole 114M-parameter checkpoint (weights, averages, moments: 1.8 GB), and back out."""
     from made_up_bundle import write_noise
 
-    stored = to_json(load_config("lsun_church"))
-    plain = {e.official: tuple(e.shape[a] for a in e.layout.official)
-             for e in parameter_names.entries(stored)}
+    model = experiment.network(load_config("lsun_church"))
+    plain = {e.official.name: e.official.shape for e in parameter_names.entries(model)}
     write_noise(tmp_path / "model.ckpt-5", {
         k + suffix: shape for k, shape in plain.items()
         for suffix in ("", parameter_names.EMA_SUFFIX, "/Adam", "/Adam_1")})
@@ -293,9 +100,9 @@ def test_a_256_model_converts_within_four_gib(tmp_path):
         return float(done.stdout.split()[-1])
 
     peaks = [
-        peak("import_.import_official('model.ckpt-5', config, workdir='run', verify=False)"),
+        peak("importing.import_official('model.ckpt-5', config, workdir='run', verify=False)"),
         peak("export.export_diffusers('run', 'church')"),
-        peak("import_.import_diffusers('church', workdir='again', verify=False)"),
+        peak("importing.import_diffusers('church', workdir='again', verify=False)"),
     ]
     print("peak GiB:", peaks)
     assert max(peaks) < 4

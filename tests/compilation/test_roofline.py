@@ -1,6 +1,7 @@
 import pytest
 
 from ddpm_jax.compilation import hardware, roofline
+from ddpm_jax.models.unet import UNet
 
 CIFAR = {"image_size": 32, "ch": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2,
          "attn_resolutions": (16,)}
@@ -10,21 +11,21 @@ LARGE = {"image_size": 256, "ch": 128, "ch_mult": (1, 1, 2, 2, 4, 4), "num_res_b
 
 def test_counts_of_the_papers_networks():
     # Counted by hand from the paper's Appendix B and the official code, and published: 35.7M, 114M.
-    cifar = roofline.unet_work(**CIFAR)
+    cifar = roofline.unet_work(UNet(**CIFAR))
     assert cifar.parameters == 35_746_307
     assert cifar.forward_flops / 1e9 == pytest.approx(12.44, abs=0.005)
     assert cifar.train_flops / 1e9 == pytest.approx(37.33, abs=0.005)
-    large = roofline.unet_work(**LARGE)
+    large = roofline.unet_work(UNet(**LARGE))
     assert large.parameters == 113_673_219
     assert large.forward_flops / 1e9 == pytest.approx(497.0, abs=0.05)
-    bedroom_large = roofline.unet_work(**{**LARGE, "ch": 192})
+    bedroom_large = roofline.unet_work(UNet(**{**LARGE, "ch": 192}))
     assert bedroom_large.parameters / 1e6 == pytest.approx(255.68, abs=0.005)
 
 
 def test_a_one_level_network_by_hand():
     # 8x8 grey, 4 channels, one level, one block a level, attention nowhere but in the middle.
-    work = roofline.unet_work(image_size=8, ch=4, ch_mult=(1,), num_res_blocks=1,
-                              attn_resolutions=(), in_channels=1, out_channels=1)
+    work = roofline.unet_work(UNet(image_size=8, ch=4, ch_mult=(1,), num_res_blocks=1,
+                                   attn_resolutions=(), in_channels=1, out_channels=1))
     a = 64  # pixels
     down, middle = 2 * 9 * 16 * a, 2 * 2 * 9 * 16 * a
     up = 2 * (9 * 8 * 4 + 9 * 16) * a
@@ -36,15 +37,16 @@ def test_a_one_level_network_by_hand():
 
 
 def test_space_to_depth_moves_work_out_of_the_finest_level():
-    plain = roofline.unet_work(**LARGE)
-    folded = roofline.unet_work(**{**LARGE, "space_to_depth": 2, "attn_resolutions": (8,)})
+    plain = roofline.unet_work(UNet(**LARGE))
+    folded = roofline.unet_work(
+        UNet(**{**LARGE, "space_to_depth": 2, "attn_resolutions": (8,)}))
     assert folded.macs < plain.macs / 3
     # Only the first and the last convolution see other channels: 3 and 12.
     assert folded.parameters - plain.parameters == 2 * 9 * 128 * (12 - 3) + (12 - 3)
 
 
 def test_the_papers_own_speed_is_20_percent_of_its_machine():
-    work, v3 = roofline.unet_work(**CIFAR), hardware.CHIPS["v3"]
+    work, v3 = roofline.unet_work(UNet(**CIFAR)), hardware.CHIPS["v3"]
     at = roofline.at_mfu(v3, devices=8, flops=128 * work.train_flops, steps=800_000, mfu=0.204)
     assert at["steps_per_s"] == pytest.approx(21, rel=0.01)
     assert at["hours"] == pytest.approx(10.6, rel=0.01)

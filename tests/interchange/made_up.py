@@ -1,19 +1,20 @@
-"""Weights that nobody trained, chosen so that no layer's output vanishes or grows."""
+"""Untrained weights, chosen so that no layer's output vanishes or grows."""
 
 import numpy as np
 
 from ddpm_jax.interchange import parameter_names
+from ddpm_jax.models.unet import UNet
 
-SMALL = parameter_names.Architecture(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
-                           image_size=16, in_channels=3, out_channels=3)
+SMALL = UNet(image_size=16, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
+             dropout=0.0, num_groups=8)
 
 
-def random_params(arch, seed=0):
-    """Nested params of ``arch``: kernels N(0, 1/fan_in), scales 1 + N(0, 0.1^2), biases
+def random_params(model, seed=0):
+    """Nested params of ``model``: kernels N(0, 1/fan_in), scales 1 + N(0, 0.1^2), biases
     N(0, 0.1^2), all independent."""
     rng = np.random.default_rng(seed)
     params = {}
-    for entry in parameter_names.entries(arch):
+    for entry in parameter_names.entries(model):
         x = rng.standard_normal(entry.shape, dtype=np.float32)
         if len(entry.shape) > 1:
             fan_in = np.prod(entry.shape[1:]) if len(entry.shape) == 4 else entry.shape[0]
@@ -42,6 +43,13 @@ def assert_bit_equal(a, b):
         assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
 
 
+def older_names(state_dict):
+    """The same state dict under the attention names that diffusers used before 0.12."""
+    older = {new: old for old, new in parameter_names.OLDER_ATTENTION.items()}
+    return {parameter_names.renamed_attention(key, older): value
+            for key, value in state_dict.items()}
+
+
 def small_config(**sections):
     """A config of SMALL's architecture with a chain of 50 steps; sections override fields."""
     from ddpm_jax.config import load_config
@@ -58,3 +66,20 @@ def small_config(**sections):
     for section, values in sections.items():
         config[section].update(values)
     return config
+
+
+def restore(folder, config):
+    """The newest training state of a run, as numpy arrays."""
+    import jax
+
+    from ddpm_jax import checkpoints, experiment
+
+    exp = experiment.build(config, jax.devices()[:1])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+                        exp.abstract_state)
+    store = checkpoints.Checkpoints(folder, read_only=True)
+    try:
+        return jax.tree.map(np.asarray, store.restore(store.find(None), like))
+    finally:
+        store.close()

@@ -5,7 +5,7 @@ import numpy as np
 from ddpm_jax.interchange import parameter_names
 
 
-def write_checkpoint(folder, arch, params, *, step=790, steps_run=2, adam=True, ema=True,
+def write_checkpoint(folder, model, params, *, step=790, steps_run=2, adam=True, ema=True,
                      extra=None):
     """A graph as the official one creates it (nn.py, tpu_utils.py), run ``steps_run`` steps.
 
@@ -13,7 +13,7 @@ def write_checkpoint(folder, arch, params, *, step=790, steps_run=2, adam=True, 
     """
     import tensorflow as tf
     tf1 = tf.compat.v1
-    start = parameter_names.variables_from_params(params, arch)
+    start = parameter_names.variables_from_params(params, model)
     with tf1.Graph().as_default(), tf1.Session() as session:
         tf1.set_random_seed(0)
         variables = []
@@ -43,7 +43,7 @@ def write_checkpoint(folder, arch, params, *, step=790, steps_run=2, adam=True, 
     return prefix, held
 
 
-def official_eps(variables, arch, x, t, *, groups):
+def official_eps(variables, model, x, t, *, groups):
     """The U-Net of the paper's Appendix B in TensorFlow ops, its weights found under the official
     scopes: a second reading of the names, apart from the table. x [B,H,W,C]; t int [B]."""
     import tensorflow as tf
@@ -79,25 +79,25 @@ def official_eps(variables, arch, x, t, *, groups):
         y = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) / np.sqrt(c)) @ v
         return h + tf.reshape(linear(y, f"{scope}/proj_out"), h.shape)
 
-    half = arch.ch // 2
+    half = model.ch // 2
     angles = np.asarray(t)[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
     temb = tf.constant(np.concatenate([np.sin(angles), np.cos(angles)], 1), tf.float32)
     temb = linear(tf.nn.silu(linear(temb, "temb/dense0")), "temb/dense1")
     skips = [conv(tf.constant(x), "conv_in")]
-    last = len(arch.ch_mult) - 1
+    last = len(model.ch_mult) - 1
     for i in range(last + 1):
-        for j in range(arch.num_res_blocks):
+        for j in range(model.num_res_blocks):
             h = residual(skips[-1], f"down_{i}/block_{j}")
             skips.append(attention(h, f"down_{i}/attn_{j}")
-                         if h.shape[1] in arch.attn_resolutions else h)
+                         if h.shape[1] in model.attn_resolutions else h)
         if i < last:
             skips.append(conv(skips[-1], f"down_{i}/downsample/conv", 2))
     h = attention(residual(skips[-1], "mid/block_1"), "mid/attn_1")
     h = residual(h, "mid/block_2")
     for i in range(last, -1, -1):
-        for j in range(arch.num_res_blocks + 1):
+        for j in range(model.num_res_blocks + 1):
             h = residual(tf.concat([h, skips.pop()], 3), f"up_{i}/block_{j}")
-            if h.shape[1] in arch.attn_resolutions:
+            if h.shape[1] in model.attn_resolutions:
                 h = attention(h, f"up_{i}/attn_{j}")
         if i:
             h = conv(tf.repeat(tf.repeat(h, 2, 1), 2, 2), f"up_{i}/upsample/conv")

@@ -2,45 +2,42 @@
 
 import numpy as np
 import pytest
-from made_up import SMALL, assert_bit_equal, flat, random_params
+from made_up import SMALL, assert_bit_equal, flat, older_names, random_params
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats.lazy import Lazy
 from ddpm_jax.interchange import parameter_names
 from ddpm_jax.models.unet import UNet
 
-CIFAR10 = parameter_names.Architecture(128, (1, 2, 2, 2), 2, (16,), 32, 3, 3)
-LSUN = parameter_names.Architecture(128, (1, 1, 2, 2, 4, 4), 2, (16,), 256, 3, 3)
+CIFAR10 = UNet()
+LSUN = UNet(image_size=256, ch_mult=(1, 1, 2, 2, 4, 4))
 
 
-@pytest.mark.parametrize("arch, count", [(CIFAR10, 35_746_307), (LSUN, 113_673_219)])
-def test_parameter_counts_of_the_paper(arch, count):
-    assert sum(int(np.prod(e.shape)) for e in parameter_names.entries(arch)) == count
+@pytest.mark.parametrize("model, count", [(CIFAR10, 35_746_307), (LSUN, 113_673_219)])
+def test_parameter_counts_of_the_paper(model, count):
+    assert sum(int(np.prod(e.shape)) for e in parameter_names.entries(model)) == count
 
 
-@pytest.mark.parametrize("arch", [SMALL, SMALL._replace(num_res_blocks=2, ch_mult=(1, 1),
-                                                        attn_resolutions=(16, 8), out_channels=6)])
-def test_the_table_is_the_models_own_tree(arch):
+@pytest.mark.parametrize("model", [SMALL, SMALL.clone(
+    num_res_blocks=2, ch_mult=(1, 1), attn_resolutions=(16, 8), out_channels=6)])
+def test_the_table_is_the_models_own_tree(model):
     import jax
-    model = UNet(image_size=arch.image_size, in_channels=arch.in_channels,
-                 out_channels=arch.out_channels, ch=arch.ch, ch_mult=arch.ch_mult,
-                 num_res_blocks=arch.num_res_blocks, attn_resolutions=arch.attn_resolutions)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32),
                             np.zeros(1, np.int32))["params"]
     assert {k: v.shape for k, v in flat(shapes).items()} == {
-        ".".join(e.path): e.shape for e in parameter_names.entries(arch)
+        ".".join(e.path): e.shape for e in parameter_names.entries(model)
     }
 
 
 def test_space_to_depth_changes_the_first_and_last_convolution():
-    official = {e.official: e.shape for e in parameter_names.entries(
-        LSUN._replace(image_size=128, in_channels=12, out_channels=12))}
+    official = {e.official.name: e.shape for e in parameter_names.entries(
+        LSUN.clone(space_to_depth=2))}
     assert official["model/conv_in/W"] == (128, 3, 3, 12)
     assert official["model/conv_out/W"] == (12, 3, 3, 128)
 
 
 def test_some_names_as_their_sources_spell_them():
-    table = {e.official: e.diffusers for e in parameter_names.entries(CIFAR10)}
+    table = {e.official.name: e.diffusers.name for e in parameter_names.entries(CIFAR10)}
     assert len(table) == len(set(table.values())) == len(parameter_names.entries(CIFAR10))
     assert table["model/temb/dense0/W"] == "time_embedding.linear_1.weight"
     assert table["model/down_0/block_1/norm1/gamma"] == "down_blocks.0.resnets.1.norm1.weight"
@@ -74,8 +71,9 @@ def test_layouts_move_the_element_that_they_say():
 
 def test_round_trips_are_bit_equal():
     params = random_params(SMALL)
-    for there, back in ((parameter_names.variables_from_params, parameter_names.params_from_variables),
-                        (parameter_names.state_dict_from_params, parameter_names.params_from_state_dict)):
+    for there, back in (
+            (parameter_names.variables_from_params, parameter_names.params_from_variables),
+            (parameter_names.state_dict_from_params, parameter_names.params_from_state_dict)):
         theirs = there(params, SMALL)
         ours = back(theirs, SMALL)
         assert_bit_equal(params, ours)
@@ -86,7 +84,7 @@ def test_round_trips_are_bit_equal():
 def test_older_and_fused_attention_names_read_the_same():
     params = random_params(SMALL)
     state = parameter_names.state_dict_from_params(params, SMALL)
-    older = parameter_names.older_names(state)
+    older = older_names(state)
     assert "mid_block.attentions.0.proj_attn.weight" in older
     assert "down_blocks.1.attentions.0.key.bias" in older
     assert not any("to_" in key for key in older)
@@ -130,7 +128,8 @@ def test_no_value_is_read_of_a_checkpoint_that_does_not_fit():
     def fail():
         raise AssertionError("read")
 
-    lazy = {e.official: Lazy((1,), np.dtype(np.float32), fail) for e in parameter_names.entries(SMALL)}
+    lazy = {e.official.name: Lazy((1,), np.dtype(np.float32), fail)
+            for e in parameter_names.entries(SMALL)}
     with pytest.raises(UserError, match="misshapen"):
         parameter_names.params_from_variables(lazy, SMALL)
 

@@ -1,7 +1,5 @@
 """The verdict, and what it stands on: this project against real diffusers on PyTorch's CPU."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,9 @@ from made_up import SMALL, flat, random_params, small_config
 
 from ddpm_jax import experiment, programs
 from ddpm_jax.config import load_config, to_json
-from ddpm_jax.interchange import diffusers, parameter_names, parity
+from ddpm_jax.interchange import parameter_names, parity
+from ddpm_jax.interchange.diffusers.fields import unet_config
+from ddpm_jax.interchange.diffusers.write import write_folder
 from ddpm_jax.training import rng
 
 SHAPE = (4, 4, 3)
@@ -51,31 +51,6 @@ def test_without_a_peer_nothing_is_claimed(monkeypatch):
     assert parity.diffusers_peer({}) is None
 
 
-def test_golden_values_are_found_by_the_weights_hash(tmp_path):
-    params = random_params(SMALL)
-    x, timesteps = parity.fixed_input((16, 16, 3), 1000)
-    record = {"peer": "diffusers 0.0 run once",
-              "eps": {str(t): parity.points(eps_of(x, t)).tolist() for t in timesteps}}
-    path = tmp_path / "golden.json"
-    path.write_text(json.dumps({parity.fingerprint(params, SMALL): record}))
-    peer = parity.golden_peer(params, SMALL, path)
-    verdict = parity.verdict(eps_of, peer, (16, 16, 3), 1000)
-    assert verdict.result == "PASS" and "diffusers 0.0 run once (stored" in str(verdict)
-    assert parity.verdict(lambda x, t: 1.01 * eps_of(x, t), peer, (16, 16, 3), 1000).result == (
-        "FAIL")
-    params["conv_out"]["bias"][0] += 1e-6
-    assert parity.golden_peer(params, SMALL, path) is None
-    assert parity.golden_peer(params, SMALL) is None  # none ships: no weights could be had
-
-
-def test_the_hash_is_of_the_weights_not_of_the_file():
-    params = random_params(SMALL)
-    again = parameter_names.params_from_state_dict(parameter_names.state_dict_from_params(params, SMALL), SMALL)
-    assert parity.fingerprint(params, SMALL) == parity.fingerprint(again, SMALL)
-    swapped = {**params, "mid_block_1": params["mid_block_2"], "mid_block_2": params["mid_block_1"]}
-    assert parity.fingerprint(swapped, SMALL) != parity.fingerprint(params, SMALL)
-
-
 # ---- against real diffusers ----
 
 CIFAR10, LSUN = "cifar10", "lsun_church"
@@ -89,9 +64,9 @@ def torch_net(config, params):
     import diffusers as lib
     import torch
 
-    stored = to_json(config)
-    net = lib.UNet2DModel(**{k: v for k, v in diffusers.unet_config(stored).items() if k[0] != "_"})
-    state = parameter_names.state_dict_from_params(params, stored)
+    model = experiment.network(config)
+    net = lib.UNet2DModel(**{k: v for k, v in unet_config(model).items() if k[0] != "_"})
+    state = parameter_names.state_dict_from_params(params, model)
     net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     return net.eval()
 
@@ -115,7 +90,7 @@ def forward_and_gradients(config, batch, ts, backward=True):
     import torch
 
     exp = build(config)
-    params = random_params(parameter_names.architecture(config))
+    params = random_params(exp.model)
     r = np.random.default_rng(1)
     x = r.standard_normal((batch, *exp.image_shape), dtype=np.float32)
     noise = r.standard_normal(x.shape, dtype=np.float32)
@@ -138,7 +113,7 @@ def forward_and_gradients(config, batch, ts, backward=True):
     if backward:
         ((theirs - to_torch(noise)) ** 2).mean().backward()
         grads_theirs = flat(parameter_names.params_from_state_dict(
-            {k: v.grad.numpy() for k, v in net.named_parameters()}, parameter_names.architecture(config)))
+            {k: v.grad.numpy() for k, v in net.named_parameters()}, exp.model))
         largest = max(np.abs(g).max() for g in grads_theirs.values())
         errors["grad"] = max(
             np.abs(np.asarray(g) - grads_theirs[k]).max() / largest
@@ -201,9 +176,7 @@ def test_the_verdict_passes_and_a_changed_weight_fails():
     pytest.importorskip("diffusers")
     config = small_config()
     exp, params = build(config), random_params(SMALL)
-    stored = to_json(config)
-    peer = parity.diffusers_peer(diffusers.unet_config(stored),
-                                 parameter_names.state_dict_from_params(params, stored))
+    peer = parity.peer_of_params(exp.model, params)
     apply = jax.jit(exp.model.apply)
 
     def ours(p):
@@ -248,8 +221,8 @@ def test_fifty_steps_on_the_same_noise_give_the_same_images(tmp_path, monkeypatc
         "variance": variance,
         "first_log_variance": {"fixed_large": "next", "fixed_small": "floor"}[variance]})
     exp, params = build(config), random_params(SMALL)
-    diffusers.write_folder(tmp_path / "out", params, to_json(config), exp.betas, step=0,
-                           weights="averaged", version="0")
+    write_folder(tmp_path / "out", params, exp, to_json(config), step=0, weights="averaged",
+                 version="0")
     chain = programs.sampling_chain(exp)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(programs.sample_program(exp, chain)(

@@ -13,16 +13,23 @@ from ddpm_jax.interchange import workdir
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def write(folder, **changes):
-    config = small_config()
-    exp = experiment.build(config, jax.devices()[:1])
-    rng = np.random.default_rng(0)
-    opt_state = jax.tree.map(
-        lambda s: np.asarray(rng.integers(1, 9, s.shape), s.dtype), exp.abstract_state.opt_state)
-    arguments = dict(step=12, params=random_params(SMALL), ema_params=random_params(SMALL, 1),
-                     opt_state=opt_state, config=to_json(config), facts={"origin": "x"})
-    workdir.write_run(folder, **{**arguments, **changes})
-    return exp, arguments
+def write(folder, facts=None):
+    exp = experiment.build(small_config(), jax.devices()[:1])
+    moments = {"mu": random_params(SMALL, 2), "nu": random_params(SMALL, 3)}
+    state = workdir.training_state(exp, 12, random_params(SMALL), random_params(SMALL, 1), moments)
+    workdir.write_run(folder, exp, state, facts or {"origin": "x"})
+    return exp, state
+
+
+def test_the_optimizers_state_is_filled(tmp_path):
+    exp, state = write(tmp_path / "run")
+    adam, warmup = state.opt_state
+    assert adam.count == 12 and warmup.count == 12
+    assert_bit_equal(adam.mu, random_params(SMALL, 2))
+    assert_bit_equal(adam.nu, random_params(SMALL, 3))
+    fresh = workdir.training_state(exp, 5, {}, {}).opt_state
+    assert fresh[0].count == 5 and not any(x.any() for x in jax.tree.leaves(fresh[0].mu))
+    assert jax.tree.structure(fresh) == jax.tree.structure(exp.abstract_state.opt_state)
 
 
 def test_reads_back_as_a_training_state_bit_for_bit(tmp_path):
@@ -36,10 +43,10 @@ def test_reads_back_as_a_training_state_bit_for_bit(tmp_path):
     state = store.restore(store.find(None), like)
     store.close()
     assert int(state.step) == 12 and state.step.dtype == np.int32
-    assert_bit_equal(jax.tree.map(np.asarray, state.params), wrote["params"])
-    assert_bit_equal(jax.tree.map(np.asarray, state.ema_params), wrote["ema_params"])
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, wrote["opt_state"])
-    assert checkpoints.read_config(tmp_path / "run") == wrote["config"]
+    assert_bit_equal(jax.tree.map(np.asarray, state.params), wrote.params)
+    assert_bit_equal(jax.tree.map(np.asarray, state.ema_params), wrote.ema_params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, wrote.opt_state)
+    assert checkpoints.read_config(tmp_path / "run") == to_json(small_config())
     assert workdir.read_facts(tmp_path / "run") == {"origin": "x"}
 
 

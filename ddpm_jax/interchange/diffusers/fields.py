@@ -1,0 +1,258 @@
+"""The JSON fields of diffusers' UNet2DModel and DDPMScheduler, to and from those of our config.
+
+A field that the paper's U-Net or chain does not have is refused by name; a field that is absent has
+diffusers' default, which often differs from the paper's.
+"""
+
+from collections.abc import Mapping
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.unet import UNet
+
+FORMAT_VERSION = "0.30.0"  # diffusers whose field names the exported JSON files use
+
+# Fields with (diffusers' default where absent, the values that mean the paper's model).
+_UNET_FIXED = {  # models/unets/unet_2d.py, UNet2DModel.__init__
+    "center_input_sample": (False, (False,)),
+    "time_embedding_type": ("positional", ("positional",)),
+    "freq_shift": (0, (1,)),
+    "flip_sin_to_cos": (True, (False,)),
+    "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
+    "mid_block_scale_factor": (1, (1,)),
+    "downsample_padding": (1, (0,)),
+    "downsample_type": ("conv", ("conv",)),
+    "upsample_type": ("conv", ("conv",)),
+    "act_fn": ("silu", ("silu", "swish")),
+    "norm_eps": (1e-5, (1e-6,)),
+    "resnet_time_scale_shift": ("default", ("default",)),
+    "add_attention": (True, (True,)),
+    "class_embed_type": (None, (None,)),
+    "num_class_embeds": (None, (None,)),
+}
+_UNET_READ = ("_class_name", "sample_size", "in_channels", "out_channels", "down_block_types",
+              "up_block_types", "block_out_channels", "layers_per_block", "dropout",
+              "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
+              "time_embedding_dim", "num_train_timesteps")
+
+_SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
+    "trained_betas": (None, (None,)),
+    "thresholding": (False, (False,)),
+    "clip_sample_range": (1.0, (1.0,)),
+    "steps_offset": (0, (0,)),
+    "rescale_betas_zero_snr": (False, (False,)),
+}
+# Spacing matters to shortened chains only, the other two to thresholding.
+_SCHEDULER_READ = ("_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
+                   "variance_type", "clip_sample", "prediction_type", "timestep_spacing",
+                   "dynamic_thresholding_ratio", "sample_max_value")
+
+# Their beta law -> ours and which of their numbers it takes.
+_LAWS = {
+    "linear": ("linear", ("beta_start", "beta_end")),
+    "scaled_linear": ("quad", ("beta_start", "beta_end")),
+    "squaredcos_cap_v2": ("cosine", ()),
+}
+# fixed_small_log is the same deviation, computed through a logarithm (_get_variance there).
+_VARIANCES = {
+    "fixed_small": {"variance": "fixed_small", "first_log_variance": "floor"},
+    "fixed_small_log": {"variance": "fixed_small", "first_log_variance": "floor"},
+    "fixed_large": {"variance": "fixed_large", "first_log_variance": "next"},
+}
+_PREDICTIONS = {"epsilon": "eps", "sample": "x_start"}
+
+
+def _refuse_unknown(config, known, where):
+    for field, value in config.items():
+        if field not in known and not field.startswith("_") and value is not None:
+            raise UserError(f"{where}: field {field}={value!r} is not one of the paper's model")
+
+
+def _refuse_other(config, fixed, where):
+    for field, (default, allowed) in fixed.items():
+        value = config.get(field, default)
+        if value not in allowed:
+            absent = "" if field in config else " (diffusers' default; the field is absent)"
+            raise UserError(f"{where}: {field}={value!r}{absent} is not what the paper's model "
+                            f"has: {allowed[0]!r}")
+
+
+def _class(config, expected, where):
+    if config.get("_class_name") != expected:
+        raise UserError(f"{where}: _class_name={config.get('_class_name')!r}, not {expected}")
+
+
+def _row(table, config, field, default, where):
+    value = config.get(field, default)
+    if value not in table:
+        raise UserError(f"{where}: {field}={value!r} is not supported (known: {', '.join(table)})")
+    return table[value]
+
+
+def _integer(config, field, default, where):
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: {field}={value!r} must be a positive whole number")
+    return value
+
+
+_UP_TYPES = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
+_DOWN_TYPES = ("DownBlock2D", "AttnDownBlock2D")  # without and with attention
+
+
+def _attending(config, levels, where):
+    """The levels with attention, from the finest = 0."""
+    down = config.get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3)
+    up = config.get("up_block_types", ["AttnUpBlock2D"] * 3 + ["UpBlock2D"])
+    if len(down) != levels:
+        raise UserError(f"{where}: down_block_types={down} do not match {levels} "
+                        "block_out_channels")
+    for kind in down:
+        if kind not in _UP_TYPES:
+            raise UserError(f"{where}: down_block_types has {kind!r}, not one of "
+                            f"{list(_UP_TYPES)}")
+    if list(up) != [_UP_TYPES[kind] for kind in reversed(down)]:
+        raise UserError(f"{where}: up_block_types={up} is not down_block_types mirrored")
+    return [i for i, kind in enumerate(down) if kind == _DOWN_TYPES[True]]
+
+
+def _refuse_other_shapes(config, widths, attending, groups, where):
+    """Fields that are free in diffusers and follow from others in the paper's network."""
+    heads = config.get("attention_head_dim", 8)
+    for width in [widths[i] for i in attending] + [widths[-1]]:
+        if heads is not None and heads != width:
+            raise UserError(f"{where}: attention_head_dim={heads!r} cuts {width} channels into "
+                            "several heads; the paper's attention has one (null)")
+    if config.get("attn_norm_num_groups") not in (None, groups):
+        raise UserError(f"{where}: attn_norm_num_groups={config['attn_norm_num_groups']} differs "
+                        f"from norm_num_groups={groups}")
+    if config.get("time_embedding_dim") not in (None, 4 * widths[0]):
+        raise UserError(f"{where}: time_embedding_dim={config['time_embedding_dim']} is not "
+                        f"4 x {widths[0]}")
+
+
+def model_fields(config: Mapping, where="unet config") -> dict:
+    """{'model': {...}, 'data': {...}} of our config from a UNet2DModel's config.json.
+
+    Raises UserError naming the first field that the paper's U-Net does not have.
+    """
+    _class(config, "UNet2DModel", where)
+    _refuse_unknown(config, {*_UNET_FIXED, *_UNET_READ}, where)
+    _refuse_other(config, _UNET_FIXED, where)
+    size = config.get("sample_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    size = _integer({"sample_size": size}, "sample_size", None, where)
+    widths = config.get("block_out_channels", [224, 448, 672, 896])
+    if any(w % widths[0] for w in widths):
+        raise UserError(f"{where}: block_out_channels={widths} are no multiples of the first")
+    attending = _attending(config, len(widths), where)
+    groups = _integer(config, "norm_num_groups", 32, where)
+    _refuse_other_shapes(config, widths, attending, groups, where)
+    channels = _integer(config, "in_channels", 3, where)
+    if config.get("out_channels", 3) != channels:
+        raise UserError(f"{where}: out_channels={config.get('out_channels', 3)} differs from "
+                        f"in_channels={channels} (a learned variance is not supported)")
+    return {
+        "model": {
+            "ch": widths[0],
+            "ch_mult": tuple(w // widths[0] for w in widths),
+            "num_res_blocks": _integer(config, "layers_per_block", 2, where),
+            "attn_resolutions": tuple(size >> i for i in attending),
+            "dropout": float(config.get("dropout", 0.0)),
+            "num_groups": groups,
+            "space_to_depth": 1,
+        },
+        "data": {"image_size": size, "channels": channels},
+    }
+
+
+def chain_fields(config: Mapping, where="scheduler config") -> dict:
+    """{'diffusion': {...}, 'sampler': {...}} of our config from a DDPMScheduler's config.
+
+    Raises UserError naming the first field that the paper's chain does not have.
+    """
+    _class(config, "DDPMScheduler", where)
+    _refuse_unknown(config, {*_SCHEDULER_FIXED, *_SCHEDULER_READ}, where)
+    _refuse_other(config, _SCHEDULER_FIXED, where)
+    law, numbers = _row(_LAWS, config, "beta_schedule", "linear", where)
+    defaults = {"beta_start": 0.0001, "beta_end": 0.02}
+    schedule = {"name": law, **{n: float(config.get(n, defaults[n])) for n in numbers}}
+    return {
+        "diffusion": {
+            "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
+            "schedule": schedule,
+            "predict": _row(_PREDICTIONS, config, "prediction_type", "epsilon", where),
+            **_row(_VARIANCES, config, "variance_type", "fixed_small", where),
+        },
+        "sampler": {"clip_denoised": bool(config.get("clip_sample", True)), "steps": 0},
+    }
+
+
+def unet_config(model: UNet) -> dict:
+    """config.json of the UNet2DModel that computes what ``model`` computes.
+
+    Raises UserError naming the field that diffusers has no equal of.
+    """
+    if model.space_to_depth != 1:
+        raise UserError(f"config.model.space_to_depth={model.space_to_depth}: UNet2DModel has no "
+                        "space-to-depth; only 1 can be exported")
+    if model.out_channels != model.in_channels:
+        raise UserError("config.diffusion.variance=learned: diffusers reads a learned variance "
+                        "differently (as a variance, not a log-variance); not exportable")
+    attending = {s.size for s in model.stages()
+                 if s.kind == "attention" and s.name.startswith("down_")}
+    sizes = [model.image_size >> i for i in range(len(model.ch_mult))]
+    down = [_DOWN_TYPES[size in attending] for size in sizes]
+    fixed = {field: allowed[0] for field, (_, allowed) in _UNET_FIXED.items()}
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": FORMAT_VERSION,
+        **fixed,
+        "attention_head_dim": None,
+        "attn_norm_num_groups": None,
+        "block_out_channels": [model.ch * m for m in model.ch_mult],
+        "down_block_types": down,
+        "dropout": float(model.dropout),
+        "in_channels": model.in_channels,
+        "layers_per_block": model.num_res_blocks,
+        "norm_num_groups": model.num_groups,
+        "num_train_timesteps": None,
+        "out_channels": model.out_channels,
+        "sample_size": model.image_size,
+        "up_block_types": [_UP_TYPES[kind] for kind in reversed(down)],
+    }
+
+
+def scheduler_config(config: Mapping, betas) -> dict:
+    """scheduler_config.json of the DDPMScheduler that walks a config's full chain.
+
+    betas float64 [T]: written out for the laws that diffusers does not have.
+    Raises UserError naming the field that diffusers has no equal of.
+    """
+    diffusion, schedule = config["diffusion"], dict(config["diffusion"]["schedule"])
+    law = schedule.pop("name")
+    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    if diffusion["predict"] not in predictions:
+        raise UserError(f"config.diffusion.predict={diffusion['predict']}: diffusers' scheduler "
+                        f"has only {', '.join(predictions)}")
+    theirs = next((t for t, (ours, numbers) in _LAWS.items()
+                   if ours == law and set(schedule) <= set(numbers)), None)
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": FORMAT_VERSION,
+        "num_train_timesteps": diffusion["num_timesteps"],
+        "beta_start": schedule.get("beta_start", 0.0001),
+        "beta_end": schedule.get("beta_end", 0.02),
+        "beta_schedule": theirs or "linear",
+        "trained_betas": None if theirs else [float(b) for b in betas],
+        "variance_type": diffusion["variance"],
+        "clip_sample": bool(config["sampler"]["clip_denoised"]),
+        "clip_sample_range": 1.0,
+        "prediction_type": predictions[diffusion["predict"]],
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    }
