@@ -15,7 +15,9 @@ from ddpm_jax import train as training
 from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.evaluate import evaluate_run
+from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.options import Options
+from ddpm_jax.evaluation.session import session_of
 from ddpm_jax.run_log import read_metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "workdir-84ae50c"
@@ -64,8 +66,8 @@ def test_half_drawn_samples_are_finished(unpacked, expected):
 def test_it_is_evaluated_beside_what_was_half_done(unpacked, expected):
     exp, params, step = sampling.load_run(unpacked / "run", step=12)
     options = Options(metrics=("bpd",), bpd_num=24, splits=("train",), batch_size=8)
-    records, _ = evaluate_run(exp, params, options, facts={"step": step, "weights": "ema"},
-                              folder=f"{unpacked}/run/evaluation/{step}")
+    records, _ = evaluate_run(Model(exp, params, {"step": step, "weights": "ema"}), options,
+                              session_of(exp, folder=f"{unpacked}/run/evaluation/{step}"))
     assert records[0][1]["bpd_train"] == pytest.approx(expected["bpd_train"].item(), rel=1e-6)
 
 

@@ -101,7 +101,7 @@ def inception(exp, num_examples) -> Program:
               for name, sizes in network.conv_shapes().items()}
     params["fc"] = {"kernel": shape(network.FEATURES, network.CLASSES),
                     "bias": shape(network.CLASSES)}
-    jitted = exp.runner.compile(lambda p, x: network.features(p, x, precision="fast").pool_3,
+    jitted = exp.runner.compile(lambda p, x: network.features(p, x, precision="fast"),
                                 ("replicated", "batch"), ("batch",))
     return Program(jitted, (exp.runner.abstract("replicated", params), _images(exp, batch)),
                    flops=batch * network.flops_per_image(), images=batch,

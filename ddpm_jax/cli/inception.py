@@ -4,22 +4,22 @@
 `convert` reads Inception's weights (.pth of pytorch-fid or torch-fidelity, TensorFlow's
 classify_image_graph_def.pb or inception-2015-12-05.tgz) without PyTorch or TensorFlow and without
 executing anything in the file, checks sha256, names and shapes, and writes an .npz.
-`check` says which weights would be used and how exactly this machine computes their features.
+`check` names the weights that would be used, and how exactly this machine computes their features.
 """
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.inception import weights
 
 USAGE = "usage: ddpm inception convert IN OUT.npz | ddpm inception check [FILE]"
 
 
 def define_flags(define):
     define.bool("allow_unknown_weights", False,
-           "accept Inception weights whose sha256 is not known")
-    define.bool("overwrite", False, "replace a file that is there")
+                "accept Inception weights whose sha256 is not known")
+    define.bool("overwrite", False, "replace an existing file")
 
 
 def _convert(values, source, target):
-    from ddpm_jax.evaluation.inception import weights
     facts = weights.convert(source, target, allow_unknown=values.allow_unknown_weights,
                             overwrite=values.overwrite)
     print(f"wrote {target}: 94 convolutions, source sha256 {facts['source_sha256']}, "
@@ -27,7 +27,6 @@ def _convert(values, source, target):
 
 
 def _check(values, path=None):
-    from ddpm_jax.evaluation.inception import weights
     found = weights.load(weights.find(path), allow_unknown=values.allow_unknown_weights)
     error = weights.fingerprint_error(found)
     print(f"{found.path}: tensors sha256 {found.state_sha256}")

@@ -6,14 +6,19 @@ and the features of the first --features images for KID, precision and recall. N
 cropped or left out.
 """
 
-import sys
-
 import jax
 
 from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags, say
+from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import exit_codes
+from ddpm_jax.evaluation.evaluate import check_options
+from ddpm_jax.evaluation.make_reference import make_reference
+from ddpm_jax.evaluation.options import Options, StoppedError
+from ddpm_jax.evaluation.session import Session
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART
+from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.storage import files
 
 
 def define_flags(define):
@@ -32,11 +37,6 @@ def define_flags(define):
 def main(values, words):
     common.no_words(words)
     name, out = common.required(values, "dataset"), common.required(values, "out")
-    from ddpm_jax.data.datasets import open_source
-    from ddpm_jax.evaluation.evaluate import check_options
-    from ddpm_jax.evaluation.make_reference import make_reference
-    from ddpm_jax.evaluation.options import Options, StoppedError
-    from ddpm_jax.storage import files
     if not out.endswith(".npz"):
         raise UserError(f"--out={out}: a reference must end in .npz")
     if files.exists(out) and not values.overwrite:
@@ -48,12 +48,12 @@ def main(values, words):
     check_options(options)
     source = open_source(name, values.data_dir, values.split, image_size=values.image_size)
     stop, _ = common.join(values)
+    session = Session(RUNNERS["jit"](jax.devices()), stop=stop, say=say)
     try:
-        make_reference(source, options, out, features=values.features,
-                             overwrite=values.overwrite, stop=stop, say=say)
+        make_reference(source, options, out, session, num_features=values.features,
+                       overwrite=values.overwrite)
     except StoppedError:
-        say("stopped; what is done is kept: the same command goes on")
-        return exit_codes.EXIT_RESTART
-    if jax.process_index() == 0:
-        print(f"wrote {out}", file=sys.stderr)
+        say("stopped; finished shards are kept: the same command resumes")
+        return EXIT_RESTART
+    say(f"wrote {out}")
     return 0

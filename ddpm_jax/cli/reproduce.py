@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define_inception_flags, say, write_results
+from ddpm_jax.cli.evaluate import define_inception_flags, say
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import exit_codes
+from ddpm_jax.parallel import exit_codes, hosts
 from ddpm_jax.storage import files
 
 FLAGS = None  # of the call of main
@@ -98,13 +98,13 @@ def machine_rate() -> tuple[float, str]:
 
 def drawn_count(target) -> int:
     """Images that a target draws."""
-    from ddpm_jax.evaluation.options import BOUND, DEFAULT_NUM, DRAWN, LOOKED_AT
+    from ddpm_jax.evaluation.metrics import default_num
+    from ddpm_jax.evaluation.options import ALONG_NUM
     from ddpm_jax.reproduction import figures
     own = {"shared": figures.ROWS * figures.COLUMNS, "rate": 0,
            "interpolation": figures.ROWS * (figures.COLUMNS + 1),
-           "progressive": FLAGS.num or LOOKED_AT}
-    wanted = [DRAWN.get(m, DEFAULT_NUM) for m in target.metrics if m != BOUND]
-    return own[target.figure] if target.figure else FLAGS.num or max(wanted, default=0)
+           "progressive": FLAGS.num or ALONG_NUM}
+    return own[target.figure] if target.figure else FLAGS.num or default_num(target.metrics)
 
 
 def costs(config, target, rate) -> list[tuple]:
@@ -145,19 +145,15 @@ def wanted_splits(target, sources) -> tuple:
     return tuple(s for s in sources if f"bpd_{s}" in target.keys) or tuple(sources)
 
 
-def references_for(config, folder, stop):
+def references_for(session, folder):
     """Reference statistics of both splits, made once into FOLDER/references."""
-    from ddpm_jax.evaluation.features import open_splits
     from ddpm_jax.evaluation.make_reference import make_reference
-    from ddpm_jax.evaluation.records import same_everywhere
     found = {}
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    for split, source in open_splits(config.data.name, config.data.dir, shape).items():
-        path = files.join(folder, "references", f"{config.data.name}-{split}.npz")
-        if not same_everywhere({"there": files.exists(path)})["there"]:
-            say(f"reference statistics of {config.data.name}, {split}")
-            make_reference(source, _options(("is",)), path, features=10_000, stop=stop,
-                                 say=say)
+    for split, source in session.sources.items():
+        path = files.join(folder, "references", f"{session.sources.name}-{split}.npz")
+        if not hosts.broadcast_json(files.exists(path)):
+            say(f"reference statistics of {session.sources.name}, {split}")
+            make_reference(source, _options(("is",)), path, session, num_features=10_000)
         found[split] = path
     return found
 
@@ -192,9 +188,10 @@ def run_cell(name, target, root, stop, watchdog):
     sources, along)."""
     from ddpm_jax.evaluation.along import evaluate_along
     from ddpm_jax.evaluation.evaluate import evaluate_run
-    from ddpm_jax.evaluation.features import open_splits
+    from ddpm_jax.evaluation.features import Model
     from ddpm_jax.evaluation.options import StoppedError
-    from ddpm_jax.evaluation.records import same_everywhere
+    from ddpm_jax.evaluation.records import write_results
+    from ddpm_jax.evaluation.session import session_of
     from ddpm_jax.reproduction.paper_results import ours
     from ddpm_jax.sample import load_run
     from ddpm_jax.train import train
@@ -206,35 +203,32 @@ def run_cell(name, target, root, stop, watchdog):
     exp, params, step = load_run(folder)
     # The first process's folder decides, or processes would wait for each other for ever.
     values = ours(existing(folder), ("is", "fid_train", "bpd_test", "nn_pixels_exact_copies"))
-    values = same_everywhere(values)
-    sources = open_splits(config.data.name, config.data.dir, exp.image_shape)
-    splits = wanted_splits(target, sources)
+    values = hosts.broadcast_json(values)
+    session = session_of(exp, folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+    splits = wanted_splits(target, session.sources)
     metrics = _with_weights(missing_metrics(target, values) if values.get("step") == step
                             else target.metrics)
-    facts = {"workdir": folder, "step": step, "weights": "ema"}
+    model = Model(exp, params, {"workdir": folder, "step": step, "weights": "ema"})
     wanted = [(metrics, None)]
     if "fid" in metrics:
-        paths = references_for(config, root, stop)
+        paths = references_for(session, root)
         wanted = [(metrics, paths["train"])]
         if "test" in paths:
             wanted.append((("fid",), paths["test"]))
     for chosen, reference in wanted:
         if chosen:
             records, pictures = evaluate_run(
-                exp, params, _options(chosen, reference)._replace(splits=splits), facts=facts,
-                folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+                model, _options(chosen, reference)._replace(splits=splits), session)
             if jax.process_index() == 0:
-                write_results(folder, step, FLAGS.protocol, records, pictures, f"{name}, {step}",
-                              show=False)
+                write_results(folder, step, FLAGS.protocol, records, pictures, f"{name}, {step}")
 
     def along(looks, shown):
         chosen = _with_weights(("is", "fid"))
-        reference = references_for(config, root, stop)["train"] if "fid" in chosen else None
-        return evaluate_along(
-            exp, params, _options(chosen, reference), facts=facts, looks=looks, shown=shown,
-            folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+        reference = references_for(session, root)["train"] if "fid" in chosen else None
+        return evaluate_along(model, _options(chosen, reference), session, looks=looks,
+                              shown=shown)
 
-    return exp, params, sources, along
+    return exp, params, session.sources, along
 
 
 def all_values(document) -> dict:

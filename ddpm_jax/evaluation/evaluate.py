@@ -1,225 +1,218 @@
-"""Evaluate a run or given images: extract features, compute the metrics of METRICS."""
+"""Evaluate a run or given images: collect features, compute the metrics of METRICS."""
 
-import time
-
-import jax
-
-from ddpm_jax import programs
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import collect, measures, protocols, references
-from ddpm_jax.evaluation.features import (
-    Subject,
-    bound_draws,
-    gatherer,
-    get_classifier,
-    model_draws,
-    open_splits,
-    report_progress,
-)
+from ddpm_jax.evaluation import features, protocols, references
 from ddpm_jax.evaluation.inception import weights
-from ddpm_jax.evaluation.metrics import METRICS, Context
-from ddpm_jax.evaluation.options import (
-    BOUND,
-    DEFAULT_NUM,
-    DRAWN,
-    NN_QUERIES,
-    Options,
-    StoppedError,
+from ddpm_jax.evaluation.metrics import (
+    COLLECTIVE,
+    METRICS,
+    MODEL,
+    REALS,
+    REFERENCE,
+    Context,
+    collect_features,
+    default_num,
+    make_extractor,
+    splits_of,
 )
-from ddpm_jax.storage import files
+from ddpm_jax.evaluation.options import NN_QUERIES, Options
+from ddpm_jax.evaluation.session import Session
+from ddpm_jax.parallel import hosts
+
+# ---- checks, before anything is computed ----
 
 
-def check_options(options: Options) -> protocols.Protocol:
-    """The protocol meant. UserError for a name or number that cannot work."""
-    known = (*METRICS, BOUND)
-    for name in options.metrics:
-        if name not in known:
-            raise UserError(f"--metrics={name} is not known; known: {', '.join(known)}")
+def _known(flag, name, table):
+    if name not in table:
+        raise UserError(f"--{flag}={name} is not known; known: {', '.join(table)}")
+
+
+def check_options(options: Options, *, of_model: bool = True) -> protocols.Protocol:
+    """The protocol meant. UserError for a name or number that cannot work, or for a metric of a
+    model where images are given."""
     if not options.metrics:
-        raise UserError(f"--metrics is empty; known: {', '.join(known)}")
-    if options.protocol not in protocols.PROTOCOLS:
-        raise UserError(f"--protocol={options.protocol} is not known; known: "
-                        f"{', '.join(protocols.PROTOCOLS)}")
-    if options.quantise not in (None, *protocols.QUANTISE):
-        raise UserError(f"--quantise={options.quantise} is not known; known: "
-                        f"{', '.join(protocols.QUANTISE)}")
+        raise UserError(f"--metrics is empty; known: {', '.join(METRICS)}")
+    for name in options.metrics:
+        _known("metrics", name, METRICS)
+    _known("protocol", options.protocol, protocols.PROTOCOLS)
+    protocol = protocols.PROTOCOLS[options.protocol]
+    quantise = options.quantise or protocol.quantise
+    _known("quantise", quantise, protocols.QUANTISE)
     for name in ("num", "bpd_num", "batch_size", "steps", "crop"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed={options.seed} must be in 0 ... 2**32-1")
-    protocol = protocols.PROTOCOLS[options.protocol]
-    return protocol._replace(quantise=options.quantise or protocol.quantise)
+    for name in options.metrics:
+        if MODEL in METRICS[name].needs and not of_model:
+            raise UserError(f"--samples: {name} is of a model, not of images; leave it out of "
+                            "--metrics")
+    return protocol._replace(quantise=quantise)
+
+
+def _number_of_samples(subject, options, protocol) -> int:
+    num = options.num or (subject.num if subject.num is not None
+                          else default_num(options.metrics))
+    if subject.num is not None and num > subject.num:
+        raise UserError(f"--num={num}: there are only {subject.num} images")
+    for name in options.metrics:
+        metric = METRICS[name]
+        if metric.parts and num < metric.least(protocol):
+            raise UserError(f"--num={num}: {name} needs {metric.least(protocol)} images or more")
+    return num
 
 
 def load_weights(options: Options) -> weights.Weights:
+    """Inception's weights. Raises UserError where they are not found or not known."""
     found = weights.load(weights.find(options.inception_weights),
                          allow_unknown=options.allow_unknown_weights)
-    if found.source_sha256 not in weights.KNOWN_SOURCES and jax.process_index() == 0:
+    if found.source_sha256 not in weights.KNOWN_SOURCES and hosts.is_main_process():
         print(f"Inception's weights {found.path} come from a source whose sha256 is not known")
     return found
 
 
-def _load_reference(options, protocol, subject, inception) -> tuple:
+def _load_reference(options, protocol, subject, inception, dataset, sources) -> tuple:
+    """-> (Reference, warnings); sources: {split: Source} that are opened anyway."""
     if not options.reference:
         raise UserError("--reference=FILE is missing: fid, kid and pr compare with statistics of "
                         "real images; make them once with `ddpm reference --dataset=NAME "
                         "--split=train --out=FILE`")
     reference = references.load(options.reference)
-    names = {s.name for s in subject.sources.values()}
     return reference, references.check(
         reference, force=options.force, protocol=protocols.describe(protocol),
         weights_sha256=inception.state_sha256, image_shape=subject.image_shape,
-        dataset=next(iter(names)) if names else None,
-        n=len(subject.sources[reference.split]) if reference.split in subject.sources else None)
+        dataset=dataset,
+        n=len(sources[reference.split]) if reference.split in sources else None)
 
 
-def make_context(subject, options, gather, memory, say) -> tuple[Context, list]:
-    protocol = check_options(options)
-    needs = frozenset().union(*(METRICS[m].needs for m in options.metrics if m != BOUND))
-    if "reals" in needs and not subject.sources:
+def make_context(subject: features.Subject, options: Options, session: Session) -> Context:
+    """Everything that options.metrics, and what they imply, need, loaded and checked. Raises
+    UserError."""
+    protocol = check_options(options, of_model=subject.model is not None)
+    if subject.model is not None:
+        implied = [name for metric in options.metrics for name in METRICS[metric].implies]
+        options = options._replace(metrics=tuple(dict.fromkeys((*options.metrics, *implied))))
+    rows = [METRICS[name] for name in options.metrics]
+    needs = frozenset().union(*(row.needs for row in rows))
+    if REALS in needs and session.sources is None:
         raise UserError(f"--metrics={','.join(options.metrics)}: nn and offline compare with real "
                         "images; add --dataset=NAME")
+    if MODEL in needs:
+        splits_of(options, session.sources)
     inception = reference = classifier = None
     warnings = []
-    if "weights" in needs:
+    if any("inception" in row.parts for row in rows):
         inception = load_weights(options)
-    if "reference" in needs:
-        reference, warnings = _load_reference(options, protocol, subject, inception)
-    if "reals" in needs:
-        if "classifier" not in memory:
-            memory["classifier"] = get_classifier(subject.sources, options.classifier_dir, say)
-        classifier = memory["classifier"]
-    return Context(options, protocol, subject, inception, classifier, reference, gather,
-                   memory), warnings
+    if REFERENCE in needs:
+        reference, warnings = _load_reference(
+            options, protocol, subject, inception, session.sources and session.sources.name,
+            session.sources if REALS in needs else {})
+    if any(REALS in row.needs and row.parts for row in rows):
+        classifier = session.classifier(options.classifier_dir)
+    for text in warnings:
+        session.say(f"warning: {text}")
+    return Context(options, protocol, subject, session, inception, classifier, reference,
+                   tuple(warnings))
 
 
-def evaluate_images(subject: Subject, options: Options, *, folder=None, stop=None,
-                    say=lambda text: None, memory=None) -> tuple[dict, dict, dict]:
-    """All metrics of samples. -> (values, pictures, provenance); values only on process 0.
+# ---- evaluation ----
 
-    Raises StoppedError where a signal asked to leave, UserError before any image is drawn where
+
+def evaluate(subject: features.Subject, options: Options, session: Session) -> tuple[list, dict]:
+    """options.metrics of the subject. -> ([(label, values, provenance)], {name: picture}), with
+    values and pictures on process 0 only: one record of the samples, and those of metrics that
+    have their own.
+
+    Raises StoppedError where a signal ended it, UserError before any image is sampled where
     something that a metric needs is missing.
     """
-    protocol = check_options(options)
-    names = [m for m in options.metrics if m != BOUND]
-    if not names:
-        return {}, {}, {}
-    memory = {} if memory is None else memory
-    context, warnings = make_context(
-        subject, options, gatherer(folder, stop, protocol, say, memory), memory, say)
-    for text in warnings:
-        say(f"warning: {text}")
-    wanted = max(DRAWN.get(name, DEFAULT_NUM) for name in names)
-    num = options.num or (subject.num if subject.num is not None else wanted)
-    if subject.num is not None and num > subject.num:
-        raise UserError(f"--num={num}: there are only {subject.num} images")
-    parts = {}
-    for name in names:
-        parts |= METRICS[name].parts(context)
+    context = make_context(subject, options, session)
+    options = context.options
+    num = _number_of_samples(subject, options, context.protocol)
+    rows = [METRICS[name] for name in options.metrics]
+    samples = _collect_samples(context, rows, num)
+    values, pictures, records = {}, {}, []
+    for row in rows:
+        if not (hosts.is_main_process() or row.needs & COLLECTIVE):
+            continue
+        found = row.compute(context, samples)
+        pictures |= found.pictures
+        if found.record:
+            facts = subject.model.facts
+            records.append((f"{facts['weights']}, {found.record}", found.values,
+                            facts | found.provenance))
+        else:
+            values |= found.values
     if options.keep_images:
-        parts |= {"images": {}}
-    fake = context.gather("samples", subject.draw, num, subject.facts | {"batch": subject.batch},
-                          parts, protocol.quantise)
-    values, pictures = {}, {}
-    for name in names:
-        needs_all = METRICS[name].needs & {"reals"}      # its own collection runs on all processes
-        if jax.process_index() == 0 or needs_all:
-            found, drawn = METRICS[name].compute(context, fake)
-            values |= found
-            pictures |= drawn
-    if options.keep_images:
-        pictures["samples"] = fake.get("images")
-    provenance = subject.facts | {
-        "num": num, "protocol": protocol.name, "quantise": protocol.quantise,
-        "resize": protocol.resize, "scale": protocol.scale, "precision": protocol.precision,
-        "warnings": warnings}
-    if context.weights is not None:
-        provenance |= {"inception_sha256": context.weights.state_sha256,
-                       "inception_source_sha256": context.weights.source_sha256}
+        pictures["samples"] = samples.get("images")
+    if any(row.parts for row in rows):
+        records.insert(0, (_label(context, num), values, _provenance(context, num)))
+    return records, pictures
+
+
+def _collect_samples(context, rows, num) -> dict:
+    """Features of the samples; {} where no metric needs any, and on all processes but the first."""
+    subject = context.subject
+    parts = [part for row in rows for part in row.parts]
+    if not parts:
+        return {}
+    if context.options.keep_images:
+        parts.append("images")
+    return collect_features(
+        context.session, "samples", subject.features, make_extractor(context, parts), num=num,
+        batch=subject.batch, facts=subject.facts | {"batch": subject.batch},
+        quantise=context.protocol.quantise)
+
+
+def _label(context, num) -> str:
+    label = f"{context.subject.label}, {num} images"
+    if context.subject.model is None:
+        return label
+    if context.options.quantise:
+        label += f", quantise {context.options.quantise}"
     if context.reference is not None:
         r = context.reference
-        provenance["reference"] = {
-            "sha256": references.identity(r), "n": r.n, "dataset": r.dataset, "split": r.split,
-            "protocol": r.protocol or "unknown", "path": r.path}
+        label += f", against {r.dataset or 'foreign'} {r.split or r.path}"
+    return label
+
+
+def _provenance(context, num) -> dict:
+    protocol, reference = context.protocol, context.reference
+    facts = context.subject.facts | {
+        "num": num, "protocol": protocol.name, "quantise": protocol.quantise,
+        "resize": protocol.resize, "scale": protocol.scale, "precision": protocol.precision,
+        "warnings": list(context.warnings)}
+    if context.weights is not None:
+        facts |= {"inception_sha256": context.weights.state_sha256,
+                  "inception_source_sha256": context.weights.source_sha256}
+    if reference is not None:
+        facts["reference"] = {
+            "sha256": references.identity(reference), "n": reference.n,
+            "dataset": reference.dataset, "split": reference.split,
+            "protocol": reference.protocol or "unknown", "path": reference.path}
     if context.classifier is not None:
-        provenance["classifier_sha256"] = context.classifier.sha256
-    return values, pictures, provenance
+        facts["classifier_sha256"] = context.classifier.sha256
+    return facts
 
 
-def evaluate_bound(exp, params, sources, options: Options, *, facts, batch, folder=None, stop=None,
-                   say=lambda text: None, memory=None) -> tuple[dict, dict]:
-    """Bits/dim of real images, by split. -> ({'bpd_test': ..., ...}, provenance)."""
-    values, sizes, memory = {}, {}, {} if memory is None else memory
-    for split in options.splits:
-        if split not in sources:
-            say(f"bpd: the dataset has no split {split!r}")
-            continue
-        source = sources[split]
-        num = min(len(source), options.bpd_num or len(source))
-        size = min(batch, num)
-        request = facts | {"fingerprint": source.fingerprint, "split": split, "batch": size}
-        where = folder and files.join(folder, f"bpd-{split}-{collect.key(request)}")
-        started = time.monotonic()
-        sums = collect.collect(
-            bound_draws(exp, params, source, options.seed, size, memory), num=num, batch=size,
-            folder=where, request=request, stop=stop, what=f"{split} image",
-            progress=report_progress(say, f"bpd {split}", num))
-        if sums is None:
-            raise StoppedError
-        say(f"bpd {split}: {num} images, {time.monotonic() - started:.1f} s")
-        if jax.process_index() == 0:
-            found = measures.likelihood(sums)
-            values |= {name.replace("bpd", f"bpd_{split}", 1) if name.startswith("bpd")
-                       else f"{name}_{split}": v for name, v in found.items()}
-            sizes[split] = {"n": num, "of": len(source), "fingerprint": source.fingerprint}
-    if not sizes and jax.process_index() == 0:
-        raise UserError(f"--splits={','.join(options.splits)}: the dataset has "
-                        f"{', '.join(sources)}")
-    return values, facts | {"images": sizes, "bound": "L_vlb, clip_denoised, one noise draw a t"}
-
-
-def run_subject(exp, params, options: Options, facts: dict, memory: dict) -> Subject:
-    """The images that a run's model draws."""
-    config = exp.config
-    chain = programs.sampling_chain(exp, name=options.sampler, steps=options.steps)
+def model_subject(model: features.Model, options: Options, session: Session) -> features.Subject:
+    """The samples of a model."""
+    config = model.exp.config
     batch = options.batch_size or config.sampler.batch_size
     batch = min(batch, options.num or batch)
-    facts = facts | {"sampler": options.sampler or config.sampler.name,
-                     "sampler_steps": chain.num_steps, "seed": options.seed,
-                     "clip_denoised": config.sampler.clip_denoised}
-    if "sources" not in memory:
-        memory["sources"] = open_splits(config.data.name, config.data.dir, exp.image_shape)
-    draws = model_draws(exp, chain, params, options.seed, batch, memory=memory,
-                        images_kept=options.num or 1 << 31 if options.keep_images else NN_QUERIES)
-    return Subject(draws, facts, None, batch, exp.image_shape, memory["sources"], exp.runner)
+    num_steps = features.sampling_chain(model, options).num_steps
+    sampler = options.sampler or config.sampler.name
+    images_kept = options.num or 1 << 31 if options.keep_images else NN_QUERIES
+    return features.Subject(
+        f"{model.facts['weights']}, {sampler} {num_steps} steps, seed {options.seed}",
+        features.of_samples(session, model, options, batch, images_kept=images_kept),
+        model.facts | {"sampler": sampler, "sampler_steps": num_steps, "seed": options.seed,
+                       "clip_denoised": config.sampler.clip_denoised},
+        None, batch, model.exp.image_shape, model)
 
 
-def evaluate_run(exp, params, options: Options, *, facts, folder=None, stop=None,
-                 say=lambda text: None, memory=None) -> tuple[list, dict]:
-    """-> ([(label, values, provenance)], pictures): one record of samples, one of the bound."""
+def evaluate_run(model: features.Model, options: Options, session: Session) -> tuple[list, dict]:
+    """`evaluate` of the samples of a model."""
     check_options(options)
-    memory = {} if memory is None else memory
-    subject = run_subject(exp, params, options, facts, memory)
-    records, pictures = [], {}
-    values, drawn, provenance = evaluate_images(
-        subject, options, folder=folder, stop=stop, say=say, memory=memory)
-    if provenance:
-        label = (f"{facts['weights']}, {provenance['sampler']} {provenance['sampler_steps']} steps,"
-                 f" seed {options.seed}, {provenance['num']} images")
-        if options.quantise:
-            label += f", quantise {options.quantise}"
-        if "reference" in provenance:
-            r = provenance["reference"]
-            label += f", against {r['dataset'] or 'foreign'} {r['split'] or r['path']}"
-        records.append((label, values, provenance))
-        pictures |= drawn
-    if {BOUND, "offline"} & set(options.metrics):      # offline: all that needs no download
-        values, provenance = evaluate_bound(
-            exp, params, subject.sources, options, facts=facts | {"seed": options.seed},
-            batch=subject.batch, folder=folder, stop=stop, say=say, memory=memory)
-        every = "all" if options.bpd_num is None else options.bpd_num
-        records.append((f"{facts['weights']}, bound, seed {options.seed}, {every} images", values,
-                        provenance))
-    return records, pictures
+    return evaluate(model_subject(model, options, session), options, session)

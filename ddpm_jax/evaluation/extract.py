@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ddpm_jax.evaluation import small_cnn
+from ddpm_jax.evaluation import collect, small_cnn
 from ddpm_jax.evaluation.inception import network
 
 
@@ -17,10 +19,11 @@ class Extractor(NamedTuple):
     names: tuple
     params: dict
     apply: Callable
+    precision: str
 
 
 def _pool_3(params, images, precision):
-    return network.features(params, images, precision=precision).pool_3
+    return network.features(params, images, precision=precision)
 
 
 def _classifier(params, images, precision):
@@ -66,4 +69,11 @@ def make(params: dict, *, precision: str = "highest") -> Extractor:
             out += tuple(result) if len(PARTS[part][0]) > 1 else (result,)
         return out
 
-    return Extractor(names, dict(params), apply)
+    return Extractor(names, dict(params), apply, precision)
+
+
+def fingerprint(extractor: Extractor) -> str:
+    """Names the weights, for the request of a collection."""
+    leaves = [f"{i}:{np.asarray(x).sum(dtype=np.float64)!r}:{np.shape(x)}"
+              for i, x in enumerate(jax.tree.leaves(extractor.params))]
+    return collect.key({"names": sorted(extractor.params), "leaves": leaves})

@@ -1,133 +1,240 @@
-"""The table of metrics: a metric is one function and one row of METRICS."""
+"""The table of metrics: a metric is one function and one row of METRICS.
+
+The function receives the Context and the features of the samples ({name: rows}, on process 0) and
+returns a Result. Its numbers come from `measures`, `scores` and `neighbours`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-
+from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import extract, measures, protocols, references, scores, small_cnn
-from ddpm_jax.evaluation.features import Slices, Subject, image_draws
-from ddpm_jax.evaluation.inception import weights
+from ddpm_jax.evaluation import extract, features, measures, protocols, scores, small_cnn
+from ddpm_jax.evaluation.classifier import Stored
+from ddpm_jax.evaluation.inception.weights import Weights
 from ddpm_jax.evaluation.options import (
+    DEFAULT_NUM,
     NN_K,
     NN_QUERIES,
     OFFLINE_REALS,
-    REAL,
     REAL_BATCH,
+    REPORTED_NUM,
     Options,
 )
+from ddpm_jax.evaluation.references import Reference
+from ddpm_jax.evaluation.session import Session
+from ddpm_jax.parallel import hosts
 
 
 class Context(NamedTuple):
-    """Everything that the rows of METRICS may need. collected: features of the images at hand."""
+    """What the metrics may use. weights, classifier, reference: None where no metric at hand needs
+    them (classifier: nor where the data have no labels)."""
     options: Options
     protocol: protocols.Protocol
-    subject: Subject
-    weights: weights.Weights | None
-    classifier: small_cnn.Stored | None
-    reference: references.Reference | None
-    gather: Callable      # (name, draws, num, facts, parts, quantise) -> {name: rows}
-    memory: dict          # compiled programs and features of real images, for the next time
+    subject: features.Subject
+    session: Session
+    weights: Weights | None = None
+    classifier: Stored | None = None
+    reference: Reference | None = None
+    warnings: tuple = ()
 
 
-def _real(context, split, parts, num=None):
-    """Features of the first images of a split, made once and kept like everything else."""
-    source = context.subject.sources[split]
+class Result(NamedTuple):
+    """values: {name: number, text or list}; pictures: {name: uint8 [h,w,3]}; record: the label of
+    a record of its own in evaluation.json, with its provenance ('': that of the samples)."""
+    values: dict
+    pictures: dict = {}
+    record: str = ""
+    provenance: dict = {}
+
+
+class Metric(NamedTuple):
+    """parts: of `extract.PARTS`, taken of every sample (() where no sample is needed; SPACE: the
+    best features at hand); needs: what must be there besides; num: samples by default; least: the
+    fewest, by protocol; along: prefixes of the values shown along the chain; implies: metrics of a
+    model that belong to it."""
+    compute: Callable
+    parts: tuple = ()
+    needs: frozenset = frozenset()
+    num: int = DEFAULT_NUM
+    least: Callable = lambda protocol: 2
+    along: tuple = ()
+    implies: tuple = ()
+
+
+REFERENCE, REALS, MODEL = "reference", "reals", "model"      # what a metric may need
+COLLECTIVE = {REALS, MODEL}       # such a metric collects on all processes
+SPACE = "space"
+SPACES = ("inception", "classifier", "random")
+
+
+# ---- features ----
+
+
+def make_extractor(context: Context, parts) -> extract.Extractor:
+    """The extractor of these parts; without labels there is no "classifier" among them."""
+    channels = context.subject.image_shape[2]
+    params = {"inception": context.weights and context.weights.params,
+              "classifier": context.classifier and context.classifier.params,
+              "random": small_cnn.random_params(channels), "channels": {}, "images": {}}
+    there = {name: p for name, p in params.items() if p is not None}
+    best = next(name for name in SPACES if name in there)
+    names = [best if name == SPACE else name for name in parts]
+    return extract.make({name: there[name] for name in names if name in there},
+                        precision=context.protocol.precision)
+
+
+def collect_features(session, name, producer, extractor, *, num, batch, facts, quantise=None,
+                     keep=False) -> dict:
+    """Session.collect of features: everything that they depend on goes into the request."""
+    request = facts | {"parts": sorted(extractor.names), "precision": extractor.precision,
+                       "quantise": quantise, "weights": extract.fingerprint(extractor)}
+    return session.collect(name, lambda: producer(extractor, quantise), num=num, batch=batch,
+                           request=request, keep=keep)
+
+
+def _real(context, split, parts, num=None) -> dict:
+    """Features of the first ``num`` images of a split."""
+    session, source = context.session, context.session.sources[split]
     num = min(len(source), num or len(source))
-    return context.gather(f"{REAL}{split}", image_draws(
-        context.subject.runner, source.__getitem__, REAL_BATCH, memory=context.memory), num,
-        {"fingerprint": source.fingerprint, "split": split}, parts)
+    return collect_features(
+        session, f"real-{split}", features.of_images(session, source.__getitem__, REAL_BATCH),
+        make_extractor(context, parts), num=num, batch=REAL_BATCH, keep=True,
+        facts={"fingerprint": source.fingerprint, "split": split})
 
 
-def _held_out(context, parts, num):
+def _held_out(context, parts, num) -> tuple[dict, dict]:
     """(real, held-out) features: train and test, or two halves where there is no test split."""
     real = _real(context, "train", parts, OFFLINE_REALS)
-    if "test" in context.subject.sources:
+    if "test" in context.session.sources:
         return real, _real(context, "test", parts, num)
     half = len(next(iter(real.values()), ())) // 2
     return {k: v[:half] for k, v in real.items()}, {k: v[half:] for k, v in real.items()}
 
 
-def _fid(context, fake):
-    return measures.fid(fake["pool_3"], context.reference), {}
+class _Rows:
+    """The images of a Source as `neighbours` takes references: len() and slices."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, item):
+        if isinstance(item, slice):
+            return read_rows(self._source.__getitem__, range(*item.indices(len(self))))
+        return self._source[item]
 
 
-def _is(context, fake):
+# ---- one function a metric ----
+
+
+def fid(context, samples) -> Result:
+    return Result(measures.fid(samples["pool_3"], context.reference))
+
+
+def inception_score(context, samples) -> Result:
     score = scores.INCEPTION_SCORES[context.protocol.inception_score]
-    try:
-        return score(fake["pool_3"], context.weights.params["fc"]), {}
-    except ValueError as error:
-        raise UserError(f"--num: {error}") from error
+    return Result(score.compute(samples["pool_3"], context.weights.params["fc"]))
 
 
-def _kid(context, fake):
-    return measures.kid(fake["pool_3"], context.reference), {}
+def kid(context, samples) -> Result:
+    return Result(measures.kid(samples["pool_3"], context.reference))
 
 
-def _pr(context, fake):
-    try:
-        return measures.precision_recall(fake["pool_3"], context.reference), {}
-    except ValueError as error:
-        raise UserError(f"--num: {error}") from error
+def precision_recall(context, samples) -> Result:
+    return Result(measures.precision_recall(samples["pool_3"], context.reference))
 
 
-def _parts_offline(context):
-    found = {"random": small_cnn.random_params(context.subject.image_shape[2]), "channels": {}}
-    return found | ({"classifier": context.classifier.params} if context.classifier else {})
+_OFFLINE_PARTS = ("random", "channels", "classifier")
 
 
-def _offline(context, fake):
-    real, held = _held_out(context, _parts_offline(context), OFFLINE_REALS)
-    if jax.process_index():
-        return {}, {}
+def offline(context, samples) -> Result:
+    """Distances without downloaded weights; not FID."""
+    real, held = _held_out(context, _OFFLINE_PARTS, OFFLINE_REALS)
+    if not hosts.is_main_process():
+        return Result({})
     stored = context.classifier
-    return measures.offline(fake, real, held, classifier_key=stored.key if stored else None,
-                            accuracy=stored.accuracy if stored else None), {}
+    return Result(measures.offline(
+        samples, real, held, classifier_key=stored.key if stored else None,
+        accuracy=stored.accuracy if stored else None))
 
 
-def _parts_nn(context):
-    found = {"images": {}}
-    if context.weights is not None:
-        return found | {"inception": context.weights.params}
-    if context.classifier is not None:
-        return found | {"classifier": context.classifier.params}
-    return found | {"random": small_cnn.random_params(context.subject.image_shape[2])}
-
-
-def _nn(context, fake):
-    parts = {k: v for k, v in _parts_nn(context).items() if k != "images"}
-    space = extract.PARTS[next(iter(parts))][0][0]
-    real = _real(context, "train", parts)
-    held_split = "test" if "test" in context.subject.sources else "train"
-    held = _real(context, held_split, parts, NN_QUERIES)
-    if jax.process_index():
-        return {}, {}
-    train, other = (context.subject.sources[s] for s in ("train", held_split))
+def nearest_neighbours(context, samples) -> Result:
+    """Nearest training images of the first samples, in pixels and in the best features at hand."""
+    sources = context.session.sources
+    held_split = "test" if "test" in sources else "train"
+    space = make_extractor(context, (SPACE,)).names[0]
+    real = _real(context, "train", (SPACE,))
+    held = _real(context, held_split, (SPACE,), NN_QUERIES)
+    if not hosts.is_main_process():
+        return Result({})
     values, pictures = measures.nearest(
-        fake["images"], fake[space], Slices(train, len(train)), real[space],
-        Slices(other, len(other))[:NN_QUERIES], held[space], queries=NN_QUERIES, k=NN_K,
+        samples["images"], samples[space], _Rows(sources["train"]), real[space],
+        _Rows(sources[held_split])[:NN_QUERIES], held[space], queries=NN_QUERIES, k=NN_K,
         crop=context.options.crop)
-    return values | {"nn_space": space}, {f"nearest_{k}": v for k, v in pictures.items()}
+    return Result(values | {"nn_space": space},
+                  {f"nearest_{name}": picture for name, picture in pictures.items()})
 
 
-class Metric(NamedTuple):
-    """compute(context, collected) -> ({name: value}, {picture name: uint8 [h,w,3]}). parts(context)
-    -> parts of `extract.PARTS` wanted of the images; needs: what must be there."""
-    compute: Callable
-    parts: Callable
-    needs: frozenset
+def splits_of(options, sources) -> tuple:
+    """The splits whose bits/dim are measured. Raises UserError for one that does not exist."""
+    for split in options.splits or ():
+        if split not in sources:
+            raise UserError(f"--splits={','.join(options.splits)}: the dataset has no split "
+                            f"{split!r}; it has {', '.join(sources)}")
+    return options.splits or tuple(s for s in ("train", "test") if s in sources)
 
 
-def _parts_inception(context):
-    return {"inception": context.weights.params}
+def _bound_sums(context, split) -> dict:
+    """Sums of the bound's parts over the first images of a split."""
+    session, options, model = context.session, context.options, context.subject.model
+    source = session.sources[split]
+    num = min(len(source), options.bpd_num or len(source))
+    batch = min(context.subject.batch, num)
+    return session.collect(
+        f"bpd-{split}", lambda: features.of_bound(session, model, source, options.seed, batch),
+        num=num, batch=batch, request=model.facts | {
+            "seed": options.seed, "fingerprint": source.fingerprint, "split": split,
+            "batch": batch})
+
+
+def bits_per_dim(context, samples) -> Result:
+    """The variational bound of real images, by split."""
+    del samples
+    options, sources = context.options, context.session.sources
+    values, images = {}, {}
+    for split in splits_of(options, sources):
+        sums = _bound_sums(context, split)
+        if not hosts.is_main_process():
+            continue
+        found = measures.likelihood(sums)
+        values |= {name.replace("bpd", f"bpd_{split}", 1) if name.startswith("bpd")
+                   else f"{name}_{split}": v for name, v in found.items()}
+        images[split] = {"n": found["bpd_n"], "of": len(sources[split]),
+                         "fingerprint": sources[split].fingerprint}
+    every = "all" if options.bpd_num is None else options.bpd_num
+    return Result(values, record=f"bound, seed {options.seed}, {every} images", provenance={
+        "seed": options.seed, "images": images,
+        "bound": "L_vlb, clip_denoised, one noise draw a t"})
 
 
 METRICS = {
-    "fid": Metric(_fid, _parts_inception, frozenset({"weights", "reference"})),
-    "is": Metric(_is, _parts_inception, frozenset({"weights"})),
-    "kid": Metric(_kid, _parts_inception, frozenset({"weights", "reference"})),
-    "pr": Metric(_pr, _parts_inception, frozenset({"weights", "reference"})),
-    "nn": Metric(_nn, _parts_nn, frozenset({"reals"})),
-    "offline": Metric(_offline, _parts_offline, frozenset({"reals"})),
+    "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0),
+    "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, along=("fid",)),
+    "is": Metric(inception_score, ("inception",), num=REPORTED_NUM, along=("is_",),
+                 least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score].splits),
+    "kid": Metric(kid, ("inception",), frozenset({REFERENCE})),
+    "pr": Metric(precision_recall, ("inception",), frozenset({REFERENCE}),
+                 least=lambda protocol: scores.NEIGHBOURS + 1),
+    "nn": Metric(nearest_neighbours, ("images", SPACE), frozenset({REALS}), NN_QUERIES,
+                 least=lambda protocol: 1),
+    "offline": Metric(offline, _OFFLINE_PARTS, frozenset({REALS}), along=("FD-",),
+                      implies=("bpd",)),
 }
+
+
+def default_num(names) -> int:
+    """Samples that these metrics take by default; 0 where none is needed."""
+    return max((METRICS[name].num for name in names), default=0)

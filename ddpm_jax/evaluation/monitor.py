@@ -2,47 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import jax
-
 from ddpm_jax.evaluation.evaluate import evaluate_run
-from ddpm_jax.evaluation.features import open_splits
+from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.options import Options, StoppedError
-from ddpm_jax.evaluation.records import same_everywhere
-
-
-def periodic(options: Options | None = None, *, classifier_dir=None, stop=None):
-    """-> evaluate(experiment, params, step) -> {metric: number}, for the training loop's cadence;
-    None where ``stop`` asked to leave, which is polled between batches.
-
-    Options default to config.eval (metrics, num, bpd_num). Opens data and trains or loads the
-    classifier once. All processes call it; all get the numbers.
-    """
-    memory = {}
-
-    def evaluate(exp, params, step):
-        config = exp.config
-        chosen = options or Options(
-            metrics=tuple(m.strip() for m in config.eval.metrics.split(",")), protocol="monitor",
-            num=config.eval.num, bpd_num=config.eval.bpd_num, classifier_dir=classifier_dir)
-        if "sources" not in memory:
-            memory["sources"] = open_splits(config.data.name, config.data.dir, exp.image_shape)
-        # The bound of one split is enough for a monitor: test where there is one.
-        chosen = chosen._replace(splits=(max(memory["sources"], key=lambda s: s == "test"),))
-        try:
-            records, _ = evaluate_run(
-                exp, params, chosen, memory=memory, facts={"step": step, "weights": "ema"},
-                stop=stop and _At(stop, step))
-        except StoppedError:
-            return None
-        numbers = {name: float(v) for _, values, _ in records for name, v in values.items()
-                   if isinstance(v, int | float) and not name.endswith("_n")}
-        numbers |= {f"{name}_{i}": b for _, values, _ in records for name, v in values.items()
-                    if name.startswith("eps_loss") for i, b in enumerate(v)}
-        if "classifier" in memory and memory["classifier"] and jax.process_index() == 0:
-            numbers["FD-cnn"] = numbers[memory["classifier"].key]      # a name known beforehand
-        return same_everywhere(numbers)
-
-    return evaluate
+from ddpm_jax.evaluation.session import session_of
+from ddpm_jax.parallel import hosts
 
 
 class _At(NamedTuple):
@@ -53,3 +17,50 @@ class _At(NamedTuple):
     def requested(self, batch):
         del batch
         return self.stop.requested(self.step)
+
+
+def options_of(config) -> Options:
+    """The options that config.eval describes."""
+    return Options(
+        metrics=tuple(m.strip() for m in config.eval.metrics.split(",")), protocol="monitor",
+        num=config.eval.num, bpd_num=config.eval.bpd_num)
+
+
+def periodic(*, classifier_dir=None, stop=None):
+    """-> evaluate(experiment, params, step) -> {metric: number}, for the training loop's cadence;
+    None where ``stop``, which is polled between batches, ended it.
+
+    The data, the classifier, compiled programs and the features of real images are kept from one
+    call to the next. All processes call it and get the numbers.
+    """
+    session = None
+
+    def evaluate(exp, params, step):
+        nonlocal session
+        session = session or session_of(exp)
+        session.stop = stop and _At(stop, step)
+        # The bound of one split is enough for a monitor: test where there is one.
+        split = "test" if "test" in session.sources else "train"
+        options = options_of(exp.config)._replace(
+            classifier_dir=classifier_dir, splits=(split,))
+        try:
+            records, _ = evaluate_run(
+                Model(exp, params, {"step": step, "weights": "ema"}), options, session)
+        except StoppedError:
+            return None
+        values = {name: v for _, values, _ in records for name, v in values.items()}
+        return hosts.broadcast_json(_numbers(values, session.classifiers))
+
+    return evaluate
+
+
+def _numbers(values, classifiers) -> dict:
+    """The numbers to log: eps_loss by bucket, the classifier's distance under a fixed name too."""
+    numbers = {name: float(v) for name, v in values.items()
+               if isinstance(v, int | float) and not name.endswith("_n")}
+    numbers |= {f"{name}_{i}": v for name, buckets in values.items()
+                if name.startswith("eps_loss") for i, v in enumerate(buckets)}
+    for stored in filter(None, classifiers.values()):
+        if stored.key in numbers:
+            numbers["FD-cnn"] = numbers[stored.key]
+    return numbers

@@ -1,26 +1,24 @@
-"""What a user can choose of an evaluation, and the constants that its parts share."""
+"""The options of an evaluation, and the constants that its parts share."""
 
 from typing import NamedTuple
 
-OFFLINE_REALS = 10_000
-DEFAULT_NUM = 5_000
-REPORTED_NUM = 50_000
-LOOKED_AT = 1_000      # images whose way is measured
-NN_QUERIES, NN_K = 16, 8
-DRAWN = {"fid": REPORTED_NUM, "is": REPORTED_NUM, "nn": NN_QUERIES}
-REAL_BATCH = 256
-REAL = "real-"
-BOUND = "bpd"      # of real images, not of samples
+DEFAULT_NUM = 5_000        # samples of most metrics
+REPORTED_NUM = 50_000      # samples of a number to report
+ALONG_NUM = 1_000          # samples whose predicted x_0 are evaluated along the chain
+OFFLINE_REALS = 10_000     # real images of each split that `offline` compares with
+NN_QUERIES, NN_K = 16, 8   # samples whose nearest neighbours are shown, and how many of each
+REAL_BATCH = 256           # given or real images at a time
 
 
 class Options(NamedTuple):
-    """What a user can choose; None takes the default of the run or the metric."""
+    """The user's choices, as the flags of `ddpm evaluate`; None takes the default of the run or of
+    the metric (splits: train, and test where the data set has one)."""
     metrics: tuple = ("bpd", "offline")
     protocol: str = "paper"
     quantise: str | None = None
     num: int | None = None
     bpd_num: int | None = None
-    splits: tuple = ("train", "test")
+    splits: tuple | None = None
     seed: int = 0
     batch_size: int | None = None
     sampler: str | None = None
@@ -36,4 +34,4 @@ class Options(NamedTuple):
 
 
 class StoppedError(Exception):
-    """A signal asked to leave; what is done is on disk."""
+    """A signal ended the evaluation; finished shards are on disk."""

@@ -1,12 +1,13 @@
-"""evaluation.json: values with their provenance, by step, protocol and label."""
-
-import json
+"""evaluation.json (values with their provenance, by step, protocol and label), the pictures and
+evaluation.html beside it."""
 
 import jax
-import numpy as np
 
+from ddpm_jax import run_log
+from ddpm_jax.evaluation import html_report
 from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
+from ddpm_jax.storage.pictures import write_png
 
 
 def versions() -> dict:
@@ -25,13 +26,26 @@ def write_records(path, step, protocol: str, records) -> dict:
     return document
 
 
-def same_everywhere(numbers: dict) -> dict:
-    """What the first process has, as JSON carries it, on all; none goes on before it has come."""
-    if jax.process_count() == 1:
-        return numbers
-    from jax.experimental import multihost_utils
-    raw = np.frombuffer(json.dumps(numbers).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(raw), np.int32)))
-    buffer = np.zeros(size, np.uint8)
-    buffer[:min(size, len(raw))] = raw[:size]
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+def write_results(out, step, protocol: str, records, pictures, title: str) -> None:
+    """evaluation.json, pictures (whole samples as samples.npz) and evaluation.html in the folder
+    ``out``. Call on process 0."""
+    document = write_records(files.join(out, "evaluation.json"), step, protocol, records)
+    pictures = dict(pictures)
+    samples = pictures.pop("samples", None)
+    if samples is not None:
+        files.write_npz(files.join(out, "samples.npz"), {"arr_0": samples})
+    for name, picture in pictures.items():
+        write_png(files.join(out, f"{name}.png"), picture)
+    lines = files.join(out, "metrics.jsonl")
+    history = run_log.read_metrics(lines) if files.exists(lines) else []
+    page = html_report.page(title, [*html_report.evaluation_sections(document),
+                                    *html_report.curve_sections(history),
+                                    *html_report.picture_sections(pictures)])
+    files.write_bytes(files.join(out, "evaluation.html"), page.encode())
+
+
+def shown(step, protocol: str, records) -> dict:
+    """What evaluation.json got, without long lists."""
+    return {str(step): {protocol: {
+        label: {k: v for k, v in values.items() if not isinstance(v, list) or len(v) < 20}
+        for label, values, _ in records}}}

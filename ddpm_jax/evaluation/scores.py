@@ -1,8 +1,13 @@
 """Inception scores, KID, precision and recall from features, in numpy float64."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 BLOCK = 1024
+OPENAI_SPLITS = 10
+NEIGHBOURS = 3      # of precision and recall
 
 
 def softmax(logits) -> np.ndarray:
@@ -37,7 +42,7 @@ def inception_score(logits, splits: int) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _logits(pool_3, kernel, bias=None):
+def logits(pool_3, kernel, bias=None):
     """pool_3 [N,2048] @ kernel [2048,1008] in float32 blocks: the layer is the network's own."""
     kernel = np.asarray(kernel, np.float32)
     out = np.concatenate([np.asarray(pool_3[s:s + BLOCK], np.float32) @ kernel
@@ -47,16 +52,23 @@ def _logits(pool_3, kernel, bias=None):
 
 def is_openai10(pool_3, fc: dict) -> dict:
     """OpenAI's score: no bias, 10 contiguous splits, mean and spread over them (paper, app. B)."""
-    mean, spread = inception_score(_logits(pool_3, fc["kernel"]), 10)
+    mean, spread = inception_score(logits(pool_3, fc["kernel"]), OPENAI_SPLITS)
     return {"is_openai10": mean, "is_openai10_std": spread}
 
 
 def is_tfgan1(pool_3, fc: dict) -> dict:
-    """tfgan's score: with bias, all images as one split (hojonathanho/diffusion tpu_utils)."""
-    return {"is_tfgan1": inception_score(_logits(pool_3, fc["kernel"], fc["bias"]), 1)[0]}
+    """tfgan's score: with bias, all images as one split (hojonathanho/diffusion, tpu_utils.py)."""
+    return {"is_tfgan1": inception_score(logits(pool_3, fc["kernel"], fc["bias"]), 1)[0]}
 
 
-INCEPTION_SCORES = {"is_openai10": is_openai10, "is_tfgan1": is_tfgan1}
+class InceptionScore(NamedTuple):
+    """compute(pool_3 [N,2048], last layer) -> {name: number}; it needs as many images as splits."""
+    compute: Callable
+    splits: int
+
+
+INCEPTION_SCORES = {"is_openai10": InceptionScore(is_openai10, OPENAI_SPLITS),
+                    "is_tfgan1": InceptionScore(is_tfgan1, 1)}
 
 
 def polynomial_kernel(x, y) -> np.ndarray:
@@ -118,7 +130,7 @@ def _covered(points, centres, radius, block=BLOCK):
     return inside / len(points)
 
 
-def precision_recall(real, fake, *, k: int = 3) -> dict:
+def precision_recall(real, fake, *, k: int = NEIGHBOURS) -> dict:
     """Improved precision and recall (Kynkaanniemi et al. 2019) in the space of the features given.
 
     precision: share of fake [N,D] within the k-nearest-neighbour balls of real [M,D]; recall: the

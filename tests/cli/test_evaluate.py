@@ -191,7 +191,7 @@ def test_a_disk_that_takes_no_more_is_one_message_and_no_number(classifiers, tmp
 
 @pytest.mark.parametrize("words, message", [
     ((), "--workdir=DIR .* or --samples=FOLDER_OR_NPZ is missing"),
-    (("--samples=x.npz",), "bits/dim is of a model"),
+    (("--samples=x.npz",), "bpd is of a model"),
     (("--samples=/absent", "--metrics=nn"), "/absent: no such folder"),
     (("--workdir=/absent", "--metrics=fid,x"), "--metrics=x is not known"),
     (("--workdir=/absent",), "no run here"),

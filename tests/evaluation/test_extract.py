@@ -9,7 +9,7 @@ from ddpm_jax.evaluation import extract, small_cnn
 def test_names_and_arrays_stay_together():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.float32)
     module = small_cnn.Classifier(4)
-    cnn = module.init(jax.random.key(0), small_cnn._scaled(images))["params"]
+    cnn = module.init(jax.random.key(0), small_cnn.scaled(images))["params"]
     for order in (("random", "images", "classifier", "channels"),
                   ("channels", "classifier", "images", "random")):
         weights = {"random": small_cnn.random_params(1), "images": {}, "classifier": cnn,

@@ -27,8 +27,10 @@ def page():
     return html_report.page("Title & more", [
         *html_report.evaluation_sections(document), *html_report.curve_sections(history),
         *html_report.picture_sections({"nearest_pixels": frames()[1]}),
-        html_report.section("along", html_report.scrubber(frames(), [f"frame {i}" for i in range(5)])),
-        html_report.section("verdicts", html_report.table([["x", "PASS"], ["y", "FAIL"]], ("a", "b")))])
+        html_report.section("along", html_report.scrubber(
+            frames(), [f"frame {i}" for i in range(5)])),
+        html_report.section("verdicts", html_report.table(
+            [["x", "PASS"], ["y", "FAIL"]], ("a", "b")))])
 
 
 def test_nothing_refers_to_anything_outside(page):

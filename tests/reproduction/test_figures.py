@@ -6,11 +6,12 @@ import pytest
 
 from ddpm_jax import experiment
 from ddpm_jax.config import load_config
-from ddpm_jax.evaluation import small_cnn
+from ddpm_jax.evaluation import classifier
 from ddpm_jax.evaluation.along import evaluate_along
-from ddpm_jax.evaluation.evaluate import evaluate_images, run_subject
-from ddpm_jax.evaluation.features import open_splits
+from ddpm_jax.evaluation.evaluate import evaluate_run
+from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.options import Options
+from ddpm_jax.evaluation.session import Session, Splits
 from ddpm_jax.reproduction import figures
 from ddpm_jax.reproduction.paper_results import TARGETS
 
@@ -26,7 +27,7 @@ def run():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
                           exp.abstract_state.params)
-    return figures.Run(exp, params, open_splits("digits", "", exp.image_shape), {})
+    return figures.Run(exp, params, Splits("digits", "", exp.image_shape), {})
 
 
 def cells(picture, rows):
@@ -59,13 +60,13 @@ def test_interpolation_starts_and_ends_with_the_images(run):
 
 
 def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(small_cnn, "default_epochs", lambda n: 1)
+    monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
     options = Options(metrics=("offline",), num=40, classifier_dir=str(tmp_path))
-    facts = {"step": 1, "weights": "ema"}
+    model = Model(run.exp, run.params, {"step": 1, "weights": "ema"})
+    session = Session(run.exp.runner, run.sources)
 
     def along(looks, shown):
-        return evaluate_along(run.exp, run.params, options, facts=facts, looks=looks,
-                                    shown=shown)
+        return evaluate_along(model, options, session, looks=looks, shown=shown)
 
     drawn = figures.progressive(run._replace(along=along))
     key = next(k for k in drawn.numbers if k.startswith("FD-cnn@")).split()[0]
@@ -74,8 +75,8 @@ def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
     page = "".join(drawn.sections)
     assert page.count('class="frame"') == 8 and "after 1 of 8 reverse steps" in page
     # The last look is the image itself, and scored like one.
-    values, _, _ = evaluate_images(run_subject(
-        run.exp, run.params, options, facts, {}), options)
+    records, _ = evaluate_run(model, options._replace(bpd_num=1), session)
+    values = records[0][1]
     for name in ("FD-rand@0", key):
         assert drawn.numbers[f"{name} after 8"] == pytest.approx(values[name], rel=1e-3)
 

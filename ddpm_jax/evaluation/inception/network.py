@@ -17,7 +17,6 @@ BN_EPSILON = 1e-3
 SIZE = 299
 FEATURES = 2048
 CLASSES = 1008
-SPATIAL_CHANNELS = 7
 PRECISIONS = {"highest": lax.Precision.HIGHEST, "fast": lax.Precision.DEFAULT}
 
 
@@ -96,18 +95,6 @@ LAYERS = (
         (Pool("max_valid", 2),))),
     _block_8("Mixed_7b", "average"), _block_8("Mixed_7c", "max"),
 )
-
-
-class Features(NamedTuple):
-    """What the network gives for images [B,H,W,3]; all float32.
-
-    pool_3 [B,2048] (FID, KID, precision and recall); logits_unbiased [B,1008] (OpenAI's IS);
-    logits [B,1008] with bias (tfgan's IS); spatial [B,17,17,7] (sFID: `mixed_6/conv`, 7 channels).
-    """
-    pool_3: jax.Array
-    logits_unbiased: jax.Array
-    logits: jax.Array
-    spatial: jax.Array
 
 
 def conv_shapes() -> dict:
@@ -206,10 +193,10 @@ def max_pool_valid(x, stride=2):
 POOLS = {"average": average_pool, "max": max_pool, "max_valid": max_pool_valid}
 
 
-def network(params: dict, x, *, precision: str = "highest") -> Features:
-    """The network on x: float [B,299,299,3], already scaled to (image - 128) / 128."""
+def network(params: dict, x, *, precision: str = "highest") -> jax.Array:
+    """pool_3 [B,2048] of x: float [B,299,299,3], already scaled to (image - 128) / 128. The last
+    layer is applied in `scores`, with and without its bias."""
     passes = PRECISIONS[precision]
-    taps = {}
 
     def run(steps, prefix, x):
         for step in steps:
@@ -219,7 +206,6 @@ def network(params: dict, x, *, precision: str = "highest") -> Features:
                     x, jnp.asarray(p["kernel"], x.dtype), (step.stride, step.stride), step.padding,
                     dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=passes)
                 x = jax.nn.relu(x + jnp.asarray(p["bias"], x.dtype)[None, None, None, :])
-                taps[prefix + step.name] = x
             elif isinstance(step, Pool):
                 x = POOLS[step.kind](x, step.stride)
             else:
@@ -227,16 +213,12 @@ def network(params: dict, x, *, precision: str = "highest") -> Features:
                 x = jnp.concatenate([run(branch, inner, x) for branch in step.branches], axis=-1)
         return x
 
-    pool_3 = jnp.mean(run(LAYERS, "", x), axis=(1, 2))
-    fc = params["fc"]
-    unbiased = jnp.dot(pool_3, jnp.asarray(fc["kernel"], x.dtype), precision=passes)
-    logits = unbiased + jnp.asarray(fc["bias"], x.dtype)[None, :]
-    return Features(pool_3, unbiased, logits,
-                    taps["Mixed_6d.branch1x1"][..., :SPATIAL_CHANNELS])
+    return jnp.mean(run(LAYERS, "", x), axis=(1, 2))
 
 
-def features(params: dict, images, *, precision: str = "highest") -> Features:
-    """Resize, scale, network. images: uint8 or float [B,H,W,1 or 3] in [0,255].
+def features(params: dict, images, *, precision: str = "highest") -> jax.Array:
+    """pool_3 [B,2048] float32: resize, scale, network. images: uint8 or float [B,H,W,1 or 3] in
+    [0,255].
 
     precision: 'highest' for a number to report; 'fast' lets the device round its multiplications
     (bf16 on TPU, TF32 on recent NVIDIA chips): a monitor, to be compared only with itself.
@@ -248,7 +230,7 @@ def features(params: dict, images, *, precision: str = "highest") -> Features:
 
 
 def flops_per_image() -> float:
-    """Multiplications and additions of one forward pass, from the table (about 11.4e9)."""
+    """Multiplications and additions of pool_3 of one image, from the table (about 11.4e9)."""
     total = 0.0
 
     def walk(steps, shape):
@@ -269,4 +251,4 @@ def flops_per_image() -> float:
         return h, w, c
 
     walk(LAYERS, (SIZE, SIZE, 3))
-    return total + 2.0 * FEATURES * CLASSES
+    return total

@@ -215,7 +215,7 @@ def fingerprint_images() -> np.ndarray:
 
 def fingerprint(params: dict, *, precision: str = "highest") -> np.ndarray:
     """pool_3 of `fingerprint_images`, float32 [8,2048], computed on this machine."""
-    run = jax.jit(lambda p, x: network.features(p, x, precision=precision).pool_3)
+    run = jax.jit(lambda p, x: network.features(p, x, precision=precision))
     return np.concatenate([np.asarray(run(params, image[None])) for image in fingerprint_images()])
 
 

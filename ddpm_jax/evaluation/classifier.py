@@ -1,0 +1,189 @@
+"""The small classifier of a data set: trained once, stored, the same on all processes.
+
+Inside functions: optax, needed for training alone.
+"""
+
+import hashlib
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data.datasets import read_rows
+from ddpm_jax.evaluation import small_cnn
+from ddpm_jax.evaluation.options import OFFLINE_REALS
+from ddpm_jax.evaluation.progress import report_progress
+from ddpm_jax.parallel import hosts
+from ddpm_jax.storage import files
+
+BATCH = 128
+HELD_OUT = 0.2
+TRAINING_IMAGES = 5 * OFFLINE_REALS
+PROGRESS_EVERY = 20      # steps between two calls of progress: each waits for the device
+
+
+class Stored(NamedTuple):
+    """params, held-out accuracy, and the sha256 that names the weights in a key."""
+    params: dict
+    accuracy: float
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        return f"FD-cnn@{self.sha256[:8]}"
+
+
+# ---- training ----
+
+
+def default_epochs(images: int) -> int:
+    """About 40,000 to 250,000 images seen: enough for features, seconds for a small set."""
+    return int(np.clip(60_000 // max(images, 1), 4, 40))
+
+
+def _shifted(images, key):
+    """Each image moved by up to an eighth of its side, edges repeated."""
+    reach = max(1, min(images.shape[1:3]) // 8)
+    padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * reach + 1)
+    return jax.vmap(lambda image, o: jax.lax.dynamic_slice(
+        image, (o[0], o[1], 0), images.shape[1:]))(padded, offsets)
+
+
+def train_classifier(images, labels, seed: int, *, epochs: int | None = None, progress=None):
+    """-> (params, accuracy on the held-out fifth). images uint8 [N,H,W,C]; labels int [N].
+
+    Deterministic in its arguments on one kind of machine. AdamW with a cosine rate, small shifts.
+    progress(steps done, of how many).
+    """
+    import optax
+
+    images, labels = np.asarray(images, np.uint8), np.asarray(labels, np.int32)
+    order = np.random.default_rng(seed).permutation(len(images))
+    cut = max(1, int(len(images) * HELD_OUT))
+    held, kept = order[:cut], order[cut:]
+    batch = min(BATCH, len(kept))
+    steps = len(kept) // batch
+    epochs = default_epochs(len(kept)) if epochs is None else epochs
+    module = small_cnn.Classifier(int(labels.max()) + 1)
+    key = jax.random.key(seed)
+    params = module.init(key, small_cnn.scaled(images[:1]))["params"]
+    tx = optax.adamw(optax.cosine_onecycle_schedule(epochs * steps, 3e-3), weight_decay=1e-3)
+
+    # One step a dispatch: inside a scan XLA's CPU backend runs convolutions many times slower.
+    @jax.jit
+    def step(params, opt_state, images, labels, key):
+        def loss(params):
+            x = _shifted(small_cnn.scaled(images), key)
+            logits = module.apply({"params": params}, x).logits
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state, rng = tx.init(params), np.random.default_rng(seed)
+    for n in range(epochs * steps):
+        if n % steps == 0:
+            rows = kept[rng.permutation(len(kept))[:steps * batch]].reshape(steps, batch)
+        now = rows[n % steps]
+        params, opt_state = step(params, opt_state, images[now], labels[now],
+                                 jax.random.fold_in(key, n))
+        if progress is not None and n % PROGRESS_EVERY == 0:
+            jax.block_until_ready(params)
+            progress(n + 1, epochs * steps)
+    params = jax.tree.map(np.asarray, params)
+    found = small_cnn.outputs(params, images[held]).logits.argmax(1)
+    return params, float(np.mean(found == labels[held]))
+
+
+# ---- trained once for each data set ----
+
+
+def _flatten(params, prefix="") -> dict:
+    """{'Conv_0/kernel': array, ...} of a nested dict."""
+    out = {}
+    for name, value in params.items():
+        inner = f"{prefix}{name}"
+        nested = isinstance(value, dict)
+        out |= _flatten(value, f"{inner}/") if nested else {inner: np.asarray(value)}
+    return out
+
+
+def _unflatten(arrays) -> dict:
+    out = {}
+    for name, value in arrays.items():
+        *path, leaf = name.split("/")
+        at = out
+        for part in path:
+            at = at.setdefault(part, {})
+        at[leaf] = value
+    return out
+
+
+def sha256(params) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(_flatten(params).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def cache_folder(environ=None) -> str:
+    environ = os.environ if environ is None else environ
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "ddpm_jax")
+
+
+def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed: int = 0,
+               progress=None) -> Stored:
+    """The stored classifier of this data, trained and stored on first use.
+
+    fingerprint names the data (`Source.fingerprint`); folder defaults to the user's cache. Share
+    the file between machines: retraining elsewhere gives other weights, hence another scale.
+    """
+    short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
+    path = files.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
+    if not files.exists(path):
+        params, accuracy = train_classifier(images, labels, seed, progress=progress)
+        files.write_npz(path, _flatten(params) | {"accuracy": np.array(accuracy)})
+    arrays = files.read_npz(path)
+    accuracy = float(arrays.pop("accuracy"))
+    params = _unflatten(arrays)
+    return Stored(params, accuracy, sha256(params))
+
+
+def shared(source, *, folder=None, say=lambda text: None) -> Stored | None:
+    """`train_once` of a Source's first images on process 0, the result on all; None where the
+    data have no labels."""
+    if source.labels is None:
+        return None
+    stored = None
+    if hosts.is_main_process():
+        n = min(len(source), TRAINING_IMAGES)
+        stored = train_once(
+            source.name, source.fingerprint, read_rows(source.__getitem__, range(n)),
+            source.labels[:n], folder=folder, progress=_training_progress(say, source.name))
+    if jax.process_count() == 1:
+        return stored
+    module = small_cnn.Classifier(int(source.labels.max()) + 1)
+    shapes = jax.eval_shape(lambda: module.init(
+        jax.random.key(0), small_cnn.scaled(jnp.zeros((1, *source.shape), jnp.uint8))))["params"]
+    params = stored.params if stored else jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    params = hosts.broadcast_arrays(params)
+    accuracy = hosts.broadcast_json(stored and stored.accuracy)
+    return Stored(params, accuracy, sha256(params))
+
+
+def _training_progress(say, name):
+    progress = None
+
+    def report(done, total):
+        nonlocal progress
+        if progress is None:
+            say(f"training the small classifier of {name}, once: {total:,} steps")
+            progress = report_progress(say, f"classifier of {name}", total, "steps")
+        progress(done)
+
+    return report

@@ -1,0 +1,99 @@
+"""The table of metrics: what a row needs, and the path from the command to its function."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import ddpm_jax
+from ddpm_jax import checkpoints, experiment
+from ddpm_jax.config import to_json
+from ddpm_jax.evaluation import classifier, extract, metrics
+from ddpm_jax.evaluation.evaluate import evaluate_run
+from ddpm_jax.evaluation.options import Options
+from ddpm_jax.parallel import hosts
+
+ROOT = ddpm_jax.__path__[0]
+
+
+def test_every_row_names_parts_and_needs_that_exist():
+    for name, row in metrics.METRICS.items():
+        assert set(row.parts) <= {*extract.PARTS, metrics.SPACE}, name
+        assert row.needs <= {metrics.REFERENCE, metrics.REALS, metrics.MODEL}, name
+        assert set(row.implies) <= metrics.METRICS.keys() and (row.parts or not row.num), name
+
+
+def test_a_metric_is_one_function_and_one_row(tiny, monkeypatch):
+    def brightness(context, samples):
+        return metrics.Result({"brightness": float(samples["channels"][:, 0].mean())})
+
+    monkeypatch.setitem(metrics.METRICS, "brightness", metrics.Metric(brightness, ("channels",)))
+    ((label, values, facts),), _ = evaluate_run(*_with(tiny, metrics=("brightness",), num=8))
+    assert 0 < values["brightness"] < 255 and facts["num"] == 8 and "8 images" in label
+
+
+def _with(tiny, **options):
+    model, session = tiny()
+    return model, Options(**options), session
+
+
+@pytest.fixture
+def workdir(tiny, tmp_path):
+    """A run whose checkpoint of step 1 holds the tiny model."""
+    (exp, params, _), _ = tiny(len(jax.devices()))
+    checkpoints.claim(tmp_path / "run", to_json(exp.config))
+    state = experiment.new_state(exp)._replace(params=params, ema_params=params)
+    store = checkpoints.Checkpoints(tmp_path / "run")
+    store.save(1, state, to_json(exp.config))
+    store.wait()
+    store.close()
+    return tmp_path / "run"
+
+
+def project_files():
+    """Files of this package on the stack, innermost first, each run of frames once."""
+    found, frame = [], sys._getframe(1)
+    while frame:
+        name = frame.f_code.co_filename
+        if name.startswith(ROOT) and found[-1:] != [name]:
+            found.append(name)
+        frame = frame.f_back
+    return found
+
+
+@pytest.mark.parametrize("names", [
+    ("offline", "nn"), pytest.param(("fid",), marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("one_blas_thread")
+def test_no_file_is_entered_twice_on_the_way_to_a_number(
+        names, workdir, seeded_weights, tmp_path, monkeypatch):
+    """Walks the stack where a metric's function runs, and where rows come from the devices."""
+    from ddpm_jax.cli import common, main
+    monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
+    monkeypatch.setattr(common, "join", lambda values, config=None: (None, None))
+    seen = {}
+
+    def watched(name, function):
+        def run(*args):
+            seen.setdefault(name, []).append(project_files())
+            return function(*args)
+
+        return run
+
+    for name in (*names, "bpd"):
+        row = metrics.METRICS[name]
+        monkeypatch.setitem(metrics.METRICS, name, row._replace(
+            compute=watched(name, row.compute)))
+    monkeypatch.setattr(hosts, "all_rows", watched("rows", hosts.all_rows))
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert main.main([
+        "evaluate", f"--workdir={workdir}", f"--metrics={','.join(names)}", "--num=8",
+        "--bpd_num=8", f"--classifier_dir={tmp_path}", f"--inception_weights={seeded_weights}",
+        "--allow_unknown_weights", f"--reference={reference}", "--force"]) == 0
+    assert {*names, "rows"} <= seen.keys()
+    for name, stacks in seen.items():
+        for files in stacks:
+            short = [file.removeprefix(ROOT) for file in files]
+            assert short[-1] == "/cli/main.py" and "/cli/evaluate.py" in short, name
+            assert len(set(short)) == len(short), f"{name}: {' <- '.join(short)}"
