@@ -28,14 +28,9 @@ class Program(NamedTuple):
     payload: float = 0.0
 
 
-def network_work(exp) -> roofline.Work:
-    """The U-Net's hand-counted work of one image."""
-    return roofline.unet_work(exp.model)
-
-
 def train_step(exp, num_examples) -> Program:
     """A training step; num_examples: of a data set kept on the device."""
-    config, work = exp.config, network_work(exp)
+    config, work = exp.config, roofline.unet_work(exp.model)
     resident = num_examples if config.data.resident else None
     # The loop over a dispatch's steps has a length that is data: its body, one step, counts once.
     return Program(
@@ -71,7 +66,7 @@ def sample(exp, num_examples) -> Program:
         lambda params, seed, index: to_uint8(
             programs.draw_images(exp, chain, params, seed, index)),
         ("replicated", "replicated", "batch"), ("batch",))
-    flops = batch * chain.num_steps * network_work(exp).forward_flops
+    flops = batch * chain.num_steps * roofline.unet_work(exp.model).forward_flops
     return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
                    calls=math.ceil(50_000 / batch))
 
@@ -84,7 +79,7 @@ def evaluate(exp, num_examples) -> Program:
         return programs.bound(exp, params, seed, images, index).total
 
     jitted = exp.runner.compile(bound, ("replicated", "replicated", "batch", "batch"), ("batch",))
-    flops = batch * exp.config.diffusion.num_timesteps * network_work(exp).forward_flops
+    flops = batch * exp.config.diffusion.num_timesteps * roofline.unet_work(exp.model).forward_flops
     return Program(jitted, (*_weights_seed_index(exp, batch), _images(exp, batch)), flops=flops,
                    images=batch, calls=math.ceil((num_examples or 10_000) / batch))
 
@@ -155,7 +150,7 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
         },
         "work": {"flops_per_call": made.flops, "flops_per_image": made.flops / made.images,
                  "images_per_call": made.images,
-                 "parameters": network_work(exp).parameters},
+                 "parameters": roofline.unet_work(exp.model).parameters},
     }
     if machine.chip is not None:
         found |= _on_chip(machine, made, found)

@@ -10,7 +10,7 @@ from ddpm_jax import programs
 from ddpm_jax.benchmark import compiled
 from ddpm_jax.benchmark.bench import Bench, first_call, random_images
 from ddpm_jax.benchmark.sample import chain_run
-from ddpm_jax.compilation import timing
+from ddpm_jax.compilation import roofline, timing
 from ddpm_jax.evaluation import measures, moments, references, scores
 from ddpm_jax.evaluation.inception import network
 
@@ -43,7 +43,7 @@ def evaluation(bench: Bench) -> list[dict]:
     times["denoising step"] = [t / steps for t in times["denoising step"]]
     flops = {"Inception-2015": made.flops,
              "sums of features": 2.0 * network.FEATURES ** 2 * made.images,
-             "denoising step": made.images * compiled.network_work(exp).forward_flops}
+             "denoising step": made.images * roofline.unet_work(exp.model).forward_flops}
     rows = [bench.row("eval", name, t, images=made.images, flops=flops[name])
             for name, t in times.items()]
     rows[0] |= {"first_call": first} | _shares(

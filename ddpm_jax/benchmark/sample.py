@@ -6,6 +6,7 @@ import numpy as np
 from ddpm_jax import programs
 from ddpm_jax.benchmark import compiled
 from ddpm_jax.benchmark.bench import Bench, first_call
+from ddpm_jax.compilation.roofline import unet_work
 
 
 def chain_run(exp, chain, batch):
@@ -28,7 +29,7 @@ def sample(bench: Bench) -> list[dict]:
         made = compiled.sample(exp, None)
         bench.trace(run, lambda: made.jitted.lower(*made.args))
     row = bench.row("sample", "ddpm_jax", [t / chain.num_steps for t in seconds], images=batch,
-                    flops=batch * compiled.network_work(exp).forward_flops, first_call=first,
+                    flops=batch * unet_work(exp.model).forward_flops, first_call=first,
                     denoising_steps=chain.num_steps)
     row["finished_images_per_s"] = row["images_per_s"] / chain.num_steps
     return [row]

@@ -6,8 +6,7 @@ import numpy as np
 from ddpm_jax import experiment, programs
 from ddpm_jax.benchmark import peers
 from ddpm_jax.benchmark.bench import Bench, first_call, random_images
-from ddpm_jax.benchmark.compiled import network_work
-from ddpm_jax.compilation import timing
+from ddpm_jax.compilation import roofline, timing
 
 
 def _steps(exp, max_steps, num_examples):
@@ -49,7 +48,7 @@ def step(bench: Bench) -> list[dict]:
         exp.config.train.steps_per_dispatch = max_steps
         bench.trace(run, lambda: program.lower(*programs.train_arguments(exp, num_examples)))
     rows = [bench.row("step", name, seconds, images=batch,
-                      flops=batch * network_work(exp).train_flops)
+                      flops=batch * roofline.unet_work(exp.model).train_flops)
             for name, seconds in times.items()]
     rows[0] |= {"first_call": first, "steps_per_dispatch": max_steps}
     if compare:

@@ -169,5 +169,12 @@ def rate(run) -> Drawn:
     return Drawn({}, sections, numbers)
 
 
-FIGURES = {"shared": shared_latents, "interpolation": interpolation, "progressive": progressive,
-           "rate": rate}
+class Figure(NamedTuple):
+    """draw(Run) -> Drawn; images: how many it draws, None: --num or ALONG_NUM."""
+    draw: Callable
+    images: int | None
+
+
+FIGURES = {"shared": Figure(shared_latents, ROWS * COLUMNS),
+           "interpolation": Figure(interpolation, ROWS * (COLUMNS + 1)),
+           "progressive": Figure(progressive, None), "rate": Figure(rate, 0)}

@@ -48,37 +48,6 @@ TABLE_4 = (
     (100, 0.00000, 67.60125),
 )
 
-
-class Target(NamedTuple):
-    """cells: of CELLS; metrics: of `ddpm evaluate`; keys: columns of the table; figure: a row of
-    figures.FIGURES or None."""
-    text: str
-    cells: tuple
-    metrics: tuple
-    keys: tuple
-    figure: str | None = None
-
-
-TABLE_KEYS = ("is", "fid_train", "fid_test", "bpd_test", "bpd_train")
-TARGETS = {
-    "table1": Target("Table 1, the two rows of this paper: CIFAR-10",
-                     ("eps_fixed_l", "eps_fixed_simple"), ("is", "fid", "bpd"), TABLE_KEYS),
-    "table2": Target("Table 2: parameterisation, objective and variance, CIFAR-10", tuple(CELLS),
-                     ("is", "fid"), ("is", "fid_train")),
-    "table4": Target("Table 4: rate and distortion of the progressive code, CIFAR-10 test",
-                     ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
-    "fig5": Target("Fig. 5: rate and distortion against reverse steps, CIFAR-10 test",
-                   ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
-    "fig7": Target("Fig. 7: samples that share a latent x_t", ("eps_fixed_simple",), (), (),
-                   "shared"),
-    "fig8": Target("Fig. 8: interpolation between two images at half of the chain",
-                   ("eps_fixed_simple",), (), (), "interpolation"),
-    "fig10": Target("Fig. 6 and 10: quality of the predicted x_0 along the way",
-                    ("eps_fixed_simple",), (), (), "progressive"),
-    "nearest": Target("Fig. 12 and 15: nearest training images of samples",
-                      ("eps_fixed_simple",), ("nn",), ("nn_pixels_exact_copies",)),
-}
-
 # What the paper says about speed on a TPU v3-8 (appendix B).
 V3_8 = {32: {"steps_per_s": 21.0, "batch": 128, "sample_s": 17.0, "samples": 256},
         256: {"steps_per_s": 2.2, "batch": 64, "sample_s": 300.0, "samples": 128}}

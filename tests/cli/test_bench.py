@@ -35,7 +35,7 @@ def test_data_in_the_common_format(tmp_path):
 @pytest.mark.slow
 def test_features_are_a_share_of_sampling(tmp_path):
     from ddpm_jax import experiment
-    from ddpm_jax.benchmark import compiled
+    from ddpm_jax.compilation.roofline import unet_work
     from ddpm_jax.config import load_config
     from ddpm_jax.evaluation.inception import network
     done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
@@ -43,7 +43,7 @@ def test_features_are_a_share_of_sampling(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
     config = load_config("digits")
-    work = compiled.network_work(experiment.build(config))
+    work = unet_work(experiment.network(config))
     one = network.flops_per_image() + 2 * 2048 ** 2
     first = rows["Inception-2015"]
     assert first["share_of_flops"] == pytest.approx(one / (100 * work.forward_flops), rel=1e-6)

@@ -13,7 +13,6 @@ from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.evaluation.session import Session, Splits
 from ddpm_jax.reproduction import figures
-from ddpm_jax.reproduction.paper_results import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,3 @@ def test_rate_has_the_rows_of_table_4_and_a_verdict_only_for_the_paper(run):
     drawn = figures.rate(run._replace(exp=exp._replace(config=config), values=values))
     assert "".join(drawn.sections).count(">FAIL<") == 10
     assert "no bound" in "".join(figures.rate(run).sections)
-
-
-def test_every_target_names_a_figure_that_exists():
-    assert {t.figure for t in TARGETS.values() if t.figure} == set(figures.FIGURES)

@@ -1,0 +1,114 @@
+"""The paper's tables and figures as rows of one table, and the configs of their cells."""
+
+import json
+from typing import NamedTuple
+
+from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.configs import cifar10_table2
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.options import Options
+from ddpm_jax.reproduction.paper_results import CELLS, ours, verdict
+from ddpm_jax.storage import files
+
+
+class Target(NamedTuple):
+    """cells: of CELLS; metrics: of `ddpm evaluate`; keys: columns of the table; figure: a row of
+    figures.FIGURES or None."""
+    text: str
+    cells: tuple
+    metrics: tuple
+    keys: tuple
+    figure: str | None = None
+
+
+TABLE_KEYS = ("is", "fid_train", "fid_test", "bpd_test", "bpd_train")
+TARGETS = {
+    "table1": Target("Table 1, the two rows of this paper: CIFAR-10",
+                     ("eps_fixed_l", "eps_fixed_simple"), ("is", "fid", "bpd"), TABLE_KEYS),
+    "table2": Target("Table 2: parameterisation, objective and variance, CIFAR-10", tuple(CELLS),
+                     ("is", "fid"), ("is", "fid_train")),
+    "table4": Target("Table 4: rate and distortion of the progressive code, CIFAR-10 test",
+                     ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
+    "fig5": Target("Fig. 5: rate and distortion against reverse steps, CIFAR-10 test",
+                   ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
+    "fig7": Target("Fig. 7: samples that share a latent x_t", ("eps_fixed_simple",), (), (),
+                   "shared"),
+    "fig8": Target("Fig. 8: interpolation between two images at half of the chain",
+                   ("eps_fixed_simple",), (), (), "interpolation"),
+    "fig10": Target("Fig. 6 and 10: quality of the predicted x_0 along the way",
+                    ("eps_fixed_simple",), (), (), "progressive"),
+    "nearest": Target("Fig. 12 and 15: nearest training images of samples",
+                      ("eps_fixed_simple",), ("nn",), ("nn_pixels_exact_copies",)),
+}
+
+
+class Request(NamedTuple):
+    """What to reproduce. root: folder of the runs, one for each cell; config: name or file under
+    the cells, None: the paper's; settings: FIELD=VALUE of each cell's config; options: of the
+    evaluation, metrics aside."""
+
+    target: Target
+    root: str | None = None
+    config: str | None = None
+    settings: tuple = ()
+    options: Options = Options()
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether the paper's values can be compared with."""
+        return not self.config and not self.settings
+
+
+def cell_config(request: Request, name: str):
+    """The config of the cell `name`. Raises UserError naming a wrong field or value."""
+    config = load_config(request.config or "cifar10")
+    config.diffusion.update(cifar10_table2.CELLS[name])
+    known = flatten(to_json(config))
+    for text in request.settings:
+        field, equals, value = text.partition("=")
+        if not equals or field not in known:
+            raise UserError(f"--set={text}: expected FIELD=VALUE with a field of the config, "
+                            "such as train.steps=100")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        try:
+            config.update_from_flattened_dict({field: tuple(parsed) if isinstance(parsed, list)
+                                               else parsed})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"--set={text}: {error}") from None
+    return config
+
+
+def existing(folder) -> dict:
+    """evaluation.json of a run's folder, {} where there is none."""
+    path = files.join(folder, "evaluation.json")
+    return files.read_json(path) if files.exists(path) else {}
+
+
+def wanted_splits(target, splits) -> tuple:
+    """Those of a data set's splits whose bits/dim the target shows, else all."""
+    return tuple(s for s in splits if f"bpd_{s}" in target.keys) or tuple(splits)
+
+
+HEADER = ("model", "value", "the paper's", "band", "ours", "verdict")
+
+
+def table_rows(request: Request) -> list[list]:
+    """A row under HEADER for each value that the paper reports or a run in request.root has."""
+    rows, target = [], request.target
+    for name in target.cells:
+        cell = CELLS[name]
+        found = ours(existing(f"{request.root}/{name}"), target.keys) if request.root else {}
+        keys = [k for k in target.keys if k in cell.values or k in found]
+        for key in keys or [""] * bool(target.keys):
+            value = found.get(key)
+            if not request.is_paper:
+                rows.append([cell.title, key, None, None, value, ""])
+                continue
+            band = cell.bands.get(key)
+            rows.append([
+                cell.title, key, "unstable" if cell.unstable else cell.values.get(key),
+                "{:g} to {:g}".format(*band) if band else None, value, verdict(key, value, cell)])
+    return rows
