@@ -32,7 +32,7 @@ from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
 OPTIONS = ("protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
-           "ema", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
+           "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
            "force", "keep_images", "crop")
 
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.evaluation import small_cnn
 from ddpm_jax.evaluation.options import OFFLINE_REALS
-from ddpm_jax.evaluation.progress import report_progress
+from ddpm_jax.evaluation.progress import Progress
 from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
@@ -101,30 +102,9 @@ def train_classifier(images, labels, seed: int, *, epochs: int | None = None, pr
 # ---- trained once for each data set ----
 
 
-def _flatten(params, prefix="") -> dict:
-    """{'Conv_0/kernel': array, ...} of a nested dict."""
-    out = {}
-    for name, value in params.items():
-        inner = f"{prefix}{name}"
-        nested = isinstance(value, dict)
-        out |= _flatten(value, f"{inner}/") if nested else {inner: np.asarray(value)}
-    return out
-
-
-def _unflatten(arrays) -> dict:
-    out = {}
-    for name, value in arrays.items():
-        *path, leaf = name.split("/")
-        at = out
-        for part in path:
-            at = at.setdefault(part, {})
-        at[leaf] = value
-    return out
-
-
 def sha256(params) -> str:
     digest = hashlib.sha256()
-    for name, array in sorted(_flatten(params).items()):
+    for name, array in sorted(flatten_dict(params, sep="/").items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -137,7 +117,7 @@ def cache_folder(environ=None) -> str:
 
 
 def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed: int = 0,
-               progress=None) -> Stored:
+               say=lambda text: None) -> Stored:
     """The stored classifier of this data, trained and stored on first use.
 
     fingerprint names the data (`Source.fingerprint`); folder defaults to the user's cache. Share
@@ -146,11 +126,13 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
     short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
     path = files.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
     if not files.exists(path):
-        params, accuracy = train_classifier(images, labels, seed, progress=progress)
-        files.write_npz(path, _flatten(params) | {"accuracy": np.array(accuracy)})
+        say(f"training the small classifier of {name}, once")
+        params, accuracy = train_classifier(
+            images, labels, seed, progress=Progress(say, f"classifier of {name}", "steps"))
+        files.write_npz(path, flatten_dict(params, sep="/") | {"accuracy": np.array(accuracy)})
     arrays = files.read_npz(path)
     accuracy = float(arrays.pop("accuracy"))
-    params = _unflatten(arrays)
+    params = unflatten_dict(arrays, sep="/")
     return Stored(params, accuracy, sha256(params))
 
 
@@ -164,7 +146,7 @@ def shared(source, *, folder=None, say=lambda text: None) -> Stored | None:
         n = min(len(source), TRAINING_IMAGES)
         stored = train_once(
             source.name, source.fingerprint, read_rows(source.__getitem__, range(n)),
-            source.labels[:n], folder=folder, progress=_training_progress(say, source.name))
+            source.labels[:n], folder=folder, say=say)
     if jax.process_count() == 1:
         return stored
     module = small_cnn.Classifier(int(source.labels.max()) + 1)
@@ -174,16 +156,3 @@ def shared(source, *, folder=None, say=lambda text: None) -> Stored | None:
     params = hosts.broadcast_arrays(params)
     accuracy = hosts.broadcast_json(stored and stored.accuracy)
     return Stored(params, accuracy, sha256(params))
-
-
-def _training_progress(say, name):
-    progress = None
-
-    def report(done, total):
-        nonlocal progress
-        if progress is None:
-            say(f"training the small classifier of {name}, once: {total:,} steps")
-            progress = report_progress(say, f"classifier of {name}", total, "steps")
-        progress(done)
-
-    return report

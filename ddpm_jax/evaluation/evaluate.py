@@ -9,6 +9,7 @@ from ddpm_jax.evaluation.metrics import (
     MODEL,
     REALS,
     REFERENCE,
+    SPACE,
     Context,
     collect_features,
     default_num,
@@ -100,7 +101,7 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
                         "images; add --dataset=NAME")
     if MODEL in needs:
         splits_of(options, session.sources)
-    inception = reference = classifier = None
+    inception = reference = None
     warnings = []
     if any("inception" in row.parts for row in rows):
         inception = load_weights(options)
@@ -108,12 +109,9 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
         reference, warnings = _load_reference(
             options, protocol, subject, inception, session.sources and session.sources.name,
             session.sources if REALS in needs else {})
-    if any(REALS in row.needs and row.parts for row in rows):
-        classifier = session.classifier(options.classifier_dir)
     for text in warnings:
         session.say(f"warning: {text}")
-    return Context(options, protocol, subject, session, inception, classifier, reference,
-                   tuple(warnings))
+    return Context(options, protocol, subject, session, inception, reference, tuple(warnings))
 
 
 # ---- evaluation ----
@@ -191,8 +189,10 @@ def _provenance(context, num) -> dict:
             "sha256": references.identity(reference), "n": reference.n,
             "dataset": reference.dataset, "split": reference.split,
             "protocol": reference.protocol or "unknown", "path": reference.path}
-    if context.classifier is not None:
-        facts["classifier_sha256"] = context.classifier.sha256
+    stored = context.session.classifiers.get(context.options.classifier_dir)
+    parts = {part for name in context.options.metrics for part in METRICS[name].parts}
+    if stored and parts & {"classifier", SPACE}:
+        facts["classifier_sha256"] = stored.sha256
     return facts
 
 

@@ -22,38 +22,20 @@ class Extractor(NamedTuple):
     precision: str
 
 
-def _pool_3(params, images, precision):
-    return network.features(params, images, precision=precision)
-
-
-def _classifier(params, images, precision):
-    del precision
-    return small_cnn.apply(params, images)
-
-
-def _random(params, images, precision):
-    del precision
-    return small_cnn.random_apply(params, images)
-
-
-def _channels(params, images, precision):
+def _channels(images):
     """Mean and mean square of each channel: [B,2C]."""
-    del params, precision
     return jnp.concatenate([images.mean((1, 2)), jnp.square(images).mean((1, 2))], axis=1)
 
 
-def _images(params, images, precision):
-    del params, precision
-    return jnp.round(images).astype(jnp.uint8)
-
-
-# name of a part: (names of its outputs, function)
+# name of a part: (names of its outputs, function of its weights, the images and the precision)
 PARTS = {
-    "inception": (("pool_3",), _pool_3),
-    "classifier": (("cnn", "cnn_logits"), _classifier),
-    "random": (("random",), _random),
-    "channels": (("channels",), _channels),
-    "images": (("images",), _images),
+    "inception": (("pool_3",), lambda weights, images, precision: network.features(
+        weights, images, precision=precision)),
+    "classifier": (("cnn", "cnn_logits"), lambda weights, images, _: small_cnn.apply(
+        weights, images)),
+    "random": (("random",), lambda weights, images, _: small_cnn.random_apply(weights, images)),
+    "channels": (("channels",), lambda weights, images, _: _channels(images)),
+    "images": (("images",), lambda weights, images, _: jnp.round(images).astype(jnp.uint8)),
 }
 
 

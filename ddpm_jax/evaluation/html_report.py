@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+from ddpm_jax.evaluation.measures import rate_distortion
 from ddpm_jax.storage.pictures import encode_png
 
 STYLE = """
@@ -167,7 +168,6 @@ def evaluation_sections(document: dict) -> list[str]:
 
 def rate_curve(values, split) -> str:
     """RMSE against rate of one split's bound (Fig. 5, left and right in one)."""
-    from ddpm_jax.evaluation.measures import rate_distortion
     rate, rmse = rate_distortion(values[f"terms_{split}"], values[f"prior_{split}"],
                                  values[f"mse_{split}"])
     keep = np.unique(np.linspace(0, len(rate) - 1, 200).astype(int))

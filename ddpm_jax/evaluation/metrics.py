@@ -27,16 +27,19 @@ from ddpm_jax.parallel import hosts
 
 
 class Context(NamedTuple):
-    """What the metrics may use. weights, classifier, reference: None where no metric at hand needs
-    them (classifier: nor where the data have no labels)."""
+    """What the metrics may use. weights, reference: None where no metric at hand needs them."""
     options: Options
     protocol: protocols.Protocol
     subject: features.Subject
     session: Session
     weights: Weights | None = None
-    classifier: Stored | None = None
     reference: Reference | None = None
     warnings: tuple = ()
+
+    @property
+    def classifier(self) -> Stored | None:
+        """The data set's, trained on first use; None where the data have no labels."""
+        return self.session.classifier(self.options.classifier_dir)
 
 
 class Result(NamedTuple):
@@ -66,6 +69,13 @@ REFERENCE, REALS, MODEL = "reference", "reals", "model"      # what a metric may
 COLLECTIVE = {REALS, MODEL}       # such a metric collects on all processes
 SPACE = "space"
 SPACES = ("inception", "classifier", "random")
+PART_WEIGHTS = {      # None: not to be had here
+    "inception": lambda context: context.weights and context.weights.params,
+    "classifier": lambda context: context.classifier and context.classifier.params,
+    "random": lambda context: small_cnn.random_params(context.subject.image_shape[2]),
+    "channels": lambda context: {},
+    "images": lambda context: {},
+}
 
 
 # ---- features ----
@@ -73,14 +83,10 @@ SPACES = ("inception", "classifier", "random")
 
 def make_extractor(context: Context, parts) -> extract.Extractor:
     """The extractor of these parts; without labels there is no "classifier" among them."""
-    channels = context.subject.image_shape[2]
-    params = {"inception": context.weights and context.weights.params,
-              "classifier": context.classifier and context.classifier.params,
-              "random": small_cnn.random_params(channels), "channels": {}, "images": {}}
-    there = {name: p for name, p in params.items() if p is not None}
-    best = next(name for name in SPACES if name in there)
-    names = [best if name == SPACE else name for name in parts]
-    return extract.make({name: there[name] for name in names if name in there},
+    parts = [next(name for name in SPACES if PART_WEIGHTS[name](context) is not None)
+             if name == SPACE else name for name in parts]
+    weights = {name: PART_WEIGHTS[name](context) for name in parts}
+    return extract.make({name: w for name, w in weights.items() if w is not None},
                         precision=context.protocol.precision)
 
 
@@ -135,8 +141,8 @@ def fid(context, samples) -> Result:
 
 
 def inception_score(context, samples) -> Result:
-    score = scores.INCEPTION_SCORES[context.protocol.inception_score]
-    return Result(score.compute(samples["pool_3"], context.weights.params["fc"]))
+    score, _ = scores.INCEPTION_SCORES[context.protocol.inception_score]
+    return Result(score(samples["pool_3"], context.weights.params["fc"]))
 
 
 def kid(context, samples) -> Result:
@@ -224,7 +230,7 @@ METRICS = {
     "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0),
     "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, along=("fid",)),
     "is": Metric(inception_score, ("inception",), num=REPORTED_NUM, along=("is_",),
-                 least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score].splits),
+                 least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score][1]),
     "kid": Metric(kid, ("inception",), frozenset({REFERENCE})),
     "pr": Metric(precision_recall, ("inception",), frozenset({REFERENCE}),
                  least=lambda protocol: scores.NEIGHBOURS + 1),

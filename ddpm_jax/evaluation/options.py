@@ -23,7 +23,6 @@ class Options(NamedTuple):
     batch_size: int | None = None
     sampler: str | None = None
     steps: int | None = None
-    ema: bool = True
     reference: str | None = None
     inception_weights: str | None = None
     allow_unknown_weights: bool = False

@@ -5,18 +5,19 @@ import time
 REPORT_EVERY = 30.0     # seconds
 
 
-def report_progress(say, name, num, unit="images"):
-    """-> progress(done): every half minute, a line with the time left."""
-    here = None      # (time, done) at the first call: shards of an earlier run take no time
-    last = time.monotonic()
+class Progress:
+    """progress(done, total): a line through ``say`` every half minute."""
 
-    def progress(done):
-        nonlocal here, last
+    def __init__(self, say, name, unit="images"):
+        self._say, self._name, self._unit = say, name, unit
+        self._first = None      # (time, done) at the first call: older shards take no time
+        self._last = time.monotonic()
+
+    def __call__(self, done, total):
         now = time.monotonic()
-        here = here or (now, done)
-        if now - last >= REPORT_EVERY and here[1] < done < num:
-            left = (now - here[0]) / (done - here[1]) * (num - done)
-            last = now
-            say(f"{name}: {done:,} of {num:,} {unit}, about {left / 60:.1f} min left")
-
-    return progress
+        self._first = self._first or (now, done)
+        since, before = self._first
+        if now - self._last >= REPORT_EVERY and before < done < total:
+            self._last, left = now, (now - since) / (done - before) * (total - done)
+            self._say(f"{self._name}: {done:,} of {total:,} {self._unit}, "
+                      f"about {left / 60:.1f} min left")

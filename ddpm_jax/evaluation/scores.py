@@ -1,8 +1,5 @@
 """Inception scores, KID, precision and recall from features, in numpy float64."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 
 BLOCK = 1024
@@ -61,14 +58,8 @@ def is_tfgan1(pool_3, fc: dict) -> dict:
     return {"is_tfgan1": inception_score(logits(pool_3, fc["kernel"], fc["bias"]), 1)[0]}
 
 
-class InceptionScore(NamedTuple):
-    """compute(pool_3 [N,2048], last layer) -> {name: number}; it needs as many images as splits."""
-    compute: Callable
-    splits: int
-
-
-INCEPTION_SCORES = {"is_openai10": InceptionScore(is_openai10, OPENAI_SPLITS),
-                    "is_tfgan1": InceptionScore(is_tfgan1, 1)}
+# name: (function of pool_3 [N,2048] and the last layer, splits: the images that it needs at least)
+INCEPTION_SCORES = {"is_openai10": (is_openai10, OPENAI_SPLITS), "is_tfgan1": (is_tfgan1, 1)}
 
 
 def polynomial_kernel(x, y) -> np.ndarray:

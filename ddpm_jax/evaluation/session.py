@@ -9,7 +9,7 @@ from typing import Any
 from ddpm_jax.data.datasets import Source, open_source
 from ddpm_jax.evaluation import classifier, collect
 from ddpm_jax.evaluation.options import StoppedError
-from ddpm_jax.evaluation.progress import report_progress
+from ddpm_jax.evaluation.progress import Progress
 from ddpm_jax.parallel.runners import Runner
 from ddpm_jax.storage import files
 
@@ -77,11 +77,11 @@ class Session:
         name_and_key = f"{name}-{collect.key(request)}"
         if (name_and_key, num) in self.features:
             return self.features[name_and_key, num]
-        started = time.monotonic()
+        started, progress = time.monotonic(), Progress(self.say, name)
         found = collect.collect(
             producer(), num=num, batch=batch, request=request, stop=self.stop, what=name,
             folder=self.folder and files.join(self.folder, name_and_key),
-            progress=report_progress(self.say, name, num))
+            progress=lambda done: progress(done, num))
         if found is None:
             raise StoppedError
         self.say(f"{name}: {num} images, {time.monotonic() - started:.1f} s")
