@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats.lazy import Lazy, load
@@ -70,9 +71,10 @@ _AXES = {
 }
 _AS_CONVOLUTION = {"conv_shortcut"}  # diffusers stores this 1x1 layer as [out,in,1,1]
 
-# diffusers before 0.12 (released google/ddpm-* files): older name -> current name.
-OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-FUSED_ATTENTION = ("to_qkv", ("to_q", "to_k", "to_v"))  # rows stacked: [3C, C]
+# Attention layers as diffusers named them before 0.12 (the released google/ddpm-* files) and as it
+# fuses them (rows stacked, [3C, C]), each with the layers that it holds under their current names.
+OLDER_ATTENTION = {"query": ("to_q",), "key": ("to_k",), "value": ("to_v",),
+                   "proj_attn": ("to_out.0",), "to_qkv": ("to_q", "to_k", "to_v")}
 
 
 class Foreign(NamedTuple):
@@ -136,13 +138,7 @@ def entries(model: UNet) -> list[Entry]:
 # ---- into our parameters ----
 
 
-def _float32(value) -> np.ndarray:
-    array = load(value)
-    return array if array.dtype == np.float32 else array.astype(np.float32)
-
-
-def _is_float(dtype) -> bool:
-    return str(dtype) in ("float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def _problems(found: Mapping, expected: Mapping) -> dict[str, list[str]]:
@@ -154,7 +150,7 @@ def _problems(found: Mapping, expected: Mapping) -> dict[str, list[str]]:
         "misshapen": [f"{n} is {tuple(found[n].shape)}, not {expected[n]}" for n in both
                       if tuple(found[n].shape) != expected[n]],
         "of another type": [f"{n} is {found[n].dtype}, not a float of at most 32 bits"
-                            for n in both if not _is_float(found[n].dtype)],
+                            for n in both if str(found[n].dtype) not in _FLOATS],
     }
 
 
@@ -172,19 +168,15 @@ def _collect(source: Mapping, table: list[tuple[Entry, Foreign]], what: str) -> 
     Checks names, shapes and types first and reads values only if all fit.
     """
     _refuse(_problems(source, {theirs.name: theirs.shape for _, theirs in table}), what)
-    params: dict = {}
-    broken = []
+    params, broken = {}, []
     for entry, theirs in table:
-        array = _float32(source[theirs.name])
+        array = np.asarray(load(source[theirs.name]), np.float32)
         array = array.reshape(array.shape[: len(theirs.axes)]).transpose(np.argsort(theirs.axes))
         if not np.isfinite(array).all():
             broken.append(theirs.name)
-        node = params
-        for part in entry.path[:-1]:
-            node = node.setdefault(part, {})
-        node[entry.path[-1]] = np.ascontiguousarray(array)
+        params[entry.path] = np.ascontiguousarray(array)
     _refuse({"not finite": broken}, what)
-    return params
+    return unflatten_dict(params)
 
 
 def params_from_variables(variables: Mapping, model: UNet) -> dict:
@@ -208,20 +200,12 @@ def params_from_state_dict(state_dict: Mapping, model: UNet) -> dict:
 # ---- out of our parameters ----
 
 
-def _flat(tree, path=()):
-    for key, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _flat(child, (*path, key))
-        else:
-            yield ".".join((*path, key)), child
-
-
 def plain_names(params: Mapping, model: UNet) -> dict:
     """{our path with dots: array}, as `ddpm export safetensors` writes them.
 
     Raises UserError where ``params`` are not the model's: missing, extra or misshapen.
     """
-    found = dict(_flat(params))
+    found = flatten_dict(params, sep=".")
     expected = {".".join(e.path): e.shape for e in entries(model)}
     _refuse(_problems(found, expected), "parameters")
     return {name: np.asarray(found[name]) for name in expected}
@@ -250,33 +234,24 @@ def state_dict_from_params(params: Mapping, model: UNet) -> dict:
 # ---- other namings of the same ----
 
 
-def renamed_attention(key: str, names: Mapping[str, str]) -> str:
-    """A state dict's key with the layer of an attention block renamed as in ``names``."""
-    head, dot, leaf = key.rpartition(".")
-    for old, new in names.items():
-        if ".attentions." in head and head.endswith(f".{old}"):
-            return f"{head.removesuffix(old)}{new}{dot}{leaf}"
-    return key
-
-
-def _third(value, part):
-    """Rows ``part``/3 of a fused array, read when they are needed."""
-    rows = value.shape[0] // 3
-    shape = (rows, *value.shape[1:])
-    return Lazy(shape, value.dtype, lambda: load(value)[part * rows : (part + 1) * rows])
+def _rows(value, part, parts):
+    """Rows ``part``/``parts`` of an array, read when they are needed."""
+    rows = value.shape[0] // parts
+    return Lazy((rows, *value.shape[1:]), value.dtype,
+                lambda: load(value)[part * rows : (part + 1) * rows])
 
 
 def current_names(state_dict: Mapping) -> dict:
     """A state dict in any of diffusers' namings, under its current attention names."""
-    fused, parts = FUSED_ATTENTION
     renamed = {}
     for key, value in state_dict.items():
-        head, _, leaf = key.rpartition(".")
-        if ".attentions." in head and head.endswith(f".{fused}"):
-            for i, part in enumerate(parts):
-                renamed[f"{head.removesuffix(fused)}{part}.{leaf}"] = _third(value, i)
-        else:
-            renamed[renamed_attention(key, OLDER_ATTENTION)] = value
+        layer, _, leaf = key.rpartition(".")
+        block, _, name = layer.rpartition(".")
+        layers = OLDER_ATTENTION.get(name) if ".attentions." in block else None
+        if layers is None:
+            renamed[key] = value
+        for i, layer in enumerate(layers or ()):
+            renamed[f"{block}.{layer}.{leaf}"] = _rows(value, i, len(layers))
     return renamed
 
 

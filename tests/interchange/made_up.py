@@ -45,9 +45,13 @@ def assert_bit_equal(a, b):
 
 def older_names(state_dict):
     """The same state dict under the attention names that diffusers used before 0.12."""
-    older = {new: old for old, new in parameter_names.OLDER_ATTENTION.items()}
-    return {parameter_names.renamed_attention(key, older): value
-            for key, value in state_dict.items()}
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    older = {}
+    for key, value in state_dict.items():
+        for new, old in names.items():
+            key = key.replace(f".{new}.", f".{old}.")
+        older[key] = value
+    return older
 
 
 def small_config(**sections):

@@ -29,6 +29,8 @@ _UNET_FIXED = {  # models/unets/unet_2d.py, UNet2DModel.__init__
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
 }
+_DOWN_TYPES = ("DownBlock2D", "AttnDownBlock2D")  # without and with attention
+_UP_TYPES = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 _UNET_READ = ("_class_name", "sample_size", "in_channels", "out_channels", "down_block_types",
               "up_block_types", "block_out_channels", "layers_per_block", "dropout",
               "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
@@ -95,41 +97,6 @@ def _integer(config, field, default, where):
     return value
 
 
-_UP_TYPES = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
-_DOWN_TYPES = ("DownBlock2D", "AttnDownBlock2D")  # without and with attention
-
-
-def _attending(config, levels, where):
-    """The levels with attention, from the finest = 0."""
-    down = config.get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3)
-    up = config.get("up_block_types", ["AttnUpBlock2D"] * 3 + ["UpBlock2D"])
-    if len(down) != levels:
-        raise UserError(f"{where}: down_block_types={down} do not match {levels} "
-                        "block_out_channels")
-    for kind in down:
-        if kind not in _UP_TYPES:
-            raise UserError(f"{where}: down_block_types has {kind!r}, not one of "
-                            f"{list(_UP_TYPES)}")
-    if list(up) != [_UP_TYPES[kind] for kind in reversed(down)]:
-        raise UserError(f"{where}: up_block_types={up} is not down_block_types mirrored")
-    return [i for i, kind in enumerate(down) if kind == _DOWN_TYPES[True]]
-
-
-def _refuse_other_shapes(config, widths, attending, groups, where):
-    """Fields that are free in diffusers and follow from others in the paper's network."""
-    heads = config.get("attention_head_dim", 8)
-    for width in [widths[i] for i in attending] + [widths[-1]]:
-        if heads is not None and heads != width:
-            raise UserError(f"{where}: attention_head_dim={heads!r} cuts {width} channels into "
-                            "several heads; the paper's attention has one (null)")
-    if config.get("attn_norm_num_groups") not in (None, groups):
-        raise UserError(f"{where}: attn_norm_num_groups={config['attn_norm_num_groups']} differs "
-                        f"from norm_num_groups={groups}")
-    if config.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        raise UserError(f"{where}: time_embedding_dim={config['time_embedding_dim']} is not "
-                        f"4 x {widths[0]}")
-
-
 def model_fields(config: Mapping, where="unet config") -> dict:
     """{'model': {...}, 'data': {...}} of our config from a UNet2DModel's config.json.
 
@@ -143,15 +110,25 @@ def model_fields(config: Mapping, where="unet config") -> dict:
         size = size[0]
     size = _integer({"sample_size": size}, "sample_size", None, where)
     widths = config.get("block_out_channels", [224, 448, 672, 896])
+    down = config.get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3)
     if any(w % widths[0] for w in widths):
         raise UserError(f"{where}: block_out_channels={widths} are no multiples of the first")
-    attending = _attending(config, len(widths), where)
+    if len(down) != len(widths):
+        raise UserError(f"{where}: down_block_types={down} do not match {len(widths)} "
+                        "block_out_channels")
+    up = [_row(_UP_TYPES, {"down_block_types": kind}, "down_block_types", None, where)
+          for kind in reversed(down)]
+    attending = [i for i, kind in enumerate(down) if kind == _DOWN_TYPES[True]]
     groups = _integer(config, "norm_num_groups", 32, where)
-    _refuse_other_shapes(config, widths, attending, groups, where)
     channels = _integer(config, "in_channels", 3, where)
-    if config.get("out_channels", 3) != channels:
-        raise UserError(f"{where}: out_channels={config.get('out_channels', 3)} differs from "
-                        f"in_channels={channels} (a learned variance is not supported)")
+    heads = {widths[i] for i in (*attending, -1)}  # channels of a head, where there is one head
+    _refuse_other(config, {
+        "up_block_types": (["AttnUpBlock2D"] * 3 + ["UpBlock2D"], (up,)),
+        "attention_head_dim": (8, (None, *heads) if len(heads) == 1 else (None,)),
+        "attn_norm_num_groups": (None, (None, groups)),
+        "time_embedding_dim": (None, (None, 4 * widths[0])),
+        "out_channels": (3, (channels,)),  # a learned variance there is not the paper's
+    }, where)
     return {
         "model": {
             "ch": widths[0],
@@ -203,11 +180,10 @@ def unet_config(model: UNet) -> dict:
                  if s.kind == "attention" and s.name.startswith("down_")}
     sizes = [model.image_size >> i for i in range(len(model.ch_mult))]
     down = [_DOWN_TYPES[size in attending] for size in sizes]
-    fixed = {field: allowed[0] for field, (_, allowed) in _UNET_FIXED.items()}
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": FORMAT_VERSION,
-        **fixed,
+        **{field: allowed[0] for field, (_, allowed) in _UNET_FIXED.items()},
         "attention_head_dim": None,
         "attn_norm_num_groups": None,
         "block_out_channels": [model.ch * m for m in model.ch_mult],
@@ -240,6 +216,7 @@ def scheduler_config(config: Mapping, betas) -> dict:
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": FORMAT_VERSION,
+        **{field: allowed[0] for field, (_, allowed) in _SCHEDULER_FIXED.items()},
         "num_train_timesteps": diffusion["num_timesteps"],
         "beta_start": schedule.get("beta_start", 0.0001),
         "beta_end": schedule.get("beta_end", 0.02),
@@ -247,12 +224,8 @@ def scheduler_config(config: Mapping, betas) -> dict:
         "trained_betas": None if theirs else [float(b) for b in betas],
         "variance_type": diffusion["variance"],
         "clip_sample": bool(config["sampler"]["clip_denoised"]),
-        "clip_sample_range": 1.0,
         "prediction_type": predictions[diffusion["predict"]],
-        "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
         "timestep_spacing": "leading",
-        "steps_offset": 0,
-        "rescale_betas_zero_snr": False,
     }
