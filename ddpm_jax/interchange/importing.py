@@ -8,10 +8,9 @@ import os
 import re
 
 import jax
-from ml_collections import ConfigDict
 
 from ddpm_jax import experiment
-from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.config import flatten, from_json, load_config, to_json
 from ddpm_jax.interchange import parameter_names, parity
 from ddpm_jax.interchange.diffusers.read import fetch_from_hub, open_diffusers
 from ddpm_jax.interchange.official import open_official
@@ -90,12 +89,10 @@ def base_config(path, data):
 
 def _with_fields(config, fields):
     """A copy of ``config`` in which ``fields`` {section: {field: value}} are set."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked(), config.ignore_type():
-        for section, values in fields.items():
-            for field, value in values.items():
-                config[section][field] = ConfigDict(value) if isinstance(value, dict) else value
-    return config
+    stored = to_json(config)
+    for section, values in fields.items():
+        stored[section] |= values
+    return from_json(stored)
 
 
 def _overrides(before, after):
