@@ -1,5 +1,11 @@
-"""Other libraries' training steps, for `ddpm bench step --compare`: the same U-Net and batch."""
+"""Other libraries' training steps, for `ddpm bench step --compare`: the same U-Net and batch.
 
+torch and diffusers are optional dependencies, imported when a comparison is wanted.
+"""
+
+import numpy as np
+
+from ddpm_jax.diffusion.schedule import Schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import network
 from ddpm_jax.interchange.diffusers.fields import unet_config
@@ -27,7 +33,7 @@ def unet(config):
     return diffusers.UNet2DModel(**{k: v for k, v in fields.items() if not k.startswith("_")})
 
 
-def training(name: str, config):
+def training(name: str, config, schedule: Schedule):
     """-> (a call of STEPS training steps that waits for the last, STEPS).
 
     Adam, clip to config.train.clip_norm, EMA; bf16 autocast and channels_last where the config
@@ -43,10 +49,7 @@ def training(name: str, config):
     average = [p.detach().clone() for p in model.parameters()]
     adam = torch.optim.Adam(model.parameters(), lr=config.optimizer.learning_rate, fused=True)
     steps = config.diffusion.num_timesteps
-    law = config.diffusion.schedule
-    betas = torch.linspace(law.get("beta_start", 1e-4), law.get("beta_end", 0.02), steps,
-                           dtype=torch.float64)
-    signal = torch.cumprod(1 - betas, 0).float().to(device)
+    signal = torch.tensor(np.asarray(schedule.alphas_cumprod), device=device)
     shape = (config.train.batch_size, config.data.channels,
              config.data.image_size, config.data.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)

@@ -41,7 +41,7 @@ def step(bench: Bench) -> list[dict]:
     first = first_call(run)
     candidates, scale = {"ddpm_jax": run}, {"ddpm_jax": steps}
     if compare:
-        candidates[compare], scale[compare] = peers.training(compare, exp.config)
+        candidates[compare], scale[compare] = peers.training(compare, exp.config, exp.schedule)
     times = {name: [t / scale[name] for t in seconds]
              for name, seconds in bench.rounds(candidates).items()}
     if bench.profile:

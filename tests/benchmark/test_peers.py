@@ -8,14 +8,15 @@ from ddpm_jax.errors import UserError
 
 
 def digits():
+    """-> (config, schedule)"""
     config = load_config("digits")
     config.train.update(clip_replicas=1, batch_size=4)
-    return config
+    return config, experiment.build(config, jax.devices()[:1]).schedule
 
 
 def test_unknown_peers_are_listed():
     with pytest.raises(UserError, match="'keras' is not known; known: diffusers"):
-        peers.training("keras", digits())
+        peers.training("keras", *digits())
 
 
 @pytest.mark.peer
@@ -36,6 +37,6 @@ def test_the_peer_is_the_same_network(name):
 @pytest.mark.peer
 def test_the_peer_trains():
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    run, steps = peers.training("diffusers", digits())
+    run, steps = peers.training("diffusers", *digits())
     run()
     assert steps == peers.STEPS
