@@ -6,7 +6,13 @@ import numpy as np
 
 from ddpm_jax.evaluation import features
 from ddpm_jax.evaluation.evaluate import make_context, model_subject
-from ddpm_jax.evaluation.metrics import COLLECTIVE, METRICS, collect_features, make_extractor
+from ddpm_jax.evaluation.metrics import (
+    COLLECTIVE,
+    METRICS,
+    collect_features,
+    make_extractor,
+    value_names,
+)
 from ddpm_jax.evaluation.options import ALONG_NUM, Options
 from ddpm_jax.evaluation.session import Session
 from ddpm_jax.parallel import hosts
@@ -49,10 +55,11 @@ def evaluate_along(model: features.Model, options: Options, session: Session, *,
 def _scores(context, rows, found, look) -> dict:
     samples = {name.rpartition(" ")[0]: values for name, values in found.items()
                if name.endswith(f" {look}")}
+    shown = value_names([n for n in context.options.metrics if METRICS[n].along],
+                        context.protocol)
     values = {}
     for row in rows:
         if hosts.is_main_process() or row.needs & COLLECTIVE:
-            values |= {name: v for name, v in row.compute(context, samples).values.items()
-                       if row.along and name.startswith(row.along) and isinstance(v, float)
-                       and not name.endswith(HIDDEN)}
-    return values
+            values |= row.compute(context, samples).values
+    return {name: v for name, v in values.items() if name.startswith(shown)
+            and isinstance(v, float) and not name.endswith(HIDDEN)}

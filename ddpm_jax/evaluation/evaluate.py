@@ -15,6 +15,7 @@ from ddpm_jax.evaluation.metrics import (
     default_num,
     make_extractor,
     splits_of,
+    with_implied,
 )
 from ddpm_jax.evaluation.options import NN_QUERIES, Options
 from ddpm_jax.evaluation.session import Session
@@ -23,28 +24,29 @@ from ddpm_jax.parallel import hosts
 # ---- checks, before anything is computed ----
 
 
-def _known(flag, name, table):
+def _known(field, name, table):
     if name not in table:
-        raise UserError(f"--{flag}={name} is not known; known: {', '.join(table)}")
+        raise UserError(f"{field}={name} is not known; known: {', '.join(table)}")
 
 
 def check_options(options: Options, *, of_model: bool = True) -> protocols.Protocol:
     """The protocol meant. UserError for a name or number that cannot work, or for a metric of a
     model where images are given."""
+    prefix = options.prefix
     if not options.metrics:
-        raise UserError(f"--metrics is empty; known: {', '.join(METRICS)}")
+        raise UserError(f"{prefix}metrics is empty; known: {', '.join(METRICS)}")
     for name in options.metrics:
-        _known("metrics", name, METRICS)
-    _known("protocol", options.protocol, protocols.PROTOCOLS)
+        _known(f"{prefix}metrics", name, METRICS)
+    _known(f"{prefix}protocol", options.protocol, protocols.PROTOCOLS)
     protocol = protocols.PROTOCOLS[options.protocol]
     quantise = options.quantise or protocol.quantise
-    _known("quantise", quantise, protocols.QUANTISE)
+    _known(f"{prefix}quantise", quantise, protocols.QUANTISE)
     for name in ("num", "bpd_num", "batch_size", "steps", "crop"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+            raise UserError(f"{prefix}{name}={value} must be at least 1")
     if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed={options.seed} must be in 0 ... 2**32-1")
+        raise UserError(f"{prefix}seed={options.seed} must be in 0 ... 2**32-1")
     for name in options.metrics:
         if MODEL in METRICS[name].needs and not of_model:
             raise UserError(f"--samples: {name} is of a model, not of images; leave it out of "
@@ -52,16 +54,32 @@ def check_options(options: Options, *, of_model: bool = True) -> protocols.Proto
     return protocol._replace(quantise=quantise)
 
 
-def _number_of_samples(subject, options, protocol) -> int:
+def number_of_samples(subject, options, protocol) -> int:
     num = options.num or (subject.num if subject.num is not None
                           else default_num(options.metrics))
     if subject.num is not None and num > subject.num:
-        raise UserError(f"--num={num}: there are only {subject.num} images")
+        raise UserError(f"{options.prefix}num={num}: there are only {subject.num} images")
     for name in options.metrics:
         metric = METRICS[name]
         if metric.parts and num < metric.least(protocol):
-            raise UserError(f"--num={num}: {name} needs {metric.least(protocol)} images or more")
+            raise UserError(f"{options.prefix}num={num}: {name} needs {metric.least(protocol)} "
+                            "images or more")
     return num
+
+
+def _check_sizes(options, protocol, sources):
+    """Real images are as few as samples: at least Metric.least of each split, or two halves."""
+    for name in options.metrics:
+        metric = METRICS[name]
+        if REALS not in metric.needs or not metric.parts:
+            continue
+        least = metric.least(protocol)
+        needed = dict.fromkeys(("train", "test"), least) if "test" in sources else {
+            "train": 2 * least}
+        for split, number in needed.items():
+            if len(sources[split]) < number:
+                raise UserError(f"{options.prefix}metrics={name} needs {number} real images or "
+                                f"more; {sources.name}, split {split}, has {len(sources[split])}")
 
 
 def load_weights(options: Options) -> weights.Weights:
@@ -92,8 +110,7 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
     UserError."""
     protocol = check_options(options, of_model=subject.model is not None)
     if subject.model is not None:
-        implied = [name for metric in options.metrics for name in METRICS[metric].implies]
-        options = options._replace(metrics=tuple(dict.fromkeys((*options.metrics, *implied))))
+        options = options._replace(metrics=with_implied(options.metrics))
     rows = [METRICS[name] for name in options.metrics]
     needs = frozenset().union(*(row.needs for row in rows))
     if REALS in needs and session.sources is None:
@@ -101,6 +118,8 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
                         "images; add --dataset=NAME")
     if MODEL in needs:
         splits_of(options, session.sources)
+    if REALS in needs:
+        _check_sizes(options, protocol, session.sources)
     inception = reference = None
     warnings = []
     if any("inception" in row.parts for row in rows):
@@ -127,7 +146,7 @@ def evaluate(subject: features.Subject, options: Options, session: Session) -> t
     """
     context = make_context(subject, options, session)
     options = context.options
-    num = _number_of_samples(subject, options, context.protocol)
+    num = number_of_samples(subject, options, context.protocol)
     rows = [METRICS[name] for name in options.metrics]
     samples = _collect_samples(context, rows, num)
     values, pictures, records = {}, {}, []

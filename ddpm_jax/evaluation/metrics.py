@@ -54,14 +54,15 @@ class Result(NamedTuple):
 class Metric(NamedTuple):
     """parts: of `extract.PARTS`, taken of every sample (() where no sample is needed; SPACE: the
     best features at hand); needs: what must be there besides; num: samples by default; least: the
-    fewest, by protocol; along: prefixes of the values shown along the chain; implies: metrics of a
-    model that belong to it."""
+    fewest, by protocol; values: what the names of its main values begin with; along: whether these
+    are shown along the chain; implies: metrics of a model that belong to it."""
     compute: Callable
     parts: tuple = ()
     needs: frozenset = frozenset()
     num: int = DEFAULT_NUM
     least: Callable = lambda protocol: 2
-    along: tuple = ()
+    values: tuple = ()
+    along: bool = False
     implies: tuple = ()
 
 
@@ -188,8 +189,8 @@ def splits_of(options, sources) -> tuple:
     """The splits whose bits/dim are measured. Raises UserError for one that does not exist."""
     for split in options.splits or ():
         if split not in sources:
-            raise UserError(f"--splits={','.join(options.splits)}: the dataset has no split "
-                            f"{split!r}; it has {', '.join(sources)}")
+            raise UserError(f"{options.prefix}splits={','.join(options.splits)}: {sources.name} "
+                            f"has no split {split!r}; it has {', '.join(sources)}")
     return options.splits or tuple(s for s in ("train", "test") if s in sources)
 
 
@@ -227,18 +228,35 @@ def bits_per_dim(context, samples) -> Result:
 
 
 METRICS = {
-    "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0),
-    "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, along=("fid",)),
-    "is": Metric(inception_score, ("inception",), num=REPORTED_NUM, along=("is_",),
-                 least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score][1]),
-    "kid": Metric(kid, ("inception",), frozenset({REFERENCE})),
+    "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0, values=tuple(
+        f"{name}_{{split}}" for name in ("bpd", "rate", "distortion", "prior", "rmse",
+                                         "eps_loss"))),
+    "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, values=("fid",),
+                  along=True),
+    "is": Metric(inception_score, ("inception",), num=REPORTED_NUM,
+                 least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score][1],
+                 values=("{inception_score}",), along=True),
+    "kid": Metric(kid, ("inception",), frozenset({REFERENCE}), values=("kid",)),
     "pr": Metric(precision_recall, ("inception",), frozenset({REFERENCE}),
-                 least=lambda protocol: scores.NEIGHBOURS + 1),
+                 least=lambda protocol: scores.NEIGHBOURS + 1, values=("precision", "recall")),
     "nn": Metric(nearest_neighbours, ("images", SPACE), frozenset({REALS}), NN_QUERIES,
-                 least=lambda protocol: 1),
-    "offline": Metric(offline, _OFFLINE_PARTS, frozenset({REALS}), along=("FD-",),
-                      implies=("bpd",)),
+                 least=lambda protocol: 1, values=("nn_",)),
+    "offline": Metric(offline, _OFFLINE_PARTS, frozenset({REALS}), values=("FD-cnn", "FD-rand@"),
+                      along=True, implies=("bpd",)),
 }
+
+
+def with_implied(names) -> tuple:
+    """These metrics and what they imply of a model."""
+    implied = [name for metric in names for name in METRICS[metric].implies]
+    return tuple(dict.fromkeys((*names, *implied)))
+
+
+def value_names(names, protocol, splits=("",)) -> tuple:
+    """What the names of the metrics' main values begin with."""
+    return tuple(dict.fromkeys(
+        value.format(split=split, inception_score=protocol.inception_score)
+        for name in names for split in splits for value in METRICS[name].values))
 
 
 def default_num(names) -> int:

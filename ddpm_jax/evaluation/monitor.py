@@ -2,8 +2,16 @@
 
 from typing import Any, NamedTuple
 
-from ddpm_jax.evaluation.evaluate import evaluate_run
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.evaluate import (
+    check_options,
+    evaluate_run,
+    make_context,
+    model_subject,
+    number_of_samples,
+)
 from ddpm_jax.evaluation.features import Model
+from ddpm_jax.evaluation.metrics import METRICS, REFERENCE, value_names
 from ddpm_jax.evaluation.options import Options, StoppedError
 from ddpm_jax.evaluation.session import session_of
 from ddpm_jax.parallel import hosts
@@ -19,11 +27,36 @@ class _At(NamedTuple):
         return self.stop.requested(self.step)
 
 
-def options_of(config) -> Options:
-    """The options that config.eval describes."""
+def options_of(exp, sources) -> Options:
+    """The options that config.eval describes. The bound of one split is enough for a monitor: test
+    where there is one."""
+    config = exp.config.eval
     return Options(
-        metrics=tuple(m.strip() for m in config.eval.metrics.split(",")), protocol="monitor",
-        num=config.eval.num, bpd_num=config.eval.bpd_num)
+        metrics=tuple(m.strip() for m in config.metrics.split(",") if m.strip()),
+        protocol="monitor", num=config.num, bpd_num=config.bpd_num, prefix="config.eval.",
+        splits=("test" if "test" in sources else "train",))
+
+
+def check(exp) -> None:
+    """Raise UserError, before the first step, for what would end the first evaluation: names,
+    numbers, weights, sizes of the data set and config.eval.best."""
+    session = session_of(exp)
+    options, best = options_of(exp, session.sources), exp.config.eval.best
+    protocol = check_options(options)
+    compared = [name for name in options.metrics if REFERENCE in METRICS[name].needs]
+    if compared:
+        raise UserError(f"config.eval.metrics={compared[0]} compares with reference statistics, "
+                        "which training does not take; run `ddpm evaluate --reference=FILE` on a "
+                        "checkpoint")
+    subject = model_subject(Model(exp, None, {"weights": "ema"}), options, session)
+    context = make_context(subject, options, session)
+    number_of_samples(subject, options, protocol)
+    known = value_names(context.options.metrics, protocol, options.splits)
+    if session.sources["train"].labels is None:
+        known = tuple(name for name in known if name != "FD-cnn")
+    if best and not best.startswith(known):
+        raise UserError(f"config.eval.best={best} is not among the values of config.eval.metrics="
+                        f"{exp.config.eval.metrics}; known: {', '.join(known)}")
 
 
 def periodic(*, classifier_dir=None, stop=None):
@@ -39,10 +72,7 @@ def periodic(*, classifier_dir=None, stop=None):
         nonlocal session
         session = session or session_of(exp)
         session.stop = stop and _At(stop, step)
-        # The bound of one split is enough for a monitor: test where there is one.
-        split = "test" if "test" in session.sources else "train"
-        options = options_of(exp.config)._replace(
-            classifier_dir=classifier_dir, splits=(split,))
+        options = options_of(exp, session.sources)._replace(classifier_dir=classifier_dir)
         try:
             records, _ = evaluate_run(
                 Model(exp, params, {"step": step, "weights": "ema"}), options, session)

@@ -30,6 +30,7 @@ class Options(NamedTuple):
     force: bool = False
     keep_images: bool = False
     crop: int | None = None
+    prefix: str = "--"      # of the names of these options in messages
 
 
 class StoppedError(Exception):
