@@ -19,7 +19,7 @@ def _root(cov):
 def trace_sqrt_product(cov1, cov2) -> float:
     """tr((cov1 cov2)^(1/2)) of two symmetric positive semidefinite float64 [D,D].
 
-    The eigenvalues of cov1^(1/2) cov2 cov1^(1/2); where one of them is too small to be told from
+    The eigenvalues of cov1^(1/2) cov2 cov1^(1/2); where one of them is too small to be distinguished from
     rounding (rank-deficient input), the singular values of A'B with cov1 = AA', cov2 = BB', which
     keep their relative precision. scipy's sqrtm is never needed.
     """

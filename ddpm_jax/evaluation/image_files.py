@@ -1,4 +1,4 @@
-"""Anybody's images: a folder of PNG or the .npz of ADM's evaluator."""
+"""Given images: a folder of PNG or the .npz of ADM's evaluator."""
 
 import hashlib
 import io

@@ -12,7 +12,7 @@ OFFLINE_NOTE = "not comparable with published FID: compare only equal keys, at e
 
 
 def fid(pool_3, reference) -> dict:
-    """Against a references.Reference; says so where there are too few images to mean anything."""
+    """Against a references.Reference; with a warning where there are too few images for a FID."""
     found = moments.of(pool_3, reference.mu)
     values = {"fid": frechet_distance(*moments.finish(found), reference.mu, reference.sigma),
               "fid_n": found.n}

@@ -1,7 +1,8 @@
-"""The two ways in which the paper's authors measured, by name.
+"""The two evaluation protocols of the paper's authors, by name.
 
 `paper`: the reported numbers (appendix B: OpenAI's IS and TTUR's FID on 50,000 samples).
-`monitor`: what the official TPU program computed during training (tfgan, tpu_utils.py:76-109).
+`monitor`: what the official TPU program computed during training (tfgan;
+hojonathanho/diffusion, tpu_utils.py:76-109).
 They share network and resize; numbers of one are never compared with those of the other.
 """
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 
 def round_to_integer(x):
-    """[-1,1] -> [0,255], nearest integer, halves up: what most evaluators of images assume."""
+    """[-1,1] -> [0,255], nearest integer, halves up: what most evaluations of images assume."""
     return jnp.clip(jnp.floor(x * 127.5 + 128.0), 0, 255)
 
 

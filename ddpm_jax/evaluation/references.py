@@ -1,4 +1,5 @@
-"""Statistics of real images, with what decides whether samples may be compared to them."""
+"""Statistics of real images, with the facts that decide whether samples may be compared with them.
+"""
 
 import hashlib
 from typing import NamedTuple
@@ -37,7 +38,7 @@ def identity(reference: Reference) -> str:
 
 
 def save(path, reference: Reference, *, overwrite: bool = False) -> None:
-    """Written whole or not at all. UserError when the file is there."""
+    """Raises UserError where the file exists."""
     if not str(path).endswith(".npz"):
         raise UserError(f"{path}: a reference must end in .npz")
     if files.exists(path) and not overwrite:
@@ -53,7 +54,7 @@ def save(path, reference: Reference, *, overwrite: bool = False) -> None:
 
 
 def load(path) -> Reference:
-    """A file of `save`, or anybody's npz with mu and sigma (TTUR, EDM): then without provenance."""
+    """A file of `save`, or another tool's npz with mu and sigma (TTUR, EDM), without provenance."""
     arrays = files.read_npz(path)
     missing = {"mu", "sigma"} - arrays.keys()
     if missing:
@@ -81,16 +82,16 @@ def differences(reference: Reference, **expected) -> list[str]:
 
 
 def check(reference: Reference, *, force: bool = False, **expected) -> list[str]:
-    """Warnings to print and store. UserError where the two must not be mixed and force is off."""
+    """Warnings to print and store. UserError where they may not be compared and force is off."""
     found = differences(reference, **expected)
     if len(reference.mu) != 2048:
         raise UserError(f"{reference.path}: {len(reference.mu)}-d statistics; FID needs 2048 "
                         "(pool_3)")
     if found and not force:
         raise UserError(f"reference {reference.path} does not fit: {'; '.join(found)}; make one "
-                        "with `ddpm reference`, or add --force to get a number that says so")
+                        "with `ddpm reference`, or add --force for a number marked as forced")
     warnings = [f"forced: {text}" for text in found]
     if reference.protocol is None:
         warnings.append(f"{reference.path}: unknown protocol (no resize, precision or weights "
-                        "stored with it); the number may be off")
+                        "stored with it); the number may not be comparable")
     return warnings

@@ -78,7 +78,7 @@ def mmd2_unbiased(x, y) -> float:
 def kid(real, fake, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> dict:
     """Unbiased KID: mean over random subsets and its spread over them (the paper's convention).
 
-    real, fake [N,D]. The subset size is lowered to the smaller set, and said.
+    real, fake [N,D]. The subset size is lowered to the smaller set, and returned.
     """
     size = min(size, len(real), len(fake))
     if size < 2:
@@ -107,7 +107,7 @@ def radii(features, k: int, block: int = BLOCK) -> np.ndarray:
     for s in range(0, len(features), block):
         d = squared_distances(features[s:s + block], features)
         rows = np.arange(len(d))
-        d[rows, s + rows] = -1       # itself, whatever rounding says
+        d[rows, s + rows] = -1       # itself, whatever the rounding
         out[s:s + block] = np.partition(d, k, axis=1)[:, k]
     return out
 

@@ -1,4 +1,4 @@
-"""Anybody's images: PNG folders and ADM's npz."""
+"""Given images: PNG folders and ADM's npz."""
 
 import numpy as np
 import pytest
