@@ -39,7 +39,7 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _compiled(rows: list[dict]) -> str:
-    """A table of compilations; those with a machine's chip also say whether they fit."""
+    """A table of compilations; those with a machine's chip also show whether they fit."""
     lines = []
     for r in rows:
         name = r.get("cell") or " ".join(

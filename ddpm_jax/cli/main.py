@@ -70,8 +70,8 @@ def main(argv: list[str]) -> int:
 
 
 def _leave_pod(error: BaseException) -> int:
-    """Exit status of bad input; in a pod, ends the process rather than wait 300 s for the others,
-    and tells a save that failed for a lost peer (restart) from one that a user must mend."""
+    """Exit status of bad input; in a pod, ends the process rather than wait 300 s for the others.
+    A save that failed because a peer was lost ends with EXIT_LOST (restart)."""
     exit_codes = sys.modules.get("ddpm_jax.parallel.exit_codes")
     if exit_codes is None:
         return USER_ERROR

@@ -29,11 +29,11 @@ class Compilation(NamedTuple):
 def enable_compilation_cache(directory: str | None = None, *, min_seconds: float = 0.1):
     """Keep compiled programs in `directory` between runs; returns its path, or None where off.
 
-    The order is: `directory`, what JAX was told (JAX_COMPILATION_CACHE_DIR), the default
+    The order is: `directory`, JAX's own setting (JAX_COMPILATION_CACHE_DIR), the default
     ~/.cache/ddpm_jax/xla. An empty JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=false or
-    a folder that cannot be made leaves the cache off: a run never fails for want of it.
+    a folder that cannot be made leaves the cache off: a run never fails for lack of it.
     Programs that compile faster than `min_seconds` are not kept, unless
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise. On a GPU the results of XLA's
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set. On a GPU the results of XLA's
     autotuning are kept in the same folder. Call it before the first compilation.
     """
     if directory is None:

@@ -1,8 +1,8 @@
 """What a compiled program does, read line by line from the text of its optimised HLO.
 
-The entry computation lists what runs; a fusion is one kernel, a loop's body runs as often as its
-trip count says. That gives kernels, bytes and collectives of a step without running it. Bytes are
-an estimate of traffic: every operand and result of a kernel once, caches ignored.
+The entry computation lists what runs; a fusion is one kernel, a loop's body runs trip-count times.
+That gives kernels, bytes and collectives of a step without running it. Bytes are an estimate of
+traffic: every operand and result of a kernel once, caches ignored.
 """
 
 import collections
@@ -48,7 +48,7 @@ class Program(NamedTuple):
 
 class Kernel(NamedTuple):
     """One launch. name: as XLA names it, without number; kind: a row of CLASSES; bytes: operands
-    and results in full; sliced: only the parts of them that are touched, where a slice says so;
+    and results in full; sliced: only the parts of them that are touched, where they are sliced;
     runs: how often a call of the program runs it."""
 
     name: str
@@ -124,7 +124,7 @@ def parse(text: str) -> Program:
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:
-    """How often a `while` runs, where the compiler says so or its condition is `i < constant`."""
+    """How often a `while` runs, where the compiler states it or the condition is `i < constant`."""
     known = re.search(r'known_trip_count[^0-9]*(\d+)', loop.rest)
     if known:
         return int(known[1])

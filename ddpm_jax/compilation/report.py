@@ -1,8 +1,8 @@
-"""Trace, lower and compile a program by stages, and say what came of it as plain data.
+"""Trace, lower and compile a program stage by stage, with a report as plain data.
 
 Times are wall and CPU seconds of this process. Sizes and counts come from the compiler's own text,
-memory analysis and cost analysis; what a backend does not answer, or answers with nonsense, is
-None and prints as n/a.
+memory analysis and cost analysis; a figure that a backend lacks, or that is negative or not finite,
+is None and prints as n/a.
 """
 
 import contextlib
@@ -12,9 +12,13 @@ import os
 import pathlib
 import platform
 import time
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.lib import _jax  # portable artifacts have no public writer
+from jax._src.lib.mlir.dialects import hlo as dialect
+from jax.experimental import serialize_executable
 
 from ddpm_jax.compilation import hlo
 from ddpm_jax.compilation.cache import without_compilation_cache
@@ -90,7 +94,7 @@ def cost(compiled) -> dict[str, float | None]:
     """XLA's own cost model for one device: estimated, bodies of loops counted once."""
     try:
         model = compiled.cost_analysis() or {}
-    except Exception:  # a backend without a cost model raises what it likes
+    except Exception:  # a backend without a cost model raises its own type
         model = {}
     if isinstance(model, list):
         model = model[0] if model else {}
@@ -113,8 +117,6 @@ def memory(compiled) -> dict[str, int | None]:
 
 def versions() -> dict[str, str]:
     """Everything that decides what a compiler makes of a program."""
-    from importlib import metadata
-
     found = {}
     for name in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -135,7 +137,7 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
     jitted: what jax.jit or jax.pmap returns. options: XLA's compiler options. programs_cache=False
     leaves the persistent cache alone (it cannot read programs for absent devices back).
     Raises UserError for an option that XLA does not know. A program that does not fit the device's
-    memory is no error: `compiled` is None and report['fits'] False, with XLA's words.
+    memory is no error: `compiled` is None and report['fits'] False, with XLA's message.
     """
     seconds: dict[str, dict[str, float]] = {}
     with _clock(seconds, "trace"):
@@ -157,13 +159,13 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
     try:
         with cached(), _clock(seconds, "compile"):
             compiled = lowered.compile(compiler_options=dict(options or {}) or None)
-    except Exception as error:  # XlaRuntimeError, ValueError: told apart by their words
-        words = " ".join(str(error).split())
-        if "No such compile option" in words or "compile option" in words.lower():
-            raise UserError(f"compiler_options: {words[:200]}") from error
-        if "RESOURCE_EXHAUSTED" not in words and "out of memory" not in words.lower():
+    except Exception as error:  # XlaRuntimeError, ValueError: distinguished by their messages
+        message = " ".join(str(error).split())
+        if "compile option" in message.lower():
+            raise UserError(f"compiler_options: {message[:200]}") from error
+        if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
             raise
-        return Compiled({**report, "fits": False, "why": words[:600]}, lowered, None)
+        return Compiled({**report, "fits": False, "why": message[:600]}, lowered, None)
     report |= {"hlo": hlo.summary(compiled.as_text()), "memory": memory(compiled),
                "cost": cost(compiled), "executable_bytes": executable_bytes(compiled)}
     return Compiled(report, lowered, compiled)
@@ -172,10 +174,8 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
 def executable_bytes(compiled) -> int | None:
     """Size of the serialised executable, None where the backend cannot serialise it."""
     try:
-        from jax.experimental import serialize_executable
-
         return len(serialize_executable.serialize(compiled)[0])
-    except Exception:  # not every backend can, and each says so in its own way
+    except Exception:  # a backend that cannot raises its own type
         return None
 
 
@@ -215,11 +215,8 @@ def portable_artifact(lowered) -> bytes | None:
     """The module as versioned StableHLO bytecode, which other tools and later versions read; None
     where it holds operations that StableHLO does not have. Shardings stay as attributes of the
     dialect that JAX writes them in (sdy)."""
-    from jax._src.lib import _jax
-    from jax._src.lib.mlir.dialects import hlo as stablehlo
-
-    version = stablehlo.get_version_from_compatibility_requirement(
-        stablehlo.StablehloCompatibilityRequirement.WEEK_12)
+    version = dialect.get_version_from_compatibility_requirement(
+        dialect.StablehloCompatibilityRequirement.WEEK_12)
     module = lowered.compiler_ir("stablehlo")
     try:
         # The last argument keeps what is not StableHLO (sdy) beside it instead of refusing.
@@ -257,7 +254,7 @@ def _top(table: dict, count: int) -> str:
 
 
 def render(report: dict) -> str:
-    """The report as lines for a terminal. Estimated figures say so."""
+    """The report as lines for a terminal. Estimated figures are marked."""
     rows: list[tuple[str, str]] = []
     about, seconds = report.get("about", {}), report["seconds"]
     for key in ("program", "config", "machine", "runner", "dtype", "batch", "step"):

@@ -26,7 +26,7 @@ class Times(NamedTuple):
 
 
 def rounds(candidates: dict[str, Callable[[], None]], *, repeats: int, seconds: float):
-    """Time every candidate once a round, in turn, so that a busy machine troubles all alike.
+    """Time every candidate once a round, in turn, so that other load affects all alike.
 
     Ends after `repeats` rounds, or earlier once `seconds` have passed and three rounds are done.
     -> {name: [seconds of each round]}. A candidate returns when its work is done.

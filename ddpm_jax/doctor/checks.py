@@ -119,7 +119,7 @@ def check_devices(timeout=120) -> Finding:
 
 
 def check_workdir(workdir: str) -> list[Finding]:
-    """Write, read, list and delete a small file; on gs:// also what Orbax asks of the bucket."""
+    """Write, read, list and delete a small file; on gs:// also Orbax' permission on the bucket."""
     findings = []
     if workdir.startswith("gs://"):
         findings.append(_check_bucket(workdir[5:].split("/")[0]))
