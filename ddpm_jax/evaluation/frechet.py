@@ -19,9 +19,9 @@ def _root(cov):
 def trace_sqrt_product(cov1, cov2) -> float:
     """tr((cov1 cov2)^(1/2)) of two symmetric positive semidefinite float64 [D,D].
 
-    The eigenvalues of cov1^(1/2) cov2 cov1^(1/2); where one of them is too small to be distinguished from
-    rounding (rank-deficient input), the singular values of A'B with cov1 = AA', cov2 = BB', which
-    keep their relative precision. scipy's sqrtm is never needed.
+    The eigenvalues of cov1^(1/2) cov2 cov1^(1/2); where one of them is too small to be
+    distinguished from rounding (rank-deficient input), the singular values of A'B with cov1 = AA',
+    cov2 = BB', which keep their relative precision. scipy's sqrtm is never needed.
     """
     a, values = _root(cov1)
     full_rank = values[0] > RANK_TOLERANCE * max(values[-1], np.finfo(np.float64).tiny)

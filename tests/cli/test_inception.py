@@ -11,7 +11,7 @@ HERE = pathlib.Path(__file__).parents[1]
 
 
 def handmade(name):
-    path = HERE / "evaluation" / "test_weights.py"
+    path = HERE / "evaluation" / "inception" / "test_weights.py"
     spec = importlib.util.spec_from_file_location("weights_tests", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
