@@ -15,8 +15,8 @@ from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.runners import RUNNERS
 from ddpm_jax.training import rng
+from ddpm_jax.training.gradients import Clip
 from ddpm_jax.training.optimizer import EPS_RULES
-from ddpm_jax.training.steps import Clip
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 CLIP_SCOPES = {
@@ -125,7 +125,7 @@ def row(registry: dict, field: str, name):
     return registry[name]
 
 
-def _positive(config, *fields):
+def _at_least_1(config, *fields):
     for field in fields:
         value = config
         for part in field.split("."):
@@ -134,49 +134,60 @@ def _positive(config, *fields):
             raise UserError(f"config.{field}={value} must be at least 1")
 
 
-def check(config: ConfigDict, num_devices: int) -> None:
-    """Raise UserError at the first field whose value cannot work on ``num_devices`` devices."""
-    _positive(config, "train.steps", "train.batch_size", "train.accumulation",
-              "train.steps_per_dispatch", "train.log_every", "diffusion.num_timesteps",
-              "checkpoint.every", "checkpoint.keep", "sampler.batch_size")
-    train, diffusion = config.train, config.diffusion
+def check_model(config: ConfigDict) -> None:
+    """Raise UserError at the first field that cannot work in a model or its sampler."""
+    diffusion = config.diffusion
+    _at_least_1(config, "diffusion.num_timesteps", "sampler.batch_size")
     row(DATASETS, "data.name", config.data.name)
     row(BETAS, "diffusion.schedule.name", diffusion.schedule.name)
     row(PARAMETERIZATIONS, "diffusion.predict", diffusion.predict)
     row(VARIANCES, "diffusion.variance", diffusion.variance)
     row(FIRST_LOG_VARIANCE, "diffusion.first_log_variance", diffusion.first_log_variance)
-    row(LOSSES, "diffusion.loss", diffusion.loss)
-    row(CLIP_SCOPES, "train.clip_scope", train.clip_scope)
-    row(rng.GENERATORS, "train.random", train.random)
-    row(EPS_RULES, "optimizer.eps_rule", config.optimizer.eps_rule)
     row(SAMPLERS, "sampler.name", config.sampler.name)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
     row(DTYPES, "model.dtype", config.model.dtype)
     if not 0 <= config.model.dropout < 1:
         raise UserError(f"config.model.dropout={config.model.dropout} must be in [0, 1)")
-    pieces = num_devices * train.accumulation
-    if train.batch_size % pieces:
+    if config.sampler.steps > diffusion.num_timesteps:
+        raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
+                        f"diffusion.num_timesteps={diffusion.num_timesteps}")
+
+
+def check_training(config: ConfigDict, num_devices: int) -> None:
+    """Raise UserError at the first field that cannot work in training on ``num_devices`` devices.
+    """
+    train, diffusion = config.train, config.diffusion
+    _at_least_1(config, "train.steps", "train.batch_size", "train.accumulation",
+                "train.steps_per_dispatch", "train.log_every", "checkpoint.every",
+                "checkpoint.keep")
+    row(LOSSES, "diffusion.loss", diffusion.loss)
+    row(CLIP_SCOPES, "train.clip_scope", train.clip_scope)
+    row(rng.GENERATORS, "train.random", train.random)
+    row(EPS_RULES, "optimizer.eps_rule", config.optimizer.eps_rule)
+    parts = num_devices * train.accumulation
+    if train.batch_size % parts:
         raise UserError(
-            f"config.train.batch_size={train.batch_size} is not divisible by {pieces} "
+            f"config.train.batch_size={train.batch_size} is not divisible by {parts} "
             f"({num_devices} devices x train.accumulation={train.accumulation})")
     if CLIP_SCOPES[train.clip_scope](train, 1).shards:
-        shards = train.clip_replicas
-        if shards % num_devices or train.batch_size % shards:
-            raise UserError(
-                f"config.train.clip_replicas={shards} must be a multiple of the {num_devices} "
-                f"devices and divide train.batch_size={train.batch_size}; or set "
-                "train.clip_scope=global")
-        if train.accumulation > 1 and (train.batch_size // shards) % max(
-            1, train.accumulation // (shards // num_devices)
-        ):
-            raise UserError(f"config.train.accumulation={train.accumulation} does not cut the "
-                            f"{train.batch_size // shards} images of a clipped part evenly")
+        _check_clip_replicas(train, num_devices)
     if train.steps * train.batch_size >= 2**32:
         raise UserError(f"config.train.steps={train.steps} times train.batch_size="
                         f"{train.batch_size} reaches 2**32 images: lower one of them")
     if VARIANCES[diffusion.variance].channels > 1 and diffusion.loss in _BLIND_TO_VARIANCE:
         raise UserError(f"config.diffusion.loss={diffusion.loss} does not train a learned "
                         "variance: use diffusion.loss=kl")
-    if config.sampler.steps > diffusion.num_timesteps:
-        raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
-                        f"diffusion.num_timesteps={diffusion.num_timesteps}")
+
+
+def _check_clip_replicas(train, num_devices):
+    shards = train.clip_replicas
+    if shards % num_devices or train.batch_size % shards:
+        raise UserError(
+            f"config.train.clip_replicas={shards} must be a multiple of the {num_devices} "
+            f"devices and divide train.batch_size={train.batch_size}; or set "
+            "train.clip_scope=global")
+    if train.accumulation > 1 and (train.batch_size // shards) % max(
+        1, train.accumulation // (shards // num_devices)
+    ):
+        raise UserError(f"config.train.accumulation={train.accumulation} does not divide the "
+                        f"{train.batch_size // shards} images of a clipped part evenly")

@@ -1,7 +1,10 @@
-"""From a config to a model and its training step."""
+"""From a config to a model (sampling, evaluation) and to its training."""
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,106 +13,133 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import CLIP_SCOPES, DTYPES, check
+from ddpm_jax.config import CLIP_SCOPES, DTYPES, check_model, check_training
 from ddpm_jax.diffusion.objective import LOSSES
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.runners import RUNNERS, Runner
-from ddpm_jax.training import packing
+from ddpm_jax.training.gradients import mean_gradient
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.steps import TrainState, init_state, train_step
+from ddpm_jax.training.steps import TrainState, init_state, to_unit_range, train_step
 
 
 class Experiment(NamedTuple):
-    """What a config describes, ready to run. config: frozen; abstract_state: TrainState of
-    ShapeDtypeStructs; init_params() -> params; loss_fn(params, x_start, Draws) -> [B];
-    train_step(state, images, key), which takes params as a tree or packed in ``order``
-    (training/packing.py)."""
+    """The model of a config on its devices: what sampling and evaluation need. config: frozen;
+    betas: float64 [T]; init_params() -> params; abstract_params: their ShapeDtypeStructs."""
 
     config: ConfigDict
     image_shape: tuple[int, int, int]
     schedule: Schedule
     betas: np.ndarray
     model: nn.Module
-    tx: optax.GradientTransformation
     runner: Runner
     init_params: Callable
-    order: tuple[int, ...]
+    abstract_params: Any
+
+
+class Training(NamedTuple):
+    """What training adds. abstract_state: TrainState of ShapeDtypeStructs;
+    loss_fn(params, images uint8 [B,H,W,C], Draws, named=...) -> mean loss, where named(params) is
+    the tree that the model takes; step(state, images, key): ``steps.train_step`` with its settings
+    bound."""
+
+    experiment: Experiment
+    tx: optax.GradientTransformation
     abstract_state: TrainState
     loss_fn: Callable
-    train_step: Callable
+    step: Callable
 
 
-def _call(function, field, **keywords):
-    """function(**keywords), with a misspelt or impossible keyword as a UserError."""
+def _call(function, field, keywords, **others):
+    """function(**keywords, **others), with a misspelt or missing keyword as a UserError."""
     try:
-        return function(**keywords)
-    except (TypeError, ValueError) as error:
+        inspect.signature(function).bind(**keywords, **others)
+    except TypeError as error:
+        raise UserError(f"config.{field}: {error}") from None
+    return function(**keywords, **others)
+
+
+@contextlib.contextmanager
+def _values_of(field):
+    """Around checks that raise ValueError for impossible values of ``config.field``."""
+    try:
+        yield
+    except ValueError as error:
         raise UserError(f"config.{field}: {error}") from None
 
 
 def _betas(diffusion):
     keywords = dict(diffusion.schedule)
     law = BETAS[keywords.pop("name")]
-    return _call(law, "diffusion.schedule", num_timesteps=diffusion.num_timesteps, **keywords)
+    return _call(law, "diffusion.schedule", keywords, num_timesteps=diffusion.num_timesteps)
 
 
 def network(config: ConfigDict) -> UNet:
-    """The U-Net of a config. Raises UserError naming a misspelt field of config.model."""
-    data, model = config.data, dict(config.model)
+    """The U-Net of a config. Raises UserError naming a misspelt or impossible field of
+    config.model."""
+    data, keywords = config.data, dict(config.model)
     channels = VARIANCES[config.diffusion.variance].channels
-    model["dtype"] = DTYPES[model["dtype"]]
-    return _call(UNet, "model", image_size=data.image_size, in_channels=data.channels,
-                 out_channels=data.channels * channels, **model)
+    keywords["dtype"] = DTYPES[keywords["dtype"]]
+    model = _call(UNet, "model", keywords, image_size=data.image_size, in_channels=data.channels,
+                  out_channels=data.channels * channels)
+    with _values_of("model"):
+        model.check()
+    return model
 
 
-def build(config: ConfigDict, devices=None) -> Experiment:
-    """The experiment that ``config`` describes, on ``devices`` (default: all of all processes).
+def build_model(config: ConfigDict, devices=None) -> Experiment:
+    """The model that ``config`` describes, on ``devices`` (default: all of all processes).
 
-    Raises UserError naming the field that is unknown, impossible or does not fit the devices.
+    Raises UserError naming the field that is unknown or impossible.
     """
-    devices = jax.devices() if devices is None else devices
-    check(config, len(devices))
-    runner = RUNNERS[config.parallel.runner](devices)
-    diffusion, data = config.diffusion, config.data
-    variance, model = VARIANCES[diffusion.variance], network(config)
-    betas = _betas(diffusion)
-    schedule = _call(make_schedule, "diffusion.schedule", betas=betas,
-                     first_log_variance=diffusion.first_log_variance)
-    tx = _call(make_optimizer, "optimizer", **config.optimizer)
-    predict, loss = PARAMETERIZATIONS[diffusion.predict], LOSSES[diffusion.loss]
-    image_shape = (data.image_size, data.image_size, data.channels)
-    order = packing.ORDERS.get(devices[0].platform, packing.AS_THEY_ARE)
+    check_model(config)
+    data, model, betas = config.data, network(config), _betas(config.diffusion)
+    with _values_of("diffusion.schedule"):
+        schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
+    init_params = jax.jit(lambda: _init_params(model, config.seed))  # traced once for both uses
+    return Experiment(
+        config=config, image_shape=(data.image_size, data.image_size, data.channels),
+        schedule=schedule, betas=betas, model=model,
+        runner=RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices),
+        init_params=init_params, abstract_params=jax.eval_shape(init_params))
 
-    def loss_fn(params, x_start, draws):
-        if isinstance(params, packing.Packed):
-            params = packing.unpack(packing.kernels_as(params, model.dtype), abstract_params, order)
+
+def build_training(exp: Experiment) -> Training:
+    """What training adds to a model: optimizer, clip and step.
+
+    Raises UserError naming the field that is impossible, or does not fit the number of devices.
+    """
+    config, runner = exp.config, exp.runner
+    diffusion, train = config.diffusion, config.train
+    check_training(config, runner.num_devices)
+    tx = _call(make_optimizer, "optimizer", dict(config.optimizer))
+    loss, predict = LOSSES[diffusion.loss], PARAMETERIZATIONS[diffusion.predict]
+    variance = VARIANCES[diffusion.variance]
+
+    def loss_fn(params, images, draws, named=lambda params: params):
+        params = named(params)
 
         def denoise_fn(x_t, t):
-            return model.apply({"params": params}, x_t, t, draws.dropout_bits)
+            return exp.model.apply({"params": params}, x_t, t, draws.dropout_bits)
 
-        return loss(denoise_fn, schedule, x_start, draws.t, draws.noise,
-                    predict=predict, variance=variance)
+        return loss(denoise_fn, exp.schedule, to_unit_range(images), draws.t, draws.noise,
+                    predict=predict, variance=variance).mean()
 
-    init_params = jax.jit(lambda: _init_params(model, config.seed))  # traced once for both uses
-    abstract_params = jax.eval_shape(lambda: _call(init_params, "model"))
-    shards = max(1, config.train.clip_replicas // (1 if runner.spread > 1 else len(devices)))
-
-    def one_step(state, images, key):
-        return train_step(
-            state, images, key, loss_fn=loss_fn, tx=tx, ema_decay=config.ema.decay,
-            num_timesteps=diffusion.num_timesteps, dropout_shapes=model.dropout_shapes(),
-            flip=data.flip, clip=CLIP_SCOPES[config.train.clip_scope](config.train, shards),
-            accumulation=config.train.accumulation, axis_name=runner.axis_name,
-            spread=runner.spread)
-
-    return Experiment(
-        config=config, image_shape=image_shape, schedule=schedule, betas=betas, model=model,
-        tx=tx, runner=runner, init_params=init_params, loss_fn=loss_fn, train_step=one_step,
-        order=order,
-        abstract_state=jax.eval_shape(lambda p: init_state(p, tx), abstract_params))
+    instances = runner.num_devices // runner.num_virtual_devices  # of the step, on devices
+    shards = max(1, train.clip_replicas // instances)
+    gradient = functools.partial(
+        mean_gradient, clip=CLIP_SCOPES[train.clip_scope](train, shards),
+        micro_batches=train.accumulation, axis_name=runner.axis_name,
+        num_virtual_devices=runner.num_virtual_devices)
+    step = functools.partial(
+        train_step, loss_fn=loss_fn, gradient=gradient, tx=tx, ema_decay=config.ema.decay,
+        num_timesteps=diffusion.num_timesteps, dropout_shapes=exp.model.dropout_shapes(),
+        flip=config.data.flip, axis_name=runner.axis_name)
+    return Training(
+        experiment=exp, tx=tx, loss_fn=loss_fn, step=step,
+        abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
 
 
 def _init_params(model, seed):
@@ -118,13 +148,20 @@ def _init_params(model, seed):
     return model.init(jax.random.key(seed), images, jnp.zeros(1, jnp.int32))["params"]
 
 
-def new_state(experiment: Experiment) -> TrainState:
+def new_state(training: Training) -> TrainState:
     """The state before the first update, on the runner's devices, from config.seed."""
-    state = jax.jit(lambda: init_state(experiment.init_params(), experiment.tx))()
-    return experiment.runner.put("replicated", jax.tree.map(np.asarray, state))
+    exp = training.experiment
+    state = jax.jit(lambda: init_state(exp.init_params(), training.tx))()
+    return exp.runner.put("replicated", jax.tree.map(np.asarray, state))
+
+
+def cast_kernels(experiment: Experiment, params):
+    """Params with kernels in the type that products are computed in: cast once, they need no cast
+    at each application of the network."""
+    dtype = experiment.model.dtype
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
 
 def denoise_fn(experiment: Experiment, params):
     """The network without dropout, as the equations take it: (x_t [B,H,W,C], t [B]) -> output."""
-    params = packing.kernels_as(params, experiment.model.dtype)
     return lambda x_t, t: experiment.model.apply({"params": params}, x_t, t)

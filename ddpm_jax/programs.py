@@ -1,99 +1,112 @@
-"""The compiled programs: training, samples, progressive samples, the variational bound."""
+"""The compiled programs: training, samples, predictions along the chain, the variational bound."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm_jax.config import row
 from ddpm_jax.data.feed import shuffled_index
-from ddpm_jax.diffusion.likelihood import Bound, bpd_loop, bpd_terms, prior_bpd
+from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
-from ddpm_jax.diffusion.sampling import SAMPLERS, sample_loop, sample_progressive
+from ddpm_jax.diffusion.sampling import SAMPLERS, Sampler, reverse_step
 from ddpm_jax.diffusion.schedule import Schedule, evenly_spaced, make_schedule, respace
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Experiment, denoise_fn
+from ddpm_jax.experiment import Experiment, Training, cast_kernels, denoise_fn
+from ddpm_jax.parallel.loops import repeat
 from ddpm_jax.training import packing, rng
-from ddpm_jax.training.steps import many_steps, to_uint8, to_unit_range
+from ddpm_jax.training.gradients import METRICS
+from ddpm_jax.training.steps import to_uint8, to_unit_range
 
 
-def pack_program(experiment: Experiment):
-    """TrainState on the devices -> the same packed, as ``train_program`` takes it."""
-    like, order = experiment.abstract_state.params, experiment.order
-    return experiment.runner.compile(
-        lambda state: packing.pack_state(state, like, order), ("replicated",), ("replicated",))
+class TrainProgram(NamedTuple):
+    """The compiled dispatch of up to ``max_steps`` updates. Its carry is a TrainState in a layout
+    that nothing else reads: start(state) -> carry; state(carry) -> TrainState and
+    ema_params(carry) -> tree, in new arrays.
+
+    step(carry, images, seed, num_steps <= max_steps) -> (carry, METRICS by name, each [max_steps],
+    of which the first num_steps count); the carry is donated. arguments: abstract ones of step, for
+    .lower()."""
+
+    max_steps: int
+    start: Callable
+    step: Callable
+    state: Callable
+    ema_params: Callable
+    arguments: tuple
 
 
-def unpack_program(experiment: Experiment):
-    """A packed state, or a part of one, on the devices -> the named trees, in new arrays."""
-    like, order = experiment.abstract_state.params, experiment.order
-    return experiment.runner.compile(
-        lambda state: packing.unpack_state(state, like, order), ("replicated",), ("replicated",))
+def train_program(training: Training, num_examples: int | None, *, max_steps=None) -> TrainProgram:
+    """max_steps: default train.steps_per_dispatch, or 1 where loops belong on the host.
 
-
-def _position(runner, b):
-    """Offset of this device's share in the global batch, inside a per-device function."""
-    return 0 if runner.axis_name is None else jax.lax.axis_index(runner.axis_name) * b
-
-
-def train_program(experiment: Experiment, num_examples: int | None, *, most: int | None = None):
-    """The compiled dispatch of up to ``most`` updates (default: train.steps_per_dispatch).
-
-    num_examples: a data set that lives on the device; the program is then
-    (state, images uint8 [N,H*W*C], seed, num_steps) -> (state, metrics, each [most]). None: images
-    are streamed, uint8 [most,B,H,W,C]. The state's buffers are given away.
+    num_examples: a data set that lives on the device; images are then uint8 [N,H*W*C]. None: images
+    are streamed, uint8 [max_steps,B,H,W,C].
     """
-    config, runner = experiment.config, experiment.runner
-    most, batch = most or config.train.steps_per_dispatch, config.train.batch_size
-    share = batch if runner.axis_name is None else batch // runner.num_devices
-    generator = config.train.random
-
-    def resident(images, seed, step, i):
-        del i
-        start = step.astype(jnp.uint32) * jnp.uint32(batch)
-        mine = (_position(runner, share) + jnp.arange(share)).astype(jnp.uint32)
-        rows = images[shuffled_index(seed, start + mine, num_examples, jnp)]
-        return runner.split(rows.reshape(share, *experiment.image_shape))
-
-    def streamed(images, seed, step, i):
-        del seed, step
-        return images[i]
-
-    pick, kind = (streamed, "steps") if num_examples is None else (resident, "replicated")
-
-    def program(state, images, seed, num_steps):
-        key = rng.run_key(seed, generator)
-
-        def one(state, i):
-            return experiment.train_step(state, pick(images, seed, state.step, i), key)
-
-        return many_steps(one, state, num_steps, most=most)
-
-    return runner.compile(
-        program, ("replicated", kind, "replicated", "replicated"), ("replicated", "replicated"),
-        donate=(0,))
-
-
-def train_arguments(experiment: Experiment, num_examples: int | None) -> tuple:
-    """Abstract arguments of ``train_program``, for .lower()."""
-    config, runner = experiment.config, experiment.runner
+    exp = training.experiment
+    train, runner, like = exp.config.train, exp.runner, exp.abstract_params
+    max_steps = max_steps or (train.steps_per_dispatch if runner.loops_on_device else 1)
+    order = packing.ORDERS.get(runner.mesh.devices.flat[0].platform, packing.AS_THEY_ARE)
     if num_examples is None:
-        kind, lead = "steps", (config.train.steps_per_dispatch, config.train.batch_size)
-        images = jax.ShapeDtypeStruct((*lead, *experiment.image_shape), jnp.uint8)
+        batch, placement = _streamed, "steps"
+        shape = (max_steps, train.batch_size, *exp.image_shape)
     else:
-        kind = "replicated"
-        images = jax.ShapeDtypeStruct((num_examples, math.prod(experiment.image_shape)), jnp.uint8)
-    like = experiment.abstract_state
-    state = jax.eval_shape(lambda s: packing.pack_state(s, like.params, experiment.order), like)
-    return (
-        runner.abstract("replicated", state),
-        runner.abstract(kind, images),
-        runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.uint32)),
-        runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.int32)),
-    )
+        batch, placement = functools.partial(_resident, exp, num_examples), "replicated"
+        shape = (num_examples, math.prod(exp.image_shape))
+
+    def pack(state):
+        return packing.pack_state(state, like, order)
+
+    def named(params):
+        return packing.unpack(packing.kernels_as(params, exp.model.dtype), like, order)
+
+    train_step = functools.partial(
+        training.step, loss_fn=functools.partial(training.loss_fn, named=named))
+
+    def train_steps(state, images, seed, num_steps):
+        key = rng.run_key(seed, train.random)
+        if max_steps == 1:
+            state, metrics = train_step(state, batch(images, seed, state.step, 0), key)
+            return state, {name: value[None] for name, value in metrics.items()}
+
+        def update(i, carry):
+            state, rows = carry
+            state, metrics = train_step(state, batch(images, seed, state.step, i), key)
+            return state, {name: rows[name].at[i].set(metrics[name]) for name in METRICS}
+
+        rows = {name: jnp.zeros(max_steps) for name in METRICS}
+        return jax.lax.fori_loop(0, num_steps, update, (state, rows))
+
+    placements = ("replicated", placement, "replicated", "replicated")
+    abstract = (jax.eval_shape(pack, training.abstract_state),
+                jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((), jnp.uint32),
+                jax.ShapeDtypeStruct((), jnp.int32))
+    unpack = runner.compile(lambda carry: packing.unpack_state(carry, like, order),
+                            ("replicated",), ("replicated",))
+    return TrainProgram(
+        max_steps=max_steps, start=runner.compile(pack, ("replicated",), ("replicated",)),
+        step=runner.compile(train_steps, placements, ("replicated", "replicated"), donate=(0,)),
+        state=unpack, ema_params=lambda carry: unpack(carry.ema_params),
+        arguments=tuple(map(runner.abstract, placements, abstract)))
+
+
+def _streamed(images, seed, step, i):
+    del seed, step
+    return images[i]
+
+
+def _resident(experiment, num_examples, images, seed, step, i):
+    """This device's images of update ``step``, from all images."""
+    del i
+    runner, batch = experiment.runner, experiment.config.train.batch_size
+    count = batch // (runner.num_devices // runner.num_virtual_devices)
+    device = 0 if runner.axis_name is None else jax.lax.axis_index(runner.axis_name)
+    slots = (device * count + jnp.arange(count)).astype(jnp.uint32)
+    first = step.astype(jnp.uint32) * jnp.uint32(batch)
+    rows = images[shuffled_index(seed, first + slots, num_examples, jnp)]
+    return runner.constrain(rows.reshape(count, *experiment.image_shape))
 
 
 def _latents(key, index, image_shape):
@@ -101,13 +114,13 @@ def _latents(key, index, image_shape):
 
 
 class Chain(NamedTuple):
-    """A reverse process over one config's network: predict(params) -> predict_fn, step_fn and
-    num_steps, as ``diffusion.sampling`` takes them. noise(key, index int [B], t, image_shape) and
+    """A reverse process over one config's network. predict(params) -> predict_fn as
+    ``diffusion.sampling`` takes it. noise(key, index int [B], t, image_shape) and
     start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
 
     schedule: Schedule
     predict: Callable
-    step_fn: Callable
+    sampler: Sampler
     num_steps: int
     noise: Callable = rng.image_noise
     start: Callable = _latents
@@ -118,171 +131,111 @@ def sampling_chain(experiment: Experiment, **overrides: Any) -> Chain:
 
     Raises UserError where more steps are asked for than there are timesteps.
     """
-    config = experiment.config
-    sampler = {**dict(config.sampler), **{k: v for k, v in overrides.items() if v is not None}}
-    total = config.diffusion.num_timesteps
+    diffusion = experiment.config.diffusion
+    settings = dict(experiment.config.sampler)
+    settings |= {name: value for name, value in overrides.items() if value is not None}
+    total = diffusion.num_timesteps
     try:
-        visited = evenly_spaced(total, sampler["steps"] or total)
+        visited = evenly_spaced(total, settings["steps"] or total)
     except ValueError:
-        raise UserError(f"sampler.steps={sampler['steps']} is not in 1 ... "
+        raise UserError(f"sampler.steps={settings['steps']} is not in 1 ... "
                         f"diffusion.num_timesteps={total}") from None
     schedule = make_schedule(respace(experiment.betas, visited), visited,
-                             first_log_variance=config.diffusion.first_log_variance)
-    step = row(SAMPLERS, "sampler.name", sampler["name"])
+                             first_log_variance=diffusion.first_log_variance)
+    row(SAMPLERS, "sampler.name", settings["name"])
 
     def predict(params):
-        params = packing.kernels_as(params, experiment.model.dtype)  # once, not at every step
+        network = denoise_fn(experiment, params)
+        return lambda x_t, t: p_mean_variance(
+            schedule, network(x_t, schedule.timesteps[t]), x_t, t,
+            clip_denoised=settings["clip_denoised"], **_rows(experiment))
 
-        def predict_fn(x_t, t):
-            output = experiment.model.apply({"params": params}, x_t, schedule.timesteps[t])
-            return p_mean_variance(
-                schedule, output, x_t, t, predict=PARAMETERIZATIONS[config.diffusion.predict],
-                variance=VARIANCES[config.diffusion.variance],
-                clip_denoised=sampler["clip_denoised"])
-
-        return predict_fn
-
-    return Chain(schedule, predict, lambda *a: step(schedule, *a), len(visited))
+    return Chain(schedule, predict, SAMPLERS[settings["name"]], len(visited))
 
 
-def draw_images(experiment: Experiment, chain: Chain, params, seed, index):
-    """x_0 float32 [B,H,W,C] in about [-1,1] of the images with global ``index`` int [B].
-
-    Image i depends on (seed, i) alone. For use inside a per-device function.
-    """
-    noise_fn, x_T = _noise(experiment, chain, seed, index)
-    return sample_loop(chain.predict(params), chain.step_fn, noise_fn, x_T, chain.num_steps)
+def _rows(experiment):
+    diffusion = experiment.config.diffusion
+    return dict(predict=PARAMETERIZATIONS[diffusion.predict],
+                variance=VARIANCES[diffusion.variance])
 
 
-def _noise(experiment, chain, seed, index):
-    """-> (noise_fn(t), x_T)"""
-    key, shape = rng.run_key(seed), experiment.image_shape
-    return lambda t: chain.noise(key, index, t, shape), chain.start(key, index, shape)
+def _reverse_process(experiment, chain):
+    """-> (start, step) of ``repeat`` over the chain with the carry (x_t, the sampler's memory);
+    step returns the predicted x_0 too. Image i depends on (seed, i) alone."""
+    shape = experiment.image_shape
+
+    def start(seed, index, *_):
+        x_T = chain.start(rng.run_key(seed), index, shape)
+        return x_T, chain.sampler.start(x_T)
+
+    def step(params, carry, i, seed, index, *_):
+        key, t = rng.run_key(seed), chain.num_steps - 1 - i
+        x_t, memory, x_start = reverse_step(
+            chain.sampler, chain.schedule, chain.predict(params),
+            lambda t: chain.noise(key, index, t, shape), carry[0], t, carry[1])
+        return (x_t, memory), x_start
+
+    return start, step
 
 
 def sample_program(experiment: Experiment, chain: Chain, finish=to_uint8, *, extra=(),
                    results=("batch",)):
     """(params, seed, index int32 [B], *extra) -> finish(x_0 [B,H,W,C], *extra), by default uint8
-    images; B over all devices: one compiled program, or where loops belong on the host one that is
-    called for every step. extra, results: kinds of the runner."""
-    runner = experiment.runner
-    if not runner.loops_on_device:
-        walk = _walk(experiment, chain)
-        finish = runner.compile(finish, ("batch", *extra), results)
-
-        def stepwise(params, seed, index, *rest):
-            for _, x_t, _ in walk(params, seed, index):  # noqa: B007
-                pass
-            return finish(x_t, *rest)
-
-        return stepwise
-
-    def program(params, seed, index, *rest):
-        return finish(draw_images(experiment, chain, params, seed, index), *rest)
-
-    return runner.compile(program, ("replicated", "replicated", "batch", *extra), results)
+    images; B over all devices. extra, results: placements. Compiled as ``loops.repeat`` does."""
+    start, step = _reverse_process(experiment, chain)
+    return repeat(
+        experiment.runner, start, lambda *values: step(*values)[0],
+        lambda carry, seed, index, *rest: finish(carry[0], *rest), chain.num_steps,
+        args=("replicated", "replicated", "batch", *extra), results=results,
+        prepare=functools.partial(cast_kernels, experiment))
 
 
 def progressive_program(experiment: Experiment, chain: Chain, every: int):
     """As ``sample_program``, also the x_0 predicted at t = ..., 2 every, every, 0: -> (uint8
     [B,H,W,C], uint8 [B,frames,H,W,C] from noise to image)."""
-    runner = experiment.runner
-    if not runner.loops_on_device:
-        walk = _walk(experiment, chain)
-        finish = runner.compile(to_uint8, ("batch",), ("batch",))
-        stack = runner.compile(
-            lambda *frames: to_uint8(jnp.stack(frames, axis=1)),
-            ("batch",) * -(-chain.num_steps // every), ("batch",))
+    start, step = _reverse_process(experiment, chain)
+    frames = -(-chain.num_steps // every)
 
-        def stepwise(params, seed, index):
-            frames = []
-            for t, x_t, x_start in walk(params, seed, index):  # noqa: B007
-                if t % every == 0:
-                    frames.append(x_start)
-            return finish(x_t), stack(*frames)
+    def start_keeping(seed, index):
+        carry = start(seed, index)
+        return carry, jnp.zeros((len(index), frames, *experiment.image_shape))
 
-        return stepwise
+    def step_keeping(params, carry, i, *rest):
+        # A frame is overwritten until its last step.
+        carry, kept = carry
+        carry, x_start = step(params, carry, i, *rest)
+        return carry, kept.at[:, frames - 1 - (chain.num_steps - 1 - i) // every].set(x_start)
 
-    def program(params, seed, index):
-        noise_fn, x_T = _noise(experiment, chain, seed, index)
-        x_0, kept, _ = sample_progressive(
-            chain.predict(params), chain.step_fn, noise_fn, x_T, chain.num_steps, every)
-        return to_uint8(x_0), to_uint8(kept).swapaxes(0, 1)
-
-    return runner.compile(program, ("replicated", "replicated", "batch"), ("batch", "batch"))
-
-
-def _walk(experiment: Experiment, chain: Chain):
-    """The chain with its loop on the host: yields (t, x after the step, predicted x_0)."""
-    def start(seed, index):
-        return _noise(experiment, chain, seed, index)[1]
-
-    def step(params, seed, index, x_t, t):
-        noise_fn, _ = _noise(experiment, chain, seed, index)
-        prediction = chain.predict(params)(x_t, jnp.full(x_t.shape[0], t))
-        return chain.step_fn(prediction, x_t, t, noise_fn(t)), prediction.x_start
-
-    compile = experiment.runner.compile
-    start = compile(start, ("replicated", "batch"), ("batch",))
-    step = compile(step, ("replicated", "replicated", "batch", "batch", "replicated"),
-                   ("batch", "batch"))
-
-    def walk(params, seed, index):
-        x_t = start(seed, index)
-        for t in range(chain.num_steps - 1, -1, -1):
-            x_t, x_start = step(params, seed, index, x_t, np.int32(t))
-            yield t, x_t, x_start
-
-    return walk
-
-
-def _bound_options(diffusion):
-    return dict(predict=PARAMETERIZATIONS[diffusion.predict],
-                variance=VARIANCES[diffusion.variance])
-
-
-def bound(experiment: Experiment, params, seed, images, index) -> Bound:
-    """The variational bound of images uint8 [B,H,W,C] with global ``index`` int32 [B]; the noise of
-    image i depends on (seed, i, t) alone. For use inside a per-device function."""
-    key = rng.run_key(seed)
-    return bpd_loop(denoise_fn(experiment, params), experiment.schedule, to_unit_range(images),
-                    lambda t: rng.image_noise(key, index, t, experiment.image_shape),
-                    **_bound_options(experiment.config.diffusion))
+    return repeat(
+        experiment.runner, start_keeping, step_keeping,
+        lambda carry, *_: (to_uint8(carry[0][0]), to_uint8(carry[1])), chain.num_steps,
+        args=("replicated", "replicated", "batch"),
+        prepare=functools.partial(cast_kernels, experiment))
 
 
 def bound_program(experiment: Experiment):
-    """(params, seed, images, index) -> ``bound``, B over all devices: as ``sample_program``, one
-    program or one a step."""
-    runner, schedule = experiment.runner, experiment.schedule
-    args = ("replicated", "replicated", "batch", "batch")
-    if runner.loops_on_device:
-        compiled = runner.compile(lambda *values: tuple(bound(experiment, *values)), args,
-                                  ("batch",) * len(Bound._fields))
-        return lambda *values: Bound(*compiled(*values))
-
+    """(params, seed, images uint8 [B,H,W,C], index int32 [B]) -> the variational Bound, B over all
+    devices; the noise of image i depends on (seed, i, t) alone. Compiled as ``loops.repeat`` does.
+    """
+    schedule = experiment.schedule
     num_timesteps = schedule.betas.shape[0]
 
-    def start(images):
-        none = jnp.zeros((images.shape[0], num_timesteps))
-        return prior_bpd(schedule, to_unit_range(images)), none, none, none
+    def start(seed, images, index):
+        del seed, index
+        return (jnp.zeros((images.shape[0], num_timesteps)),) * 3
 
-    def step(params, seed, images, index, t, *rows):
+    def step(params, carry, t, seed, images, index):
         noise = rng.image_noise(rng.run_key(seed), index, t, experiment.image_shape)
-        found = bpd_terms(denoise_fn(experiment, params), schedule, to_unit_range(images),
-                          jnp.full(images.shape[0], t), noise,
-                          **_bound_options(experiment.config.diffusion))
-        return tuple(row.at[:, t].set(x) for row, x in zip(rows, found, strict=True))
+        terms = bpd_terms(denoise_fn(experiment, params), schedule, to_unit_range(images),
+                          jnp.full(images.shape[0], t), noise, **_rows(experiment))
+        return tuple(rows.at[:, t].set(x) for rows, x in zip(carry, terms, strict=True))
 
-    start = runner.compile(start, ("batch",), ("batch",) * 4)
-    step = runner.compile(step, (*args, "replicated", *("batch",) * 3), ("batch",) * 3,
-                          donate=(5, 6, 7))
-    total = runner.compile(lambda terms, prior: terms.sum(1) + prior, ("batch",) * 2, ("batch",))
+    def finish(carry, seed, images, index):
+        del seed, index
+        terms, mse, eps_mse = carry
+        prior = prior_bpd(schedule, to_unit_range(images))
+        return Bound(terms.sum(axis=1) + prior, terms, prior, mse, eps_mse)
 
-    def stepwise(params, seed, images, index):
-        prior, *rows = start(images)
-        for t in range(num_timesteps):
-            rows = step(params, seed, images, index, np.int32(t), *rows)
-        terms, mse, eps_mse = rows
-        return Bound(total(terms, prior), terms, prior, mse, eps_mse)
-
-    return stepwise
+    return repeat(experiment.runner, start, step, finish, num_timesteps,
+                  args=("replicated", "replicated", "batch", "batch"),
+                  prepare=functools.partial(cast_kernels, experiment))

@@ -1,12 +1,12 @@
 """Draw images from a trained run, in resumable shards, and write pictures of them."""
 
-import jax
 import numpy as np
 
-from ddpm_jax import checkpoints, experiment, programs, run_log
+from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
+from ddpm_jax.experiment import build_model
 from ddpm_jax.parallel import hosts
 from ddpm_jax.run_log import say
 from ddpm_jax.storage import files, pictures
@@ -24,22 +24,14 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
         raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
     config = from_json(stored)
     config.update_from_flattened_dict(overrides or {})
-    devices = jax.devices() if devices is None else devices
-    _make_fit(config, len(devices))
-    exp = experiment.build(config, devices)
+    exp = build_model(config, devices)
     store = checkpoints.Checkpoints(folder, read_only=True)
     try:
         params, step = store.restore_weights(
-            step, exp.abstract_state.params, ema=ema, runner=exp.runner)
+            step, exp.abstract_params, ema=ema, runner=exp.runner)
     finally:
         store.close()
     return exp, params, step
-
-
-def _make_fit(config, num_devices):
-    """Training's batch need not suit the machine that samples."""
-    config.train.batch_size = config.train.clip_replicas = num_devices
-    config.train.accumulation = 1
 
 
 def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,

@@ -1,23 +1,41 @@
-"""Train a run: folders, hooks, signals; no mathematics, of the config only what is due when."""
+"""Train the run in a folder: resume, log, save, evaluate, stop."""
 
+import contextlib
+import functools
 import json
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ddpm_jax import checkpoints, experiment, programs, run_log
+from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.config import to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import Training, build_model, build_training, new_state
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
 from ddpm_jax.storage import files
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
+
+
+class _Run(NamedTuple):
+    """What the hooks of one call of ``train`` work with."""
+
+    training: Training
+    program: programs.TrainProgram
+    stored: dict
+    store: checkpoints.Checkpoints
+    writer: run_log.Writer
+    stop: Any
+    watchdog: Any
+    evaluate: Callable | None
 
 
 def _open_data(exp, split):
@@ -35,35 +53,37 @@ def _open_data(exp, split):
     return source
 
 
-def _feeder(exp, source, step):
-    """How a dispatch gets its images: -> (num_examples or None, images(n) -> device array)."""
+def _feeder(exp, source, step, max_steps):
+    """-> arguments(n): those of the next dispatch of n updates after its carry."""
     config, runner = exp.config, exp.runner
+    seed = np.uint32(config.seed)
     if config.data.resident:
         if not feed.is_small(source):
             raise UserError(f"config.data.resident=True: {config.data.name} is too large to keep "
                             "on the device; set data.resident=False")
-        images = runner.put("replicated", source.array().reshape(len(source), -1))
-        return len(source), lambda n: images
-    batch, most = config.train.batch_size, _most(exp)
-    share = batch // jax.process_count()
-    first = jax.process_index() * share
+        resident = runner.put("replicated", source.array().reshape(len(source), -1))
+        return lambda n: (resident, seed, np.int32(n))
+    batch = config.train.batch_size
+    local_batch = batch // jax.process_count()
+    first = jax.process_index() * local_batch
     batches = feed.stream(source, seed=config.seed, start_step=step, batch_size=batch,
-                          slots=range(first, first + share), threads=config.data.threads)
-    buffer = np.zeros((most, share, *exp.image_shape), np.uint8)
+                          slots=range(first, first + local_batch), threads=config.data.threads)
+    buffer = np.zeros((max_steps, local_batch, *exp.image_shape), np.uint8)
 
-    def images(n):
+    def arguments(n):
         for i in range(n):
             buffer[i] = next(batches)
-        return runner.put("steps", buffer.copy())
+        return runner.put("steps", buffer.copy()), seed, np.int32(n)
 
-    return None, images
+    return arguments
 
 
 class _Log:
-    """Turns per-step metrics into lines of metrics.jsonl, and the progress bar."""
+    """Turns per-step metrics into lines of metrics.jsonl, the progress bar and heartbeats."""
 
-    def __init__(self, exp, writer, start):
+    def __init__(self, exp, writer, watchdog, start):
         config = exp.config
+        self._watchdog = watchdog
         self._every, self._batch = config.train.log_every, config.train.batch_size
         self._rate = warmup(config.optimizer.learning_rate, config.optimizer.warmup_steps)
         self._writer, self._rows = writer, []
@@ -76,7 +96,9 @@ class _Log:
             done = step + i + 1
             if done % self._every == 0:
                 self._line(done)
-        self._bar.update(step + len(values["loss"]), loss=values["loss"][-1])
+        done = step + len(values["loss"])
+        self._bar.update(done, loss=values["loss"][-1])
+        self._watchdog.beat(done)
 
     def _line(self, step):
         means = {k: float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
@@ -93,11 +115,6 @@ class _Log:
         self._bar.close()
 
 
-def _most(exp):
-    """Updates a dispatch."""
-    return exp.config.train.steps_per_dispatch if exp.runner.loops_on_device else 1
-
-
 def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
@@ -106,139 +123,136 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
     steps, at a restart first for a step that is saved but not evaluated. -> False where a signal
     ended it early (everything is saved). Raises UserError for what the user can mend.
     """
-    exp = experiment.build(config)
-    stored = to_json(config)
-    first = jax.process_index() == 0
-    folder = files.resolve(workdir)
-    checkpoints.claim(folder, stored, write=first)
+    exp = build_model(config)
+    training, stored, folder = build_training(exp), to_json(config), files.resolve(workdir)
+    is_main_process = hosts.is_main_process()
+    checkpoints.claim(folder, stored, write=is_main_process)
     source = _open_data(exp, "train")
+    program = programs.train_program(training, len(source) if config.data.resident else None)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
                                     keep_every=config.checkpoint.keep_every,
                                     best=config.eval.best)
-    writer = run_log.open_writer(folder, enabled=first, config_text=json.dumps(stored, indent=2))
-    try:
-        step = store.latest()
-        if step is None:
-            step, state = 0, experiment.new_state(exp)
-        else:
-            say(f"resuming {folder} from step {step}")
-            state = store.restore(step, exp.abstract_state, exp.runner)
-        state = programs.pack_program(exp)(state)
+    writer = run_log.open_writer(folder, enabled=is_main_process,
+                                 config_text=json.dumps(stored, indent=2))
+    with contextlib.closing(store), contextlib.closing(writer):
+        run = _Run(training, program, stored, store, writer, stop, watchdog, evaluate)
+        step, carry = _newest(run, folder)
         writer.truncate_after(step)
-        return _train(exp, state, step, folder=folder, source=source, store=store, writer=writer,
-                      stop=stop, watchdog=watchdog, evaluate=evaluate)
-    finally:
-        writer.close()
-        store.close()
-
-
-def _train(exp, state, step, *, folder, source, store, writer, stop, watchdog, evaluate):
-    config, runner = exp.config, exp.runner
-    stored = to_json(config)
-    last = config.train.steps
-    named = programs.unpack_program(exp)
-    interrupted = []  # steps whose evaluation a signal cut short
-
-    def on_evaluation(step, state):
-        watchdog.pause()
-        _saved_already(store, step, stop)
-        # Asked first: it may be what this step ends with, and the restart evaluates it.
-        values = None if stop.requested(step) else evaluate(exp, named(state.ema_params), step)
-        if values is None:
-            interrupted.append(step)
-            return
-        writer.scalars(step, values)
-        best = config.eval.best
-        if best and best not in values:
-            raise UserError(f"config.eval.best={best!r} is not among the metrics: "
-                            f"{', '.join(values)}")
-        store.scored(step, values)
-
-    every = config.eval.every if evaluate else 0
-    if every and step and (step % every == 0 or step == last) and step not in store.scores:
-        on_evaluation(step, state)
-        if interrupted:
-            return False
-    if step >= last:
-        say(f"{folder} is at step {step} of {last}: nothing to train "
-            "(raise --config.train.steps to go on)")
-        return True
-    num_examples, images = _feeder(exp, source, step)
-    program = programs.train_program(exp, num_examples, most=_most(exp))
-    say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "
-        f"{runner.num_devices} x {jax.devices()[0].device_kind} ({runner.name}), "
-        f"{sum(x.size for x in jax.tree.leaves(exp.abstract_state.params)):,} parameters, "
-        f"steps {step:,} to {last:,} -> {folder}")
-    compiled = [False]
-
-    def dispatch(state, step, n):
-        data = images(n)
-        if compiled[0]:
-            result = program(state, data, np.uint32(config.seed), np.int32(n))
-        else:
+        if _evaluation_is_due(run, step):
+            _evaluate(run, step, carry)
+            if _evaluation_is_due(run, step):
+                return False
+        last = config.train.steps
+        if step >= last:
+            say(f"{folder} is at step {step} of {last}: nothing to train "
+                "(raise --config.train.steps to go on)")
+            return True
+        arguments = _feeder(exp, source, step, program.max_steps)
+        say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "
+            f"{exp.runner.num_devices} x {jax.devices()[0].device_kind} ({exp.runner.name}), "
+            f"{sum(x.size for x in jax.tree.leaves(exp.abstract_params)):,} parameters, "
+            f"steps {step:,} to {last:,} -> {folder}")
+        with contextlib.closing(_Log(exp, writer, watchdog, step)) as log, _reports(run) as report:
             watchdog.pause()
-            with count_compilations() as found:
-                result = program(state, data, np.uint32(config.seed), np.int32(n))
-            if found:
-                say(str(max(found, key=lambda p: p.seconds)))
-            compiled[0] = True
-        stop.unsaved(True)
-        return result
-
-    def save(step, state):
-        store.save(step, runner.to_global(named(state)), stored)
-
-    sampler = _GridSampler(exp, writer, folder)
-
-    def on_samples(step, state):
+            outcome = fit(
+                carry, step=step, last=last, max_steps=program.max_steps, dispatch=program.step,
+                arguments=arguments, hooks=_hooks(run), on_dispatch=report, on_metrics=log,
+                should_stop=stop.requested, fetch=fetch, last_good=store.latest)
         watchdog.pause()
-        _saved_already(store, step, stop)
-        if not stop.requested(step):
-            sampler(step, named(state.ema_params))
-
-    hooks = [Hook(config.checkpoint.every, save, last=True)]
-    if every:
-        hooks.append(Hook(every, on_evaluation, last=True))
-    if config.eval.sample_every:
-        hooks.append(Hook(config.eval.sample_every, on_samples, last=True))
-    log = _Log(exp, writer, step)
-    outcome = fit(
-        state, step=step, last=last, most=_most(exp), dispatch=dispatch,
-        hooks=hooks, on_metrics=log, should_stop=stop.requested, fetch=fetch,
-        last_good=store.latest, beat=watchdog.beat)
-    log.close()
-    watchdog.pause()
-    if outcome.stopped:
-        save(outcome.step, outcome.state)
-    store.wait()
-    stop.unsaved(False)
-    stopped = outcome.stopped or interrupted
-    say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
-        f"{store.steps()}; {folder}/loss.png, metrics.jsonl, samples/")
-    return not stopped
-
-
-def _saved_already(store, step, stop):
-    """Before what takes long: where the step is saved, a signal need not wait for its end."""
-    if step in store.steps():
+        if outcome.stopped:
+            _save(run, outcome.step, outcome.state)
         store.wait()
         stop.unsaved(False)
+        stopped = outcome.stopped or _evaluation_is_due(run, outcome.step)
+        say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
+            f"{store.steps()}; {folder}/loss.png, metrics.jsonl, samples/")
+        return not stopped
 
 
-class _GridSampler:
-    """A grid of samples of the averaged weights: the same latents each time, so one can compare."""
+def _newest(run, folder):
+    """-> (step, carry) of the newest checkpoint, or of a new state."""
+    step = run.store.latest()
+    if step is None:
+        return 0, run.program.start(new_state(run.training))
+    say(f"resuming {folder} from step {step}")
+    training = run.training
+    state = run.store.restore(step, training.abstract_state, training.experiment.runner)
+    return step, run.program.start(state)
 
-    def __init__(self, exp, writer, folder):
-        self._exp, self._writer, self._folder = exp, writer, folder
-        self._program = None
 
-    def __call__(self, step, params):
-        exp, runner = self._exp, self._exp.runner
-        if self._program is None:
-            chain = programs.sampling_chain(exp)
-            self._program = programs.sample_program(exp, chain)
-        wanted = exp.config.eval.sample_num
-        index = hosts.local_indices(runner, 0, wanted)
-        images = self._program(params, np.uint32(exp.config.seed), index)
-        images = hosts.all_rows(runner, images)[:wanted]
-        self._writer.images(step, "samples", images)
+@contextlib.contextmanager
+def _reports(run):
+    """-> on_dispatch for ``fit``, which prints what the first dispatch compiled."""
+    with contextlib.ExitStack() as counting:
+        compiled = counting.enter_context(count_compilations())
+
+        def report():
+            if compiled:
+                say(str(max(compiled, key=lambda program: program.seconds)))
+                compiled.clear()
+                counting.close()
+            run.stop.unsaved(True)
+
+        yield report
+
+
+def _hooks(run) -> list[Hook]:
+    config = run.training.experiment.config
+    hooks = [Hook(config.checkpoint.every, functools.partial(_save, run), last=True)]
+    if run.evaluate and config.eval.every:
+        hooks.append(Hook(config.eval.every, functools.partial(_evaluate, run), last=True))
+    if config.eval.sample_every:
+        hooks.append(Hook(config.eval.sample_every, _grid_hook(run), last=True))
+    return hooks
+
+
+def _save(run, step, carry):
+    runner = run.training.experiment.runner
+    run.store.save(step, runner.to_global(run.program.state(carry)), run.stored)
+
+
+def _evaluation_is_due(run, step) -> bool:
+    """Whether the metrics of ``step`` are wanted and not there yet."""
+    config = run.training.experiment.config
+    every = config.eval.every if run.evaluate else 0
+    return bool(every and step and (step % every == 0 or step == config.train.steps)
+                and step not in run.store.scores)
+
+
+def _evaluate(run, step, carry):
+    """Nothing is recorded where a signal cut it short: the restart evaluates the step."""
+    if not _before_long_work(run, step):
+        return
+    exp = run.training.experiment
+    values = run.evaluate(exp, run.program.ema_params(carry), step)
+    if values is None:
+        return
+    run.writer.scalars(step, values)
+    best = exp.config.eval.best
+    if best and best not in values:
+        raise UserError(f"config.eval.best={best!r} is not among the metrics: {', '.join(values)}")
+    run.store.scored(step, values)
+
+
+def _before_long_work(run, step) -> bool:
+    """Whether to begin it. Where the step is saved, a signal need not wait for its end."""
+    run.watchdog.pause()
+    if step in run.store.steps():
+        run.store.wait()
+        run.stop.unsaved(False)
+    return not run.stop.requested(step)
+
+
+def _grid_hook(run):
+    """A grid of samples of the averaged weights: the same latents each time, for comparison."""
+    exp = run.training.experiment
+    num, seed = exp.config.eval.sample_num, np.uint32(exp.config.seed)
+    program = programs.sample_program(exp, programs.sampling_chain(exp))
+
+    def draw(step, carry):
+        if _before_long_work(run, step):
+            index = hosts.local_indices(exp.runner, 0, num)
+            images = program(run.program.ema_params(carry), seed, index)
+            run.writer.images(step, "samples", hosts.all_rows(exp.runner, images)[:num])
+
+    return draw

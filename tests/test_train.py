@@ -14,9 +14,9 @@ from ddpm_jax.run_log import read_metrics
 
 
 def final(workdir):
-    exp = experiment.build(config())
+    exp = experiment.build_model(config())
     store = checkpoints.Checkpoints(workdir, read_only=True)
-    state = store.restore(store.latest(), exp.abstract_state)
+    state = store.restore(store.latest(), experiment.build_training(exp).abstract_state)
     store.close()
     return jax.tree.map(np.asarray, state)
 
@@ -86,7 +86,7 @@ def test_the_loop_compiles_once(tmp_path):
     train(tmp_path, **{"train.steps": 4})
     with count_compilations() as programs:
         train(tmp_path, **{"train.steps": 12, "checkpoint.every": 3})
-    steps = [p for p in programs if "program" in p.name]
+    steps = [p for p in programs if "train_steps" in p.name]
     assert len(steps) == 1, steps
 
 

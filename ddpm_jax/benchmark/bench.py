@@ -26,7 +26,7 @@ class Bench(NamedTuple):
     def start(self) -> experiment.Experiment:
         """The experiment on this machine, with the compilation cache on."""
         print(f"compilation cache: {cache.enable_compilation_cache() or 'off'}")
-        return experiment.build(self.config)
+        return experiment.build_model(self.config)
 
     def rounds(self, candidates) -> dict[str, list[float]]:
         """{name: seconds of each round} of {name: call}; see timing.rounds."""

@@ -11,7 +11,6 @@ from ddpm_jax.compilation import cache, report, roofline
 from ddpm_jax.compilation.topology import describe
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import network
-from ddpm_jax.training.steps import to_uint8
 
 MFUS = (0.2, 0.3, 0.4, 0.5)
 
@@ -33,8 +32,9 @@ def train_step(exp, num_examples) -> Program:
     config, work = exp.config, roofline.unet_work(exp.model)
     resident = num_examples if config.data.resident else None
     # The loop over a dispatch's steps has a length that is data: its body, one step, counts once.
+    program = programs.train_program(experiment.build_training(exp), resident)
     return Program(
-        programs.train_program(exp, resident), programs.train_arguments(exp, resident),
+        program.step, program.arguments,
         flops=config.train.batch_size * work.train_flops, images=config.train.batch_size,
         calls=config.train.steps, payload=4.0 * work.parameters)
 
@@ -49,7 +49,7 @@ def _sampler_batch(exp) -> int:
 
 def _weights_seed_index(exp, batch):
     runner = exp.runner
-    return (runner.abstract("replicated", exp.abstract_state.params),
+    return (runner.abstract("replicated", exp.abstract_params),
             runner.abstract("replicated", jax.ShapeDtypeStruct((), jnp.uint32)),
             runner.abstract("batch", jax.ShapeDtypeStruct((batch,), jnp.int32)))
 
@@ -62,10 +62,7 @@ def sample(exp, num_examples) -> Program:
     """The whole chain as one program, as accelerators run it."""
     del num_examples
     batch, chain = _sampler_batch(exp), programs.sampling_chain(exp)
-    jitted = exp.runner.compile(
-        lambda params, seed, index: to_uint8(
-            programs.draw_images(exp, chain, params, seed, index)),
-        ("replicated", "replicated", "batch"), ("batch",))
+    jitted = programs.sample_program(exp, chain)
     flops = batch * chain.num_steps * roofline.unet_work(exp.model).forward_flops
     return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
                    calls=math.ceil(50_000 / batch))
@@ -74,14 +71,11 @@ def sample(exp, num_examples) -> Program:
 def evaluate(exp, num_examples) -> Program:
     """Bits/dim: the whole bound of a batch, as `ddpm evaluate` computes it."""
     batch = _sampler_batch(exp)
-
-    def bound(params, seed, index, images):
-        return programs.bound(exp, params, seed, images, index).total
-
-    jitted = exp.runner.compile(bound, ("replicated", "replicated", "batch", "batch"), ("batch",))
-    flops = batch * exp.config.diffusion.num_timesteps * roofline.unet_work(exp.model).forward_flops
-    return Program(jitted, (*_weights_seed_index(exp, batch), _images(exp, batch)), flops=flops,
-                   images=batch, calls=math.ceil((num_examples or 10_000) / batch))
+    params, seed, index = _weights_seed_index(exp, batch)
+    work = roofline.unet_work(exp.model)
+    flops = batch * exp.config.diffusion.num_timesteps * work.forward_flops
+    return Program(programs.bound_program(exp), (params, seed, _images(exp, batch), index),
+                   flops=flops, images=batch, calls=math.ceil((num_examples or 10_000) / batch))
 
 
 def inception(exp, num_examples) -> Program:
@@ -134,7 +128,9 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
     if program not in PROGRAMS:
         raise UserError(f"program: {program!r} is not known; known: {', '.join(PROGRAMS)}")
     machine = describe(topology)
-    exp = experiment.build(config, machine.devices)
+    exp = experiment.build_model(config, machine.devices)
+    # One program whatever the machine, as accelerators run it.
+    exp = exp._replace(runner=exp.runner._replace(loops_on_device=True))
     made = PROGRAMS[program](exp, num_examples)
     result = report.compile_and_report(made.jitted, made.args, options=options,
                                        programs_cache=machine.chip is None)

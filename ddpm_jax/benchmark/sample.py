@@ -13,7 +13,7 @@ def chain_run(exp, chain, batch):
     """-> run(), which draws a batch of images with weights of zero and waits for them."""
     program = programs.sample_program(exp, chain)
     params = exp.runner.put("replicated", jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_state.params))
+        lambda s: np.zeros(s.shape, s.dtype), exp.abstract_params))
     index = exp.runner.put("batch", np.arange(batch, dtype=np.int32))
     return lambda: jax.block_until_ready(program(params, np.uint32(0), index))
 

@@ -9,23 +9,25 @@ from ddpm_jax.benchmark.bench import Bench, first_call, random_images
 from ddpm_jax.compilation import roofline, timing
 
 
-def _steps(exp, max_steps, num_examples):
+def _steps(exp, num_examples):
     """-> (program, run()), which waits for at least peers.STEPS steps, and the steps of a run."""
     runner, batch = exp.runner, exp.config.train.batch_size
-    program = programs.train_program(exp, num_examples, most=max_steps)
+    training = experiment.build_training(exp)
+    program = programs.train_program(training, num_examples)
+    max_steps = program.max_steps
     if num_examples:
         images = runner.put("replicated", random_images(exp, num_examples).reshape(
             num_examples, -1))
     else:
         images = runner.put("steps", random_images(exp, max_steps * batch).reshape(
             max_steps, batch, *exp.image_shape))
-    state = programs.pack_program(exp)(experiment.new_state(exp))
+    carry = program.start(experiment.new_state(training))
     seed, calls = np.uint32(exp.config.seed), -(-peers.STEPS // max_steps)
 
     def run():
-        nonlocal state
+        nonlocal carry
         for _ in range(calls):
-            state, metrics = program(state, images, seed, np.int32(max_steps))
+            carry, metrics = program.step(carry, images, seed, np.int32(max_steps))
         jax.block_until_ready(metrics)
 
     return program, run, calls * max_steps
@@ -35,9 +37,8 @@ def step(bench: Bench) -> list[dict]:
     """Rows of one training step: ours, and that of bench.compare."""
     exp = bench.start()
     batch, compare = exp.config.train.batch_size, bench.compare
-    max_steps = exp.config.train.steps_per_dispatch if exp.runner.loops_on_device else 1
     num_examples = max(batch, 1024) if exp.config.data.resident else None
-    program, run, steps = _steps(exp, max_steps, num_examples)
+    program, run, steps = _steps(exp, num_examples)
     first = first_call(run)
     candidates, scale = {"ddpm_jax": run}, {"ddpm_jax": steps}
     if compare:
@@ -45,12 +46,11 @@ def step(bench: Bench) -> list[dict]:
     times = {name: [t / scale[name] for t in seconds]
              for name, seconds in bench.rounds(candidates).items()}
     if bench.profile:
-        exp.config.train.steps_per_dispatch = max_steps
-        bench.trace(run, lambda: program.lower(*programs.train_arguments(exp, num_examples)))
+        bench.trace(run, lambda: program.step.lower(*program.arguments))
     rows = [bench.row("step", name, seconds, images=batch,
                       flops=batch * roofline.unet_work(exp.model).train_flops)
             for name, seconds in times.items()]
-    rows[0] |= {"first_call": first, "steps_per_dispatch": max_steps}
+    rows[0] |= {"first_call": first, "steps_per_dispatch": program.max_steps}
     if compare:
         ratio = timing.ratios(times[compare], times["ddpm_jax"])
         rows[0]["ratio"] = f"{ratio.median:.2f} x {compare} ({ratio.low:.2f} ... {ratio.high:.2f})"

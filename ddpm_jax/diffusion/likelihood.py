@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from ddpm_jax.diffusion.objective import mean_flat, noised_prediction, normal_kl, vlb_term
@@ -41,21 +40,3 @@ def bpd_terms(denoise_fn, schedule, x_start, t, noise, *, predict, variance, cli
         mean_flat(jnp.square(prediction.x_start - x_start)),
         mean_flat(jnp.square(prediction.eps - noise)),
     )
-
-
-def bpd_loop(denoise_fn, schedule, x_start, noise_fn, *, predict, variance, clip_denoised=True):
-    """The whole bound of x_start [B,H,W,C] on the 8-bit grid in [-1,1], as one scan over t.
-
-    noise_fn(t) -> [B,H,W,C], a fresh draw for each t. -> Bound
-    """
-    def body(_, t):
-        ts = jnp.full(x_start.shape[0], t, jnp.int32)
-        return None, bpd_terms(
-            denoise_fn, schedule, x_start, ts, noise_fn(t),
-            predict=predict, variance=variance, clip_denoised=clip_denoised,
-        )
-
-    num_timesteps = schedule.betas.shape[0]
-    _, (terms, mse, eps_mse) = jax.lax.scan(body, None, jnp.arange(num_timesteps))
-    prior = prior_bpd(schedule, x_start)
-    return Bound(terms.sum(axis=0) + prior, terms.T, prior, mse.T, eps_mse.T)

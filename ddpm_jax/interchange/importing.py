@@ -30,7 +30,7 @@ def import_official(checkpoint, config, *, workdir, verify=True, say=print) -> p
     which nothing is left, for files that are damaged or do not fit the config.
     """
     check_free(workdir)
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     found = open_official(checkpoint)
     for note in found.notes:
         say(f"note: {note}")
@@ -62,7 +62,7 @@ def import_diffusers(path, config=None, *, workdir, verify=True, say=print) -> p
     if config is None:
         base, config = base_config(path, found.fields["data"])
     before, config = to_json(config), _with_fields(config, found.fields)
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     params = _on_host(parameter_names.params_from_state_dict(found.state_dict, exp.model))
     result = _compare(exp, params, verify, say, found)
     state = training_state(exp, 0, params, params)

@@ -9,7 +9,7 @@ import numpy as np
 from ddpm_jax import checkpoints
 from ddpm_jax.config import to_json
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Experiment
+from ddpm_jax.experiment import Experiment, build_training
 from ddpm_jax.storage import files
 from ddpm_jax.training.steps import TrainState
 
@@ -29,7 +29,7 @@ def training_state(exp: Experiment, step: int, params, ema_params, moments=None)
                 return functools.reduce(operator.getitem, keys[keys.index(name) + 1:], tree)
         return np.zeros(shape.shape, shape.dtype)
 
-    opt_state = jax.tree_util.tree_map_with_path(fill, exp.abstract_state.opt_state)
+    opt_state = jax.tree_util.tree_map_with_path(fill, build_training(exp).abstract_state.opt_state)
     return TrainState(step=np.asarray(step, np.int32), params=params, ema_params=ema_params,
                       opt_state=opt_state)
 

@@ -1,8 +1,8 @@
 """Three ways to run one per-device function on all devices: jit, pmap, jit + shard_map.
 
-A runner is data and functions; nothing else in the program branches on devices. Arguments and
-results are of a kind: ``replicated`` (the same everywhere), ``batch`` (axis 0 is cut over the
-devices), ``steps`` (axis 1 is: a batch for each step of a dispatch).
+A runner is data and functions; nothing else in the program branches on devices. Every argument and
+result has a placement: ``replicated`` (the same on all devices), ``batch`` (axis 0 is sharded over
+the devices), ``steps`` (axis 1 is: a batch for each step of a dispatch).
 """
 
 from collections.abc import Callable
@@ -21,38 +21,34 @@ SPECS = {"replicated": P(), "batch": P(AXIS), "steps": P(None, AXIS)}
 
 class Runner(NamedTuple):
     """mesh: one axis over all devices of all processes, a process's devices side by side.
-    axis_name: what collectives inside the per-device function name; None under jit, where the
-    function sees whole arrays. spread: devices behind such an array (1 elsewhere).
-    compile(fn, args, results, donate=()): fn on all devices; args, results: kinds.
-    put(kind, tree): this process's numpy share -> device arrays. abstract(kind, tree of
-    ShapeDtypeStruct, whole) -> what .lower() takes. to_global(tree): replicated results as global
-    arrays, for checkpoints. local(x): a 'batch' result's share of this process, numpy. split(x):
-    inside a program, says that axis 0 of x is a batch, of which each device takes its share."""
+    axis_name: the axis that collectives name; None under jit, where the function sees whole arrays.
+    num_virtual_devices: devices over which such an array is sharded (1 elsewhere).
+    compile(fn, args, results, donate=()): fn on all devices; args, results: placements.
+    put(placement, tree): this process's part as numpy -> device arrays. abstract(placement, tree of
+    ShapeDtypeStruct, whole) -> arguments of .lower(). to_global(tree): replicated results as global
+    arrays, for checkpoints. local(x): this process's part of a 'batch' result, numpy.
+    constrain(x): inside a program, constrains axis 0 of x to be sharded over the devices.
+    loops_on_device: whether a loop is compiled into one program (see parallel/loops.py)."""
 
     name: str
     mesh: Mesh
     axis_name: str | None
-    spread: int
+    num_virtual_devices: int
     compile: Callable
     put: Callable
     abstract: Callable
     to_global: Callable
     local: Callable
-    split: Callable = lambda x: x
+    loops_on_device: bool
+    constrain: Callable = lambda x: x
 
     @property
     def num_devices(self) -> int:
         return self.mesh.size
 
-    @property
-    def loops_on_device(self) -> bool:
-        """Whether a loop is best compiled into one program. Not on a CPU: XLA runs convolutions in
-        a loop's body there without its fast kernels, 4 to 100 times slower (jax issue 12868)."""
-        return self.mesh.devices.flat[0].platform not in _LOOPS_ON_HOST
-
 
 def fetch(tree):
-    """Replicated results as numpy, whichever runner made them."""
+    """Replicated results of any runner as numpy."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
 
 
@@ -61,17 +57,21 @@ def _mesh(devices) -> Mesh:
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def _loops_on_device(mesh) -> bool:
+    return mesh.devices.flat[0].platform not in _LOOPS_ON_HOST
+
+
 def _global_arrays(mesh):
     """put, abstract, local for runners whose arrays are global."""
 
-    def put(kind, tree):
-        sharding = NamedSharding(mesh, SPECS[kind])
+    def put(placement, tree):
+        sharding = NamedSharding(mesh, SPECS[placement])
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
         )
 
-    def abstract(kind, tree):
-        sharding = NamedSharding(mesh, SPECS[kind])
+    def abstract(placement, tree):
+        sharding = NamedSharding(mesh, SPECS[placement])
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
         )
@@ -83,16 +83,16 @@ def _global_arrays(mesh):
     return put, abstract, local
 
 
-def _shardings(mesh, kinds):
-    return tuple(NamedSharding(mesh, SPECS[k]) for k in kinds)
+def _shardings(mesh, placements):
+    return tuple(NamedSharding(mesh, SPECS[k]) for k in placements)
 
 
-def _single(kinds, values):
-    return values if len(kinds) > 1 else values[0]
+def _single(placements, values):
+    return values if len(placements) > 1 else values[0]
 
 
 def jit_runner(devices) -> Runner:
-    """Global view: XLA's partitioner cuts the program."""
+    """Global view: XLA's partitioner divides the program."""
     mesh = _mesh(devices)
     put, abstract, local = _global_arrays(mesh)
 
@@ -104,11 +104,11 @@ def jit_runner(devices) -> Runner:
             donate_argnums=donate,
         )
 
-    def split(x):
+    def constrain(x):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, SPECS["batch"]))
 
     return Runner("jit", mesh, None, mesh.size, compile, put, abstract, lambda tree: tree, local,
-                  split)
+                  _loops_on_device(mesh), constrain)
 
 
 def shard_map_runner(devices) -> Runner:
@@ -132,34 +132,35 @@ def shard_map_runner(devices) -> Runner:
             donate_argnums=donate,
         )
 
-    return Runner("shard_map", mesh, AXIS, 1, compile, put, abstract, lambda tree: tree, local)
+    return Runner("shard_map", mesh, AXIS, 1, compile, put, abstract, lambda tree: tree, local,
+                  _loops_on_device(mesh))
 
 
 def pmap_runner(devices) -> Runner:
     """Per-device view, arrays with a leading axis of this process's devices."""
     mesh = _mesh(devices)
     ours = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    count = len(ours) or mesh.size  # none of ours: compiling for absent devices
+    count = len(ours) or mesh.size  # no local device: compiling for absent ones
     axes = {"replicated": None, "batch": 0, "steps": 0}
 
-    def cut(kind, x):
-        if kind not in ("batch", "steps"):
+    def cut(placement, x):
+        if placement not in ("batch", "steps"):
             return x
-        axis = list(SPECS[kind]).index(AXIS)
+        axis = list(SPECS[placement]).index(AXIS)
         shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1:])
         return np.moveaxis(np.asarray(x).reshape(shape), axis, 0)
 
-    def put(kind, tree):
-        if axes[kind] is None:
+    def put(placement, tree):
+        if axes[placement] is None:
             local_mesh = Mesh(np.array(ours), (AXIS,), axis_types=(AxisType.Auto,))
             return jax.device_put(tree, NamedSharding(local_mesh, P()))
-        return jax.tree.map(lambda x: cut(kind, x), tree)
+        return jax.tree.map(lambda x: cut(placement, x), tree)
 
-    def abstract(kind, tree):
+    def abstract(placement, tree):
         def one(s):
-            if axes[kind] is None:
+            if axes[placement] is None:
                 return jax.ShapeDtypeStruct(s.shape, s.dtype)
-            axis = list(SPECS[kind]).index(AXIS)
+            axis = list(SPECS[placement]).index(AXIS)
             shape = list(s.shape)
             shape[axis] //= mesh.size
             return jax.ShapeDtypeStruct((count, *shape), s.dtype)
@@ -167,7 +168,7 @@ def pmap_runner(devices) -> Runner:
         return jax.tree.map(one, tree)
 
     def compile(fn, args, results, donate=()):
-        # pmap wants at least one argument that is cut: give it one that nobody reads.
+        # pmap requires at least one sharded argument: the first is unused.
         mapped = jax.pmap(
             lambda _, *rest: fn(*rest),
             axis_name=AXIS,
@@ -176,13 +177,13 @@ def pmap_runner(devices) -> Runner:
             donate_argnums=tuple(i + 1 for i in donate),
             devices=list(mesh.devices.flat),
         )
-        unread = np.zeros(count, np.int32)
+        unused = np.zeros(count, np.int32)
 
         def run(*rest):
-            return mapped(unread, *rest)
+            return mapped(unused, *rest)
 
-        run.lower = lambda *rest: mapped.lower(unread, *rest)
-        run.trace = lambda *rest: mapped.trace(unread, *rest)
+        run.lower = lambda *rest: mapped.lower(unused, *rest)
+        run.trace = lambda *rest: mapped.trace(unused, *rest)
         return run
 
     def to_global(tree):
@@ -194,7 +195,8 @@ def pmap_runner(devices) -> Runner:
         x = np.asarray(x)
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-    return Runner("pmap", mesh, AXIS, 1, compile, put, abstract, to_global, local)
+    return Runner("pmap", mesh, AXIS, 1, compile, put, abstract, to_global, local,
+                  _loops_on_device(mesh))
 
 
 RUNNERS: dict[str, Callable[[Any], Runner]] = {

@@ -46,44 +46,43 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
 
 
 def fit(
-    state, *, step, last, most, dispatch, hooks, on_metrics, should_stop, fetch,
-    last_good=lambda: None, beat=lambda step: None,
+    state, *, step, last, max_steps, dispatch, arguments, hooks, on_metrics, should_stop, fetch,
+    on_dispatch=lambda: None, last_good=lambda: None,
 ) -> Outcome:
     """Run updates ``step`` ... ``last``-1.
 
-    dispatch(state, step, n) -> (state, metrics on device, each [>= n]) runs n <= most updates and
-    returns before they are done; fetch(metrics) waits for them. The metrics of one dispatch are
-    read after the next is under way, but before any hook acts on the state they belong to.
-    on_metrics(step, {name: [n]}) takes numpy. should_stop(step) is asked once a dispatch,
-    and after hooks.
+    dispatch(state, *arguments(n)) -> (state, metrics on device, each [>= n]) runs n <= max_steps
+    updates and returns before they are done; fetch(metrics) waits for them. The metrics of one
+    dispatch are read after the next is under way, but before any hook acts on the state they belong
+    to. on_dispatch() is called after each dispatch, on_metrics(step, {name: [n]}) with numpy.
+    should_stop(step) is called once a dispatch, and after hooks.
     """
     cadences = [h.every for h in hooks]
     pending = None
 
-    def read(dispatched):
-        before, n, metrics = dispatched
+    def read(before, n, metrics):
         values = {k: np.asarray(v)[:n] for k, v in fetch(metrics).items()}
         check_finite(before, values, last_good())
         on_metrics(before, values)
-        beat(before + n)
 
     while step < last:
-        n = min(most, next_stop(step, last, cadences) - step)
-        state, metrics = dispatch(state, step, n)
+        n = min(max_steps, next_stop(step, last, cadences) - step)
+        state, metrics = dispatch(state, *arguments(n))
+        on_dispatch()
         if pending:
-            read(pending)
+            read(*pending)
         pending = (step, n, metrics)
         step += n
         due = [h for h in hooks if (h.every and step % h.every == 0) or (h.last and step == last)]
         stop = should_stop(step) and step < last
         if due or stop:
-            read(pending)
+            read(*pending)
             pending = None
         for hook in due:
             hook.do(step, state)
-        # Asked again: a hook may take minutes, and a signal may have cut it short.
+        # Checked again: a hook may take minutes, and a signal may have cut it short.
         if stop or due and step < last and should_stop(step):
             return Outcome(state, step, True)
     if pending:
-        read(pending)
+        read(*pending)
     return Outcome(state, step, False)

@@ -2,7 +2,8 @@
 end.
 
 The optimizer and the average then are a few large operations instead of hundreds of small ones, and
-one cast makes the kernels ready to compute with. Checkpoints hold the named tree.
+one cast makes the kernels ready to compute with. Only the train program (programs.py) packs:
+checkpoints, sampling and evaluation see the named tree.
 """
 
 from typing import NamedTuple
@@ -66,11 +67,9 @@ def unpack(packed: Packed, like, order=AS_THEY_ARE):
     return structure.unflatten(out)
 
 
-def kernels_as(params, dtype):
-    """Params, packed or a tree, with kernels in the type they are used in."""
-    if isinstance(params, Packed):
-        return params._replace(kernels=jax.tree.map(lambda x: x.astype(dtype), params.kernels))
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+def kernels_as(packed: Packed, dtype) -> Packed:
+    """The same with kernels in the type they are used in."""
+    return packed._replace(kernels=jax.tree.map(lambda x: x.astype(dtype), packed.kernels))
 
 
 def pack_state(state, like, order=AS_THEY_ARE):

@@ -25,7 +25,7 @@ def tiny(**changes):
 
 @pytest.mark.parametrize("program", list(compiled.PROGRAMS))
 def test_every_program_traces_and_counts_its_work(program):
-    exp = experiment.build(tiny(), jax.devices()[:2])
+    exp = experiment.build_model(tiny(), jax.devices()[:2])
     made = compiled.PROGRAMS[program](exp, 100)
     made.jitted.lower(*made.args)
     assert made.images == 16 and made.calls >= 1 and made.flops > 0
@@ -35,8 +35,8 @@ def test_hand_counted_work_is_what_the_network_has():
     for name in ("cifar10", "celebahq256", "digits"):
         config = load_config(name)
         config.train.clip_replicas = config.train.batch_size = 1
-        exp = experiment.build(config, jax.devices()[:1])
-        parameters = sum(p.size for p in jax.tree.leaves(exp.abstract_state.params))
+        exp = experiment.build_model(config, jax.devices()[:1])
+        parameters = sum(p.size for p in jax.tree.leaves(exp.abstract_params))
         assert unet_work(exp.model).parameters == parameters, name
 
 
@@ -45,11 +45,11 @@ def test_hand_counted_flops_agree_with_xla():
     config = load_config("digits")
     config.data.update(name="folder", image_size=64)
     config.model.update(num_groups=32, ch=64, attn_resolutions=(32,))
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     denoise = jax.jit(lambda p, x, t: exp.model.apply({"params": p}, x, t))
     x = jax.ShapeDtypeStruct((4, *exp.image_shape), "float32")
     t = jax.ShapeDtypeStruct((4,), "int32")
-    lowered = denoise.lower(exp.abstract_state.params, x, t)
+    lowered = denoise.lower(exp.abstract_params, x, t)
     counted = 4 * unet_work(exp.model).forward_flops
     assert 0.97 * counted < lowered.cost_analysis()["flops"] < 1.1 * counted
 

@@ -11,7 +11,7 @@ def digits():
     """-> (config, schedule)"""
     config = load_config("digits")
     config.train.update(clip_replicas=1, batch_size=4)
-    return config, experiment.build(config, jax.devices()[:1]).schedule
+    return config, experiment.build_model(config, jax.devices()[:1]).schedule
 
 
 def test_unknown_peers_are_listed():
@@ -25,7 +25,7 @@ def test_the_peer_is_the_same_network(name):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     config = load_config(name)
     config.train.clip_replicas = 1
-    ours = experiment.build(config, jax.devices()[:1]).abstract_state.params
+    ours = experiment.build_model(config, jax.devices()[:1]).abstract_params
     theirs = peers.unet(config)
     assert sum(p.numel() for p in theirs.parameters()) == sum(
         leaf.size for leaf in jax.tree.leaves(ours))

@@ -25,7 +25,7 @@ from ddpm_jax.interchange.workdir import training_state, write_run  # noqa: E402
 def make_run(tmp_path):
     def make(facts, **sections):
         config = small_config(**sections)
-        exp = experiment.build(config, jax.devices()[:1])
+        exp = experiment.build_model(config, jax.devices()[:1])
         state = training_state(exp, 41, random_params(exp.model), random_params(exp.model, 1))
         write_run(tmp_path / "run", exp, state, facts)
         return tmp_path / "run"

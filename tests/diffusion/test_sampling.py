@@ -29,8 +29,16 @@ def predict_fn(denoise_fn, schedule=SCHEDULE, predict="x_start"):
     return predict_fn
 
 
-def step_fn(name, schedule=SCHEDULE):
-    return lambda *a: S.SAMPLERS[name](schedule, *a)
+def sample(predict_fn, name, x_t, steps, schedule=SCHEDULE):
+    """x_0 after the reverse steps steps-1 ... 0 from x_t."""
+    sampler = S.SAMPLERS[name]
+
+    def body(carry, t):
+        x, memory, _ = S.reverse_step(sampler, schedule, predict_fn, noise_fn, carry[0], t,
+                                      carry[1])
+        return (x, memory), None
+
+    return jax.lax.scan(body, (x_t, sampler.start(x_t)), jnp.arange(steps - 1, -1, -1))[0][0]
 
 
 @pytest.mark.parametrize("name", S.SAMPLERS)
@@ -38,8 +46,7 @@ def step_fn(name, schedule=SCHEDULE):
 def test_a_perfect_denoiser_gets_its_image_back(name, steps):
     visited = evenly_spaced(50, steps)
     schedule = make_schedule(respace(BETAS, visited), visited)
-    x_0 = S.sample_loop(
-        predict_fn(lambda x, t: X, schedule), step_fn(name, schedule), noise_fn, X_T, steps)
+    x_0 = sample(predict_fn(lambda x, t: X, schedule), name, X_T, steps, schedule)
     np.testing.assert_allclose(x_0, X, atol=1e-6)
 
 
@@ -55,19 +62,19 @@ def test_the_loop_equals_algorithm_2_written_out():
         mean = (betas[t] * np.sqrt(before) * x_0
                 + (1 - before) * np.sqrt(1 - betas[t]) * x) / (1 - bar[t])
         x = mean + (np.sqrt(betas[t]) * np.asarray(noise_fn(t), np.float64) if t else 0)
-    got = S.sample_loop(predict_fn(denoise_fn, predict="eps"), step_fn("ancestral"), noise_fn,
-                        X_T, 50)
+    got = sample(predict_fn(denoise_fn, predict="eps"), "ancestral", X_T, 50)
     np.testing.assert_allclose(got, x, atol=1e-4)
 
 
-@pytest.mark.parametrize("every", [1, 7, 10, 50, 99])
-def test_progressive_sampling_ends_where_plain_sampling_does(every):
-    args = (predict_fn(lambda x, t: 0.9 * x), step_fn("ancestral"), noise_fn, X_T, 50)
-    x_0, kept, ts = S.sample_progressive(*args, every)
-    np.testing.assert_allclose(x_0, S.sample_loop(*args), atol=1e-6)
-    np.testing.assert_array_equal(ts, [t for t in range(49, -1, -1) if t % every == 0])
-    assert kept.shape == (len(ts), *X.shape)
-    np.testing.assert_allclose(kept[-1], x_0, atol=1e-6)  # at t = 0 the mean is the predicted x_0
+def test_a_sampler_remembers_earlier_steps(monkeypatch):
+    """Memory goes from step to step: here the sum of all predictions of x_0."""
+    def step(schedule, prediction, x_t, t, noise, memory):
+        x, _ = S.ancestral_step(schedule, prediction, x_t, t, noise)
+        return jnp.where(t > 0, x, memory + prediction.x_start), memory + prediction.x_start
+
+    monkeypatch.setitem(S.SAMPLERS, "sum", S.Sampler(step, jnp.zeros_like))
+    np.testing.assert_allclose(
+        sample(predict_fn(lambda x, t: X), "sum", X_T, 50), 50 * X, rtol=1e-5)
 
 
 def test_respaced_and_full_chains_agree_for_a_gaussian():
@@ -86,7 +93,7 @@ def test_respaced_and_full_chains_agree_for_a_gaussian():
                 predict=PARAMETERIZATIONS["eps"], variance=VARIANCES["fixed_large"],
                 clip_denoised=False)
 
-        x_0 = S.sample_loop(no_clip, step_fn("ddim", schedule), noise_fn, X_T, steps)
+        x_0 = sample(no_clip, "ddim", X_T, steps, schedule)
         # the DDIM map scales by a product of cosines of angle steps: 1 in the limit
         ratio = np.asarray(x_0 / X_T)
         assert np.ptp(ratio) < 1e-3 and 0.7 < ratio.mean() <= 1.001, (steps, ratio.mean())
@@ -105,5 +112,5 @@ def test_interpolation_mixes_noised_images():
 def test_shared_latents_start_in_the_middle():
     """Decoding from x_t needs t+1 steps only; the perfect denoiser still gets its image."""
     x_t = q_sample(SCHEDULE, X, jnp.full(3, 20), X_T)
-    x_0 = S.sample_loop(predict_fn(lambda x, t: X), step_fn("ancestral"), noise_fn, x_t, 21)
+    x_0 = sample(predict_fn(lambda x, t: X), "ancestral", x_t, 21)
     np.testing.assert_allclose(x_0, X, atol=1e-6)

@@ -38,10 +38,10 @@ def tiny_config(**fields):
 def tiny():
     """-> (Model with untrained weights that are not the ones at zero, Session) on some devices."""
     def build(devices=1, folder=None, **fields):
-        exp = experiment.build(tiny_config(**fields), jax.devices()[:devices])
+        exp = experiment.build_model(tiny_config(**fields), jax.devices()[:devices])
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
-                              exp.abstract_state.params)
+                              exp.abstract_params)
         model = Model(exp, exp.runner.put("replicated", params), {"step": 1, "weights": "ema"})
         return model, session_of(exp, folder=folder and str(folder))
 

@@ -43,7 +43,8 @@ def workdir(tiny, tmp_path):
     """A run whose checkpoint of step 1 holds the tiny model."""
     (exp, params, _), _ = tiny(len(jax.devices()))
     checkpoints.claim(tmp_path / "run", to_json(exp.config))
-    state = experiment.new_state(exp)._replace(params=params, ema_params=params)
+    state = experiment.new_state(experiment.build_training(exp))._replace(
+        params=params, ema_params=params)
     store = checkpoints.Checkpoints(tmp_path / "run")
     store.save(1, state, to_json(exp.config))
     store.wait()

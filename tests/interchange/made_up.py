@@ -78,10 +78,10 @@ def restore(folder, config):
 
     from ddpm_jax import checkpoints, experiment
 
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-                        exp.abstract_state)
+                        experiment.build_training(exp).abstract_state)
     store = checkpoints.Checkpoints(folder, read_only=True)
     try:
         return jax.tree.map(np.asarray, store.restore(store.find(None), like))

@@ -16,7 +16,7 @@ from ddpm_jax.interchange.diffusers.write import write_folder
 
 def small():
     config = small_config()
-    return experiment.build(config, jax.devices()[:1]), to_json(config)
+    return experiment.build_model(config, jax.devices()[:1]), to_json(config)
 
 
 def test_exported_folder(tmp_path):

@@ -95,7 +95,7 @@ def test_a_folder_that_holds_something_is_refused_first(tmp_path):
 
 
 def write_diffusers(folder, config):
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     write_folder(folder, random_params(SMALL), exp, to_json(config), step=5, weights="averaged",
                  version="0")
     return folder

@@ -57,7 +57,7 @@ CIFAR10, LSUN = "cifar10", "lsun_church"
 
 
 def build(config):
-    return experiment.build(config, jax.devices()[:1])
+    return experiment.build_model(config, jax.devices()[:1])
 
 
 def torch_net(config, params):

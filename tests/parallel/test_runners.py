@@ -11,11 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import experiment as E
 from ddpm_jax import programs
 from ddpm_jax.compilation import hlo
-from ddpm_jax.config import CLIP_SCOPES, load_config
+from ddpm_jax.config import load_config
+from ddpm_jax.data.feed import shuffled_index
+from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.parallel.runners import RUNNERS, fetch
+from ddpm_jax.training import rng
+from ddpm_jax.training.steps import init_state
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
 
@@ -35,36 +38,31 @@ def config(runner, **fields):
 @functools.cache
 def one_step(runner, devices, fields=(), packed=True):
     """Parameters moved by one SGD step of rate 1, and the metrics."""
-    exp = E.build(config(runner, **dict(fields)), jax.devices()[:devices])
+    training = build(config(runner, **dict(fields)), devices)
     tx = optax.sgd(1.0)
-    state = E.init_state(E._init_params(exp.model, 0), tx)
+    training = training._replace(
+        tx=tx, step=functools.partial(training.step, tx=tx, ema_decay=0.9),
+        abstract_state=jax.eval_shape(lambda p: init_state(p, tx),
+                                      training.experiment.abstract_params))
+    exp = training.experiment
     # Weights of order one: at the initial ones the last layers' gradients nearly vanish.
     params = jax.tree.map(
-        lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), state.params)
-    state = exp.runner.put("replicated", jax.tree.map(np.asarray, E.init_state(params, tx)))
+        lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), exp.init_params())
+    state = exp.runner.put("replicated", jax.tree.map(np.asarray, init_state(params, tx)))
     if packed:
-        state = programs.pack_program(exp)(state)
-    exp = exp._replace(train_step=sgd_step(exp, tx))
-    program = programs.train_program(exp, len(IMAGES))
-    images = exp.runner.put("replicated", IMAGES.reshape(len(IMAGES), -1))
-    new, metrics = program(state, images, np.uint32(0), np.int32(1))
-    if packed:
-        new = programs.unpack_program(exp)(new)
-    new, metrics = fetch((new, metrics))
+        program = programs.train_program(training, len(IMAGES), max_steps=1)
+        images = exp.runner.put("replicated", IMAGES.reshape(len(IMAGES), -1))
+        carry, metrics = program.step(program.start(state), images, np.uint32(0), np.int32(1))
+        new, metrics = fetch((program.state(carry), jax.tree.map(lambda v: v[0], metrics)))
+    else:
+        rows = shuffled_index(np.uint32(0), np.arange(16, dtype=np.uint32), len(IMAGES), jnp)
+        new, metrics = jax.jit(training.step)(state, IMAGES[rows], rng.run_key(0))
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, params, new.params)
-    return moved, {k: float(v[0]) for k, v in metrics.items()}
+    return moved, {k: float(v) for k, v in metrics.items()}
 
 
-def sgd_step(exp, tx):
-    c = exp.config
-    shards = max(1, c.train.clip_replicas // (
-        1 if exp.runner.spread > 1 else exp.runner.num_devices))
-    return lambda state, images, key: E.train_step(
-        state, images, key, loss_fn=exp.loss_fn, tx=tx, ema_decay=0.9, num_timesteps=200,
-        dropout_shapes=exp.model.dropout_shapes(), flip=True,
-        clip=CLIP_SCOPES[c.train.clip_scope](c.train, shards),
-        accumulation=c.train.accumulation, axis_name=exp.runner.axis_name,
-        spread=exp.runner.spread)
+def build(config, devices):
+    return build_training(build_model(config, jax.devices()[:devices]))
 
 
 def assert_same(got, want):
@@ -105,7 +103,7 @@ def test_accumulation_on_many_devices():
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_kinds_round_trip(name):
+def test_placements_round_trip(name):
     runner = RUNNERS[name](jax.devices())
     batch = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
     steps = np.stack([batch, batch + 100])
@@ -142,11 +140,9 @@ def test_devices_of_a_process_lie_side_by_side():
 def test_under_jit_a_device_works_on_its_share(resident, fields, allowed):
     """Equal results do not show it: every device could do all of the work, or pass it around."""
     def compiled(runner, devices):
-        exp = E.build(config(runner, **fields, **{"train.clip_replicas": devices}),
-                      jax.devices()[:devices])
-        count = len(IMAGES) if resident else None
-        lowered = programs.train_program(exp, count).lower(*programs.train_arguments(exp, count))
-        return lowered.compile()
+        training = build(config(runner, **fields, **{"train.clip_replicas": devices}), devices)
+        program = programs.train_program(training, len(IMAGES) if resident else None)
+        return program.step.lower(*program.arguments).compile()
 
     cut, whole = compiled("jit", 8), compiled("jit", 1)
     assert cut.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]

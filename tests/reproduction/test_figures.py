@@ -22,10 +22,10 @@ def run():
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": 8,
         "diffusion.schedule.beta_end": 0.5, "train.batch_size": 8, "sampler.batch_size": 8})
-    exp = experiment.build(config, jax.devices()[:1])
+    exp = experiment.build_model(config, jax.devices()[:1])
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32),
-                          exp.abstract_state.params)
+                          exp.abstract_params)
     return figures.Run(exp, params, Splits("digits", "", exp.image_shape), {})
 
 

@@ -11,10 +11,10 @@ def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0):
     """fit over a state that is the number of updates; records what happened, in order."""
     events, seen = [], []
 
-    def dispatch(state, step, n):
-        assert state == step and 1 <= n <= most
-        events.append(("dispatch", step, n))
-        return state + n, {"loss": [loss(step + i) for i in range(n)] + [0.0] * (most - n)}
+    def dispatch(state, n):
+        assert 1 <= n <= most
+        events.append(("dispatch", state, n))
+        return state + n, {"loss": [loss(state + i) for i in range(n)] + [0.0] * (most - n)}
 
     def on_metrics(step, values):
         events.append(("metrics", step))
@@ -22,8 +22,9 @@ def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0):
 
     hooks = [Hook(every, lambda s, state, n=name: events.append((n, s)) or None, last=True)
              for name, every in hooks]
-    out = fit(step, step=step, last=last, most=most, dispatch=dispatch, hooks=hooks,
-              on_metrics=on_metrics, should_stop=lambda s: stop_at is not None and s >= stop_at,
+    out = fit(step, step=step, last=last, max_steps=most, dispatch=dispatch,
+              arguments=lambda n: (n,), hooks=hooks, on_metrics=on_metrics,
+              should_stop=lambda s: stop_at is not None and s >= stop_at,
               fetch=lambda m: m, last_good=lambda: 7)
     return out, events, seen
 

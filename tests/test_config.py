@@ -1,0 +1,27 @@
+import pytest
+
+from ddpm_jax.config import config_path, load_config
+from ddpm_jax.errors import UserError
+
+
+def test_the_papers_numbers_are_in_the_config():
+    c = load_config("cifar10")
+    assert (c.train.batch_size, c.optimizer.learning_rate, c.ema.decay) == (128, 2e-4, 0.9999)
+    assert (c.train.clip_scope, c.train.clip_replicas, c.train.clip_norm) == ("per_replica", 8, 1.0)
+    assert (c.optimizer.warmup_steps, c.optimizer.eps_rule) == (5000, "tensorflow")
+    for name, steps in [("celebahq256", 500_000), ("lsun_bedroom", 2_400_000),
+                        ("lsun_cat", 1_800_000), ("lsun_church", 1_200_000),
+                        ("lsun_bedroom_large", 1_150_000)]:
+        c = load_config(name)
+        assert (c.train.steps, c.train.batch_size, c.optimizer.learning_rate, c.model.dropout,
+                c.diffusion.variance) == (steps, 64, 2e-5, 0.0, "fixed_small")
+
+
+def test_config_names(tmp_path):
+    assert config_path("cifar10").endswith("configs/cifar10.py")
+    assert config_path("cifar10_table2:mu_fixed_l").endswith("cifar10_table2.py:mu_fixed_l")
+    own = tmp_path / "mine.py"
+    own.write_text("")
+    assert config_path(str(own)) == str(own)
+    with pytest.raises(UserError, match="packaged: celebahq256, cifar10"):
+        config_path("cifar11")

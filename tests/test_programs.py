@@ -1,0 +1,155 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax import programs
+from ddpm_jax.config import load_config
+from ddpm_jax.diffusion.sampling import SAMPLERS, Sampler, ddim_step
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import build_model, build_training, new_state
+from ddpm_jax.parallel.runners import fetch
+
+
+def tiny(**fields):
+    config = load_config("digits")
+    config.data.image_size = 4
+    config.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2)
+    config.train.update(batch_size=8, clip_replicas=8)
+    config.diffusion.num_timesteps = 6
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def model(devices, **fields):
+    """-> (Experiment, weights of order one on its devices)"""
+    exp = build_model(tiny(**fields), jax.devices()[:devices])
+    params = jax.tree.map(lambda p: np.asarray(p) + 0.1, exp.init_params())
+    return exp, exp.runner.put("replicated", params)
+
+
+def as_one_program(exp):
+    return exp._replace(runner=exp.runner._replace(loops_on_device=True))
+
+
+def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is():
+    wanted = None
+    for runner, devices, index in [("jit", 1, [0, 1, 2, 3]), ("shard_map", 8, range(8)),
+                                   ("pmap", 4, [3, 2, 1, 0])]:
+        exp, params = model(devices, **{"parallel.runner": runner})
+        chain = programs.sampling_chain(exp)
+        index = np.array(index, np.int32)
+        args = params, np.uint32(3), exp.runner.put("batch", index)
+        for where in (exp, as_one_program(exp)):
+            got = exp.runner.local(programs.sample_program(where, chain)(*args))
+            got = got[np.argsort(index)][:4]
+            wanted = got if wanted is None else wanted
+            assert np.abs(got.astype(int) - wanted).max() <= 1
+            last, frames = programs.progressive_program(where, chain, 4)(*args)
+            assert np.abs(exp.runner.local(last)[np.argsort(index)][:4].astype(int)
+                          - wanted).max() <= 1
+            frames = exp.runner.local(frames)[np.argsort(index)][:4]
+            assert frames.shape == (4, 2, 4, 4, 1)
+            # At t = 0 the mean of the last step is the predicted x_0.
+            assert np.abs(frames[:, -1].astype(int) - wanted).max() <= 1
+    assert wanted.std() > 1 and len(np.unique(wanted.reshape(4, -1), axis=0)) == 4
+
+
+@pytest.mark.parametrize("every", [1, 4, 6, 9])
+def test_the_frames_kept_are_those_at_multiples(every, monkeypatch):
+    """A sampler that keeps what it predicts shows the frames."""
+    exp, params = model(1)
+    index = exp.runner.put("batch", np.arange(2, dtype=np.int32))
+    total = 6
+
+    def step(schedule, prediction, x_t, t, noise, memory):
+        x, _ = ddim_step(schedule, prediction, x_t, t, noise)
+        return x, memory.at[:, t].set(prediction.x_start)
+
+    monkeypatch.setitem(SAMPLERS, "keeping", Sampler(
+        step, lambda x_T: jnp.zeros((x_T.shape[0], total, *x_T.shape[1:]))))
+    chain = programs.sampling_chain(exp, name="keeping")
+    start, one = programs._reverse_process(exp, chain)
+    carry = start(np.uint32(3), index)
+    for i in range(total):
+        carry, _ = one(params, carry, i, np.uint32(3), index)
+    predicted = np.asarray(programs.to_uint8(carry[1]))
+    _, frames = programs.progressive_program(as_one_program(exp), chain, every)(
+        params, np.uint32(3), index)
+    want = predicted[:, [t for t in range(total - 1, -1, -1) if t % every == 0]]
+    assert frames.shape == want.shape and predicted.std() > 1
+    assert np.abs(np.asarray(frames).astype(int) - want).max() <= 1
+
+
+@pytest.mark.parametrize("runner, devices", [("jit", 2), ("pmap", 4), ("shard_map", 1)])
+def test_bound_does_not_depend_on_where_the_loop_is(runner, devices):
+    exp, params = model(devices, **{"parallel.runner": runner})
+    images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 1), dtype=np.uint8)
+    args = (params, np.uint32(3), *(exp.runner.put("batch", x)
+                                    for x in (images, np.arange(4, dtype=np.int32))))
+    stepwise = programs.bound_program(exp)(*args)
+    compiled = programs.bound_program(as_one_program(exp))(*args)
+    for name in compiled._fields:
+        one, two = (exp.runner.local(getattr(b, name)) for b in (stepwise, compiled))
+        assert one.shape == two.shape and one.std() > 0
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6, err_msg=name)
+    terms = exp.runner.local(compiled.terms)
+    assert terms.shape == (4, 6)
+    np.testing.assert_allclose(exp.runner.local(compiled.total),
+                               terms.sum(1) + exp.runner.local(compiled.prior), rtol=1e-5)
+
+
+def test_fewer_steps_and_too_many():
+    exp = build_model(tiny())
+    assert programs.sampling_chain(exp, steps=3).num_steps == 3
+    np.testing.assert_array_equal(
+        programs.sampling_chain(exp, steps=3).schedule.timesteps, [0, 2, 5])
+    with pytest.raises(UserError, match=r"sampler.steps=7 is not in 1 ... .*num_timesteps=6"):
+        programs.sampling_chain(exp, steps=7)
+    with pytest.raises(UserError, match="known: ancestral, ddim"):
+        programs.sampling_chain(exp, name="heun")
+
+
+def training(devices=1, **fields):
+    return build_training(build_model(tiny(**fields), jax.devices()[:devices]))
+
+
+@pytest.mark.parametrize("runner", ["jit", "pmap", "shard_map"])
+def test_abstract_arguments_fit_the_program(runner):
+    trained = training(8, **{"parallel.runner": runner})
+    for examples in (24, None):
+        program = programs.train_program(trained, examples, max_steps=3)
+        assert "main" in program.step.lower(*program.arguments).as_text()[:5000]
+
+
+def test_a_dispatch_stops_where_told_and_equals_single_steps():
+    """num_steps is data: a shorter dispatch runs the same compiled program."""
+    trained = training(**{"train.clip_scope": "per_replica", "model.dropout": 0.1})
+    images = np.random.default_rng(0).integers(0, 256, (24, 16), np.uint8)
+    results = []
+    for max_steps, calls in ((5, [3]), (1, [1, 1, 1])):
+        program = programs.train_program(trained, 24, max_steps=max_steps)
+        carry, losses = program.start(new_state(trained)), []
+        for n in calls:
+            carry, metrics = program.step(carry, images, np.uint32(7), np.int32(n))
+            losses.append(metrics["loss"])
+        results.append((program.state(carry), np.concatenate(losses)))
+    (looped, rows), (single, losses) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                 fetch(looped), fetch(single))
+    np.testing.assert_allclose(rows, [*losses, 0, 0], rtol=1e-5)
+    assert int(looped.step) == 3
+
+
+def test_a_carry_is_packed_and_read_back_as_the_named_state():
+    trained = training()
+    program = programs.train_program(trained, 24)
+    state = new_state(trained)
+    carry = program.start(state)
+    assert len(jax.tree.leaves(carry.params)) < len(jax.tree.leaves(state.params)) / 2
+    back = program.state(carry)
+    assert jax.tree.structure(back) == jax.tree.structure(trained.abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    jax.tree.map(np.testing.assert_array_equal, program.ema_params(carry), state.ema_params)
+    assert optax.tree.norm(back.params) > 0
