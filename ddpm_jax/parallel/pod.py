@@ -4,9 +4,11 @@ JAX's detectors and its coordination service are used as they are; added are a l
 silent wait, a check that the coordinator can be reached, and an order among the sources.
 """
 
+import contextlib
 import errno
 import functools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +27,9 @@ from ddpm_jax.parallel.exit_codes import (
     log,
     pod_state,
 )
-from ddpm_jax.parallel.launchers import DEFAULT_PORT, Pod, detect, local_device_ids
+from ddpm_jax.parallel.launchers import DEFAULT_PORT, Pod, find, split_address
+
+MULTIHOST = ["auto", "off"]
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -34,7 +38,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     string, integer, number, enum = (
         functools.partial(define, flag_values=values) for define in
         (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_enum))
-    enum("multihost", "auto", ["auto", "off"],
+    enum("multihost", "auto", MULTIHOST,
          "auto: join the other processes that the environment names (DDPM_*, Cloud TPU, GKE, "
          "SLURM, Open MPI, Kubernetes); off: run alone")
     string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
@@ -54,31 +58,39 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:
     """Joins the pod, or does nothing for one process. Call before anything touches a device.
 
-    Order: flags, then DDPM_COORD/DDPM_NPROC/DDPM_PROC, then `launchers.detect`. One line names
-    what is waited for, and where, before the wait.
+    Each part by its flag, else DDPM_COORD, DDPM_NPROC, DDPM_PROC, else JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES, JAX_PROCESS_ID, else `launchers.find`. One line names what is waited for,
+    and where, before the wait.
 
     Raises:
-      UserError: half of the settings given, or the port of process 0 is taken.
+      UserError: a part is missing (launchers.find), or the port of process 0 is taken.
       SystemExit: EXIT_UNREACHABLE after one line, no coordinator within the time-out.
     """
-    if option(values, "multihost", "DDPM_MULTIHOST", str, "auto") == "off":
+    multihost = option(values, "multihost", str, "auto", "DDPM_MULTIHOST")
+    if multihost not in MULTIHOST:
+        raise UserError(f"DDPM_MULTIHOST={multihost!r}: expected {' or '.join(MULTIHOST)}")
+    if multihost == "off":
         return Pod(0, 1, None, "off")
     if jax.distributed.is_initialized():
         state = pod_state()
         return Pod(state.process_id, state.num_processes, state.coordinator_address, "before")
-    port = option(values, "coordinator_port", "JAX_COORDINATOR_PORT", int, None)
-    timeout = option(values, "init_timeout", "DDPM_INIT_TIMEOUT", int, None)
-    found = _explicit(values, port) or detect(port, timeout or 300)
-    if found is None or found[0].num_processes == 1:
-        return Pod(0, 1, None, found[0].method if found else "alone")
-    pod, device_ids = found
-    if timeout is None:
-        timeout = 3600 if int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1 else 300
-    _join(pod, device_ids, timeout, option(values, "heartbeat", "DDPM_HEARTBEAT", int, 30))
+    port = option(values, "coordinator_port", int, None, "JAX_COORDINATOR_PORT")
+    timeout = option(values, "init_timeout", int, None, "DDPM_INIT_TIMEOUT")
+    given = {
+        "coordinator": option(values, "coordinator", str, None, "DDPM_COORD",
+                              "JAX_COORDINATOR_ADDRESS"),
+        "num_processes": option(values, "num_processes", int, None, "DDPM_NPROC",
+                                "JAX_NUM_PROCESSES"),
+        "process_id": option(values, "process_id", int, None, "DDPM_PROC", "JAX_PROCESS_ID")}
+    pod = find(given, port, timeout or 300)
+    if pod.num_processes > 1:
+        if timeout is None:
+            timeout = 3600 if int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1 else 300
+        _join(pod, timeout, option(values, "heartbeat", int, 30, "DDPM_HEARTBEAT"))
     return pod
 
 
-def _join(pod: Pod, device_ids, timeout: int, heartbeat: int):
+def _join(pod: Pod, timeout: int, heartbeat: int):
     host, port = split_address(pod.coordinator)
     # gRPC would send the coordinator's traffic to an HTTP proxy, which answers nothing.
     if any("_proxy" in name.lower() for name in os.environ):
@@ -101,14 +113,30 @@ def _join(pod: Pod, device_ids, timeout: int, heartbeat: int):
     joined = threading.Event()
     threading.Thread(target=_still_waiting, args=(joined, me, pod.coordinator), daemon=True).start()
     try:
-        jax.distributed.initialize(
-            pod.coordinator, pod.num_processes, pod.process_id, device_ids,
-            cluster_detection_method="deactivate", initialization_timeout=timeout,
-            heartbeat_timeout_seconds=heartbeat)
+        with _interruptible():
+            jax.distributed.initialize(
+                pod.coordinator, pod.num_processes, pod.process_id, pod.device_ids,
+                cluster_detection_method="deactivate", initialization_timeout=timeout,
+                heartbeat_timeout_seconds=heartbeat)
     finally:
         joined.set()
     sys.excepthook = _leave_on_exception
     log(f"{me}: joined; a process silent for {heartbeat} s ends the run")
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """SIGINT ends the process: the wait is in C++, where Python's handler does not run."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    ours = main and handler is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
 
 
 def probe(host: str, port: int, timeout: float) -> str | None:
@@ -162,22 +190,15 @@ def require_free_port(port: int):
                 "it), or pass another --coordinator_port to every process") from None
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """'host:port' -> (host, port). Raises UserError on anything else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"coordinator {address!r}: expected HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
-def option(values, flag: str, variable: str, kind, default):
-    """Flag if given, else environment variable, else default."""
+def option(values, flag: str, kind, default, *variables: str):
+    """Flag if given, else the first of the environment variables, else default."""
     if flag in values and values.is_parsed() and values[flag].present:
         return values[flag].value
-    text = os.environ.get(variable)
-    if text:
+    for variable in variables:
+        text = os.environ.get(variable)
         try:
-            return kind(text)
+            if text:
+                return kind(text)
         except ValueError:
             raise UserError(f"{variable}={text!r}: expected {kind.__name__}") from None
     return default
@@ -193,25 +214,3 @@ def _still_waiting(joined, me: str, coordinator: str):
 def _leave_on_exception(kind, value, trace):
     sys.__excepthook__(kind, value, trace)
     leave(EXIT_LOST if is_lost_peer(value) else 1)
-
-
-def _explicit(values, port: int | None):
-    given = {"coordinator": option(values, "coordinator", "DDPM_COORD", str, None),
-             "num_processes": option(values, "num_processes", "DDPM_NPROC", int, None),
-             "process_id": option(values, "process_id", "DDPM_PROC", int, None)}
-    if given["num_processes"] == 1 and given["process_id"] in (None, 0):
-        return Pod(0, 1, None, "given"), None
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return None
-    if missing:
-        raise UserError(f"--{missing[0]} is missing: --coordinator, --num_processes and "
-                        "--process_id (DDPM_COORD, DDPM_NPROC, DDPM_PROC) go together")
-    if not 0 <= given["process_id"] < given["num_processes"]:
-        raise UserError(f"process_id {given['process_id']}: must be in 0.."
-                        f"{given['num_processes'] - 1} (num_processes {given['num_processes']})")
-    address = given["coordinator"]
-    if ":" not in address:
-        address = f"{address}:{port or DEFAULT_PORT}"
-    split_address(address)
-    return Pod(given["process_id"], given["num_processes"], address, "given"), local_device_ids()

@@ -58,7 +58,7 @@ class Watchdog:
 def start_watchdog(values: flags.FlagValues = flags.FLAGS) -> Watchdog:
     """Watches for hung steps: --watchdog seconds without `beat()` print all stacks and exit with
     EXIT_HUNG; 0 gives an object that does nothing."""
-    seconds = pod.option(values, "watchdog", "DDPM_WATCHDOG", float, 0.0)
+    seconds = pod.option(values, "watchdog", float, 0.0, "DDPM_WATCHDOG")
     watchdog = Watchdog(seconds)
     if seconds > 0:
         threading.Thread(target=watchdog._watch, name="ddpm-watchdog", daemon=True).start()

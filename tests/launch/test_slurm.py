@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import pty
 import re
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +37,7 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
+LaunchParameters=use_interactive_step
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2
 MpiDefault=none
@@ -139,6 +143,7 @@ def test_train_sbatch(cluster):
     run_sigterm_requeue_resume(*cluster)
     bug_ends_the_job_with_its_code(*cluster)
     impossible_request_is_refused(*cluster)
+    the_shell_of_several_tasks_is_refused(*cluster)
 
 
 def run_sigterm_requeue_resume(env, d):
@@ -179,6 +184,41 @@ def impossible_request_is_refused(env, d):
     out = subprocess.run(["sbatch", "--test-only", "--nodes=3", SBATCH, "true"], env=env,
                          capture_output=True, text=True)
     assert out.returncode != 0
+
+
+def the_shell_of_several_tasks_is_refused(env, d):
+    ddpm = f"{sys.executable} -m ddpm_jax train --config=digits --workdir={d}/interactive"
+    for shell in (["salloc", "-n", "2"], ["srun", "-n", "2", "--pty", "bash"]):
+        text = session(env, shell, [f"{ddpm} 2>&1; echo CODE=$?", "exit"])
+        assert "start all of them with srun" in text and "CODE=2" in text, text
+        assert "Traceback" not in text
+    program = ("from ddpm_jax.parallel import launchers; "
+               "nothing = dict.fromkeys(launchers.VARIABLES); "
+               "print(*launchers.find(nothing, None, 5)[:2])")
+    inside = f"srun --overlap -n 2 {sys.executable} -c '{program}'"
+    text = session(env, ["srun", "-n", "2", "--pty", "bash"], [inside, "exit"])
+    assert {"0 2", "1 2"} <= set(text.splitlines()), text
+
+
+def session(env, argv, lines, seconds=90):
+    """Types lines into a program on a terminal of its own, each when the last has ended."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(argv[0], argv, env)
+    text, deadline, typed = "", time.time() + seconds, 0
+    while time.time() < deadline:
+        if typed < len(lines) and text.rstrip().endswith(("#", "$")):  # the shell's prompt
+            os.write(terminal, lines[typed].encode() + b"\n")
+            typed += 1
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                text += os.read(terminal, 65536).decode(errors="replace")
+            except OSError:  # its end
+                break
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    return text
 
 
 def test_no_command_is_one_line():

@@ -77,7 +77,8 @@ def free_port():
 
 
 class Processes:
-    """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one."""
+    """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one.
+    env: variables of all, or of process i; None removes one."""
 
     def __init__(self, folder, words, count, flags=(), env=(), port=None, only=None):
         port = port or free_port()
@@ -87,8 +88,8 @@ class Processes:
                  "DDPM_PROC": str(i), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
                  "TF_CPP_MIN_LOG_LEVEL": "3"}
             e.update(env(i) if callable(env) else env)
-            if count == 1:
-                e = {k: v for k, v in e.items() if not k.startswith("DDPM_")}
+            e = {k: v for k, v in e.items() if v is not None
+                 and not (count == 1 and k.startswith("DDPM_"))}
             file = open(pathlib.Path(folder) / f"{i}.log", "w+")
             self.files.append(file)
             self.popen.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *flags, *words],

@@ -49,7 +49,7 @@ def test_taken_port_is_an_error():
 
 
 def test_one_process_is_a_no_op(clean_env):
-    assert pod.initialize() == (0, 1, None, "alone")
+    assert pod.initialize() == (0, 1, None, "alone", None)
     hosts.check_same_everywhere({"anything": "x"})
     clean_env.setenv("DDPM_NPROC", "1")
     assert pod.initialize().num_processes == 1
