@@ -4,8 +4,9 @@
 
 Real jax.distributed and real collectives; on the CPU every process gets that many fake devices,
 with --platform=cuda its share of the GPUs. Process 0 is shown, every process has a log file. When
-one fails the others are ended and its log is named. Exit code: 0 all done; 42 stopped on a signal
-with everything saved; otherwise that of the process that failed.
+one fails the others are ended and its log is named. Ctrl-C and the other signals that the program
+hears are passed on as SIGTERM; a second Ctrl-C ends all at once. Exit code: 0 all done; 42 stopped
+on a signal with everything saved; 130 a second Ctrl-C; otherwise that of the process that failed.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import sys
 import tempfile
 import time
 
-RESTART = 42
+RESTART, INTERRUPTED = 42, 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def parse(argv):
@@ -98,13 +100,11 @@ def main(argv=None) -> int:
                 env=environment(options, index, port), start_new_session=True))
         except OSError as error:
             _kill(processes)
-            print(f"local.py: error: {command[0]}: {error.strerror}", file=sys.stderr)
+            _log(f"error: {command[0]}: {error.strerror}")
             return 127 if isinstance(error, FileNotFoundError) else 126
-    print(f"local.py: {options.processes} processes x {options.devices} {options.platform} "
-          f"devices, logs in {logdir}", file=sys.stderr, flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: [p.send_signal(signal.SIGTERM) for p in processes
-                                          if p.poll() is None])
+    _log(f"{options.processes} processes x {options.devices} {options.platform} devices, logs in "
+         f"{logdir}")
+    _pass_signals_on(processes)
     order, deadline, killed = [], None, set()
     with open(logdir / "process_0.log", "rb") as shown:
         try:
@@ -130,18 +130,45 @@ def main(argv=None) -> int:
                            [i for i in order if i not in killed])
     if blamed is not None:
         path = logdir / f"process_{blamed}.log"
-        print(f"local.py: process {blamed} failed with {code}; the end of {path}:",
-              file=sys.stderr)
-        for line in path.read_text(errors="replace").splitlines()[-15:]:
-            print(f"  {line}", file=sys.stderr)
+        end = path.read_text(errors="replace").splitlines()[-15:]
+        _log("\n  ".join([f"process {blamed} failed with {code}; the end of {path}:", *end]))
     return code
+
+
+def _pass_signals_on(processes):
+    interrupts = []
+
+    def handler(number, frame):
+        interrupts.extend([number] * (number == signal.SIGINT))
+        if len(interrupts) > 1:
+            _kill(processes)
+            os._exit(INTERRUPTED)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _show(file):
     data = file.read()
     if data:
-        sys.stdout.write(data.decode(errors="replace"))
-        sys.stdout.flush()
+        _write(sys.stdout, data.decode(errors="replace"))
+
+
+def _log(text):
+    _write(sys.stderr, f"local.py: {text}\n")
+
+
+def _write(stream, text):
+    """Output that nobody reads ends no run: the log files have it."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _kill(processes):

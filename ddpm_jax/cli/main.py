@@ -6,6 +6,7 @@ import sys
 from absl import flags
 
 from ddpm_jax import __version__
+from ddpm_jax.cli import output
 from ddpm_jax.errors import UserError
 
 SUBCOMMANDS = {
@@ -41,6 +42,15 @@ def _print_help(module, values) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """`command` for programs that go on afterwards, a notebook say: signals are given back."""
+    try:
+        return command(argv)
+    finally:
+        if "ddpm_jax.parallel.stop" in sys.modules:
+            sys.modules["ddpm_jax.parallel.stop"].close_all()
+
+
+def command(argv: list[str]) -> int:
     """Run `argv` (without the program's name); returns the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help", "--helpfull"):
         print(usage())
@@ -95,6 +105,13 @@ def _parse(values, words: list[str]) -> list[str]:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main(sys.argv[1:]))
+    output.keep_writable()
+    try:
+        code = command(sys.argv[1:])
+    except KeyboardInterrupt:  # before or without a `Stop`, which saves
+        from ddpm_jax.parallel.exit_codes import EXIT_INTERRUPTED, leave
 
-
+        print("ddpm: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+        leave(code)
+    sys.exit(code)

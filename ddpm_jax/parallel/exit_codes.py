@@ -6,7 +6,9 @@ Launchers, JobSet and sbatch rely on the codes:
    0  done
    1  an uncaught exception, a bug; do not restart
    2  bad input, one line names it; do not restart
-  42  ``EXIT_RESTART``: got SIGTERM, everything worth keeping is saved; restart, free of charge
+  42  ``EXIT_RESTART``: got SIGTERM, INT, HUP, USR1, USR2 or XCPU, everything worth keeping is
+      saved; restart, free of charge
+ 130  ``EXIT_INTERRUPTED``: a second SIGINT, or one while there is nothing to save
  134  ``EXIT_LOST``: a peer died or did not come within --init_timeout (as a rule JAX itself
       aborts, which is the same number); restart, counted
  170  ``EXIT_HUNG``: the watchdog saw no step for too long and printed all stacks; restart, counted
@@ -25,6 +27,7 @@ import time
 from jax._src import distributed
 
 EXIT_RESTART = 42
+EXIT_INTERRUPTED = 130
 EXIT_LOST = 134
 EXIT_HUNG = 170
 EXIT_UNREACHABLE = 171

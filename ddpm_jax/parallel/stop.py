@@ -1,4 +1,8 @@
-"""SIGTERM: all processes of a pod save at the same step and exit with EXIT_RESTART."""
+"""Signals: all processes of a pod save at the same step and exit with EXIT_RESTART.
+
+Heard are SIGTERM, the signals of a terminal (INT, HUP) and those by which batch systems warn (USR1,
+USR2, XCPU), unless they are ignored when the program starts (nohup, jobs in a shell's background).
+"""
 
 import atexit
 import contextlib
@@ -10,11 +14,21 @@ import sys
 import threading
 import time
 
-from ddpm_jax.parallel.exit_codes import EXIT_RESTART, LEAVE_PATIENCE_S, log, pod_state
+from ddpm_jax.parallel.exit_codes import (
+    EXIT_INTERRUPTED,
+    EXIT_RESTART,
+    LEAVE_PATIENCE_S,
+    log,
+    pod_state,
+)
 
-SIGNALS = (signal.SIGTERM,)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGXCPU)
+ONE_PRESS_S = 0.2       # a shell and a launcher can both pass one Ctrl-C on
 LEAVE_DELAY_S = 3.0     # a main thread that is not stuck comes to requested() within this time
 RUNNING, SIGNALLED, AGREED, LEAVING, CLOSED = "running", "signalled", "agreed", "leaving", "closed"
+
+_open = []
 
 
 class Stop:
@@ -27,13 +41,16 @@ class Stop:
                                                           a thread exits with 42
 
     A process whose peer got the signal goes from RUNNING to AGREED, and from AGREED to LEAVING if
-    the peer leaves. `close` goes from any state but LEAVING, which ends the process, to CLOSED.
+    the peer leaves. A second SIGINT ends the process at once with 130, in every state. `close` goes
+    from any state but LEAVING, which ends the process, to CLOSED.
     """
 
     def __init__(self, client, process_id: int, manager):
         self._client, self._process_id, self._manager = client, process_id, manager
         self._calls = 0
         self._noticed = self._unsaved = False
+        self._cause = "a signal to another process"
+        self._interrupted = None  # when SIGINT came
         self._state = RUNNING
         self._changed = threading.Condition()
         self._chain = None
@@ -41,6 +58,7 @@ class Stop:
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
         self._old_handlers, self._old_wakeup = {}, None
+        self._leaver = None
         self._watcher = threading.Thread(target=self._watch, name="ddpm-stop", daemon=True)
 
     def requested(self, step: int) -> bool:
@@ -60,13 +78,13 @@ class Stop:
             agreed = self._manager.reached_sync_point(self._calls)
         if agreed:
             self._go(AGREED, RUNNING, SIGNALLED)
-            log(f"process {self._process_id}: stopping at step {step} on SIGTERM")
+            log(f"process {self._process_id}: stopping at step {step} on {self._cause}")
         return agreed
 
     def unsaved(self, unsaved: bool):
         """Sets whether there is work that no checkpoint holds yet (False at the start).
 
-        While False, a SIGTERM that the loops do not see within 3 s (a long compilation) ends the
+        While False, a signal that the loops do not see within 3 s (a long compilation) ends the
         process with EXIT_RESTART. Set False only after the save is complete, not while it runs.
         """
         with self._changed:
@@ -79,7 +97,7 @@ class Stop:
             return
         atexit.unregister(self._at_exit)
         if not self._go(CLOSED, RUNNING, SIGNALLED, AGREED):
-            self._watcher.join()  # it is ending the process: do not race it
+            self._leaver.join()  # it is ending the process: do not race it
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -104,11 +122,12 @@ class Stop:
                 self._client.key_value_set(f"ddpm/done/{self._process_id}", "")
         # The process is on its way out; one more signal must not change its exit code.
         for number in self._old_handlers:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
     def _install(self):
         before = _c_handler()
-        self._old_handlers = {n: signal.signal(n, self._on_python_signal) for n in SIGNALS}
+        self._old_handlers = {n: signal.signal(n, self._on_python_signal) for n in SIGNALS
+                              if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN}
         self._old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         # JAX's handler is C++ and only raises a flag: Python does not know of it, so it is called
         # by its address. Where the address is Python's own there is nothing to call.
@@ -118,11 +137,13 @@ class Stop:
         atexit.register(self._at_exit)
 
     def _on_python_signal(self, signum, frame):
-        # In case something else took the wake-up descriptor. Nothing that takes a lock: this
-        # runs between any two instructions of the main thread.
-        self._noticed = True
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, bytes([signum]))
+        # Nothing that takes a lock: this runs between any two instructions of the main thread.
+        self._noticed, self._cause = True, signal.Signals(signum).name
+        current = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        if current != self._wake_write:  # something else took the descriptor
+            signal.set_wakeup_fd(current)
+            with contextlib.suppress(OSError):
+                os.write(self._wake_write, bytes([signum]))
 
     def _watch(self):
         # A pipe, because the C half of Python's handler writes to it at once, while the Python
@@ -135,12 +156,13 @@ class Stop:
             now = time.monotonic()
             if self._state == CLOSED:
                 return
-            if ready and set(os.read(self._wake_read, 4096)) & set(SIGNALS):
-                idle_since = now if self._on_signal() else idle_since
+            for number in os.read(self._wake_read, 4096) if ready else b"":
+                if number in self._old_handlers and self._on_signal(signal.Signals(number)):
+                    idle_since = now
             if self._unsaved:
                 idle_since = now
             if now - idle_since > LEAVE_DELAY_S:
-                self._leave("SIGTERM and nothing unsaved", SIGNALLED)
+                self._leave(f"{self._cause} and nothing unsaved", SIGNALLED)
             if self._client is None or now - asked < every:
                 continue
             asked = now
@@ -151,20 +173,34 @@ class Stop:
             if peers:
                 self._leave(f"{peers[0][1]} is leaving", RUNNING, SIGNALLED, AGREED)
 
-    def _on_signal(self) -> bool:
+    def _on_signal(self, number) -> bool:
         """Whether it is the first."""
         self._noticed = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted and now - self._interrupted > ONE_PRESS_S:
+                log(f"process {self._process_id}: second SIGINT: exit {EXIT_INTERRUPTED}, unsaved "
+                    "work is lost")
+                os._exit(EXIT_INTERRUPTED)
+            self._interrupted = self._interrupted or now
         if not self._go(SIGNALLED, RUNNING):
             return False
+        self._cause = number.name
         if self._chain is not None:
-            self._chain(signal.SIGTERM)
-        log(f"process {self._process_id}: received SIGTERM; stopping at the next step")
+            self._chain(signal.SIGTERM)  # the one that JAX passes on to the other processes
+        again = "; a second one leaves at once" if number == signal.SIGINT else ""
+        log(f"process {self._process_id}: received {self._cause}; stopping at the next step{again}")
         return True
 
     def _leave(self, why: str, *from_states):
+        with self._changed:  # whoever sees LEAVING can join the thread
+            if self._state in from_states:
+                self._leaver = threading.Thread(target=self._exit, args=[why], daemon=True)
+                self._state = LEAVING
+                self._leaver.start()
+
+    def _exit(self, why: str):
         """Ends this process, and through the coordination service the others, with 42."""
-        if not self._go(LEAVING, *from_states):
-            return
         if self._client is not None:
             with contextlib.suppress(Exception):
                 self._client.key_value_set(f"ddpm/leave/{self._process_id}",
@@ -186,8 +222,8 @@ class Stop:
 
 
 def watch_for_stop() -> Stop:
-    """Takes SIGTERM over and returns the `Stop` that the loops poll. Main thread, once, after
-    `initialize`. SIGINT stays KeyboardInterrupt."""
+    """Takes SIGNALS over and returns the `Stop` that the loops poll. Main thread, once, after
+    `initialize`."""
     state = pod_state()
     manager = None
     if state.client is not None and state.preemption_sync_manager is not None:
@@ -199,7 +235,14 @@ def watch_for_stop() -> Stop:
         state.preemption_sync_manager = _NoSyncPoint(manager)
     stop = Stop(state.client, state.process_id, manager)
     stop._install()
+    _open.append(stop)
     return stop
+
+
+def close_all():
+    """Gives the signals back, for programs that go on after a command, such as notebooks."""
+    while _open:
+        _open.pop().close()
 
 
 class _NoSyncPoint:

@@ -1,5 +1,6 @@
 """What a subcommand can yield, and the two ways to go through it: a dry run, and for real."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,7 +62,7 @@ def dry_run(generator) -> int:
 def execute(generator) -> int:
     """Does what the generator yields; -> its exit code."""
     actions = {Sleep: lambda item: time.sleep(item.seconds),
-               Message: lambda item: print(f"tpu.py: {item.text}", file=sys.stderr, flush=True),
+               Message: lambda item: write(sys.stderr, f"tpu.py: {item.text}\n"),
                Local: lambda item: item.function(), Command: _call}
     answer = None
     try:
@@ -80,14 +81,22 @@ def _call(command):
         raise LaunchError(f"{command.argv[0]} is not installed: "
                           "https://cloud.google.com/sdk/docs/install") from None
     if not command.quiet:
-        sys.stdout.write(done.stdout)
-        sys.stdout.flush()
+        write(sys.stdout, done.stdout)
     if done.returncode and not command.quiet:
-        sys.stderr.write(done.stderr)
+        write(sys.stderr, done.stderr)
     if done.returncode and command.check:
         raise LaunchError(f"{shlex.join(command.argv[:6])} ...: {last_line(done.stderr)}",
                           1 if done.returncode == SSH_FAILED else done.returncode)
     return done.returncode, done.stdout, done.stderr
+
+
+def write(stream, text: str):
+    """Output that nobody reads does not end a supervisor."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def not_found(text: str) -> bool:

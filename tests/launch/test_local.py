@@ -46,18 +46,52 @@ def test_42_is_no_failure_and_the_siblings_are_waited_for(tmp_path):
     assert (tmp_path / "process_1.log").read_text() == "saved\n"
 
 
-def test_sigterm_goes_to_all(tmp_path):
-    program = ("import signal, sys, time\n"
-               "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
-               "print('ready', flush=True); time.sleep(50)")
-    process = subprocess.Popen([sys.executable, LOCAL, f"--logdir={tmp_path}", "--",
-                                sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+PROGRAM = ("import signal, sys, time\n"
+           "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), time.sleep(WAIT),"
+           " sys.exit(42)))\n"
+           "print('ready', flush=True); time.sleep(50)")
+
+
+def start(tmp_path, wait=0, stdout=subprocess.DEVNULL, **options):
+    process = subprocess.Popen(
+        [sys.executable, LOCAL, f"--logdir={tmp_path}", "--", sys.executable, "-c",
+         PROGRAM.replace("WAIT", str(wait))], stdout=stdout, stderr=subprocess.DEVNULL, **options)
+    until(tmp_path, "ready")
+    return process
+
+
+def until(tmp_path, word):
+    deadline = time.monotonic() + 30
     while not all((tmp_path / f"process_{i}.log").exists()
-                  and "ready" in (tmp_path / f"process_{i}.log").read_text() for i in (0, 1)):
+                  and word in (tmp_path / f"process_{i}.log").read_text() for i in (0, 1)):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", local.SIGNALS, ids=lambda number: number.name)
+def test_signals_go_to_all(tmp_path, number):
+    process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT,
+                                                               signal.default_int_handler))
+    process.send_signal(number)
     assert process.wait(30) == 42
-    process.stdout.close()
+
+
+def test_second_ctrl_c_ends_all_at_once(tmp_path):
+    process = start(tmp_path, wait=40, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler))
+    process.send_signal(signal.SIGINT)
+    until(tmp_path, "told")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+
+
+def test_output_that_nobody_reads_ends_nothing(tmp_path):
+    read, write = os.pipe()
+    process = start(tmp_path, stdout=write)
+    os.close(write)
+    os.close(read)
+    process.send_signal(signal.SIGTERM)  # process 0 prints, and nobody is there
+    assert process.wait(30) == 42
 
 
 @pytest.mark.parametrize("codes, order, expected", [

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -80,7 +81,8 @@ class Processes:
     """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one.
     env: variables of all, or of process i; None removes one."""
 
-    def __init__(self, folder, words, count, flags=(), env=(), port=None, only=None):
+    def __init__(self, folder, words, count, flags=(), env=(), port=None, only=None,
+                 ignored=()):
         port = port or free_port()
         self.files, self.popen = [], []
         for i in range(count) if only is None else only:
@@ -93,7 +95,9 @@ class Processes:
             file = open(pathlib.Path(folder) / f"{i}.log", "w+")
             self.files.append(file)
             self.popen.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *flags, *words],
-                                               stdout=file, stderr=subprocess.STDOUT, env=e))
+                                               stdout=file, stderr=subprocess.STDOUT, env=e,
+                                               preexec_fn=lambda: [signal.signal(n, signal.SIG_IGN)
+                                                                   for n in ignored]))
 
     def __enter__(self):
         return self

@@ -17,7 +17,6 @@ def test_exception_in_one_process_ends_the_run_with_its_code(tmp_path, who):
     assert "AssertionError: RAISE" in run.text(who)
 
 
-
 @pytest.mark.multiprocess
 def test_worker_killed_ends_the_run_within_the_heartbeat(tmp_path):
     with Processes(tmp_path, ["loop"], 2, flags=["--heartbeat=5"]) as run:
@@ -26,7 +25,6 @@ def test_worker_killed_ends_the_run_within_the_heartbeat(tmp_path):
         codes = run.wait(30)
     assert codes[0] in (-signal.SIGABRT, exit_codes.EXIT_LOST)
     assert codes[1] == -signal.SIGKILL
-
 
 
 def test_lost_peers_are_told_from_bugs():

@@ -18,7 +18,6 @@ def test_hosts_that_differ_are_named_and_equal_ones_pass(tmp_path):
             assert "process 2 on" not in text.split("DIFFER")[1]
 
 
-
 def test_versions_name_what_must_agree():
     import jax
     assert hosts.versions()["jax"] == jax.__version__

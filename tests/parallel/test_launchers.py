@@ -26,7 +26,6 @@ def test_slurm_is_detected(clean_env):
     assert launchers.find(NOTHING, None, 5).device_ids == [0]
 
 
-
 def test_gke_tpu_slice_needs_no_metadata_server(clean_env):
     from jax._src.clusters import cloud_tpu_cluster
     clean_env.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
@@ -42,7 +41,6 @@ def test_gke_tpu_slice_needs_no_metadata_server(clean_env):
     clean_env.setenv("MEGASCALE_SLICE_ID", "1")
     clean_env.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost:9999")
     assert launchers.find(NOTHING, 8500, 2)[:4] == (5, 6, "localhost:8500", "gketpu")
-
 
 
 # What each launcher sets for process i of 2 on one machine; {port} is free.

@@ -15,7 +15,6 @@ def test_no_coordinator_is_one_line_with_host_port_and_remedy(tmp_path):
     assert "nothing listens on port" in said[1] and "Traceback" not in run.text(0)
 
 
-
 def test_probe_tells_the_cases_apart():
     assert "unknown here" in pod.probe("no-such-host.invalid", 8476, 0.1)
     assert "nothing listens" in pod.probe("127.0.0.1", free_port(), 0.1)
@@ -27,14 +26,12 @@ def test_probe_tells_the_cases_apart():
         assert pod.probe("127.0.0.1", listener.getsockname()[1], 1.0) is None
 
 
-
 def test_firewall_command_when_packets_vanish(monkeypatch):
     def silent(address, timeout):
         raise TimeoutError("timed out")
     monkeypatch.setattr(socket, "create_connection", silent)
     assert "firewall-rules create" in pod.probe("10.0.0.2", 8476, 0.1)
     assert "tcp:8476" in pod.probe("10.0.0.2", 8476, 0.1)
-
 
 
 def test_taken_port_is_an_error():
@@ -47,7 +44,6 @@ def test_taken_port_is_an_error():
     pod.require_free_port(free_port())
 
 
-
 def test_one_process_is_a_no_op(clean_env):
     assert pod.initialize() == (0, 1, None, "alone", None)
     hosts.check_same_everywhere({"anything": "x"})
@@ -57,7 +53,6 @@ def test_one_process_is_a_no_op(clean_env):
     clean_env.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     clean_env.delenv("DDPM_NPROC")
     assert pod.initialize().num_processes == 1
-
 
 
 @pytest.mark.parametrize("env, message", [

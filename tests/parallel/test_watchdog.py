@@ -12,7 +12,6 @@ def test_watchdog_prints_the_hung_line(tmp_path):
     assert f'"<string>", line {hung} in <module>' in text, text
 
 
-
 def test_watchdog_sees_a_hang_that_holds_the_interpreter(tmp_path):
     with Processes(tmp_path, ["loop", "locked"], 1, flags=["--watchdog=1"]) as run:
         assert run.wait(40) == [1]
