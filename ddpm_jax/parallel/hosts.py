@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 
@@ -12,6 +13,14 @@ from jax.experimental import multihost_utils
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.exit_codes import pod_state
 
+SETTINGS = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_custom_prng",
+            "jax_random_seed_offset", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion",
+            "jax_enable_x64", "jax_default_matmul_precision", "jax_softmax_custom_jvp",
+            "jax_allow_f16_reductions", "jax_use_direct_linearize", "jax_disable_jit",
+            "jax_debug_nans", "jax_debug_infs", "jax_enable_checks", "jax_optimization_level",
+            "jax_use_shardy_partitioner")
+# Flags that may differ: they are about one host, or about what it writes.
+LOCAL_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump", "--xla_gpu_cuda_data_dir")
 _checks = []  # one entry for every check_same_everywhere of this process
 
 
@@ -27,8 +36,18 @@ def versions() -> dict[str, str]:
     return facts
 
 
+def settings() -> dict[str, str]:
+    """JAX's and XLA's settings that change numbers or the compiled program."""
+    facts = {name: str(getattr(jax.config, name, "absent")) for name in SETTINGS}
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        words = [word for word in os.environ.get(name, "").split()
+                 if not word.startswith(LOCAL_FLAGS)]
+        facts[name] = " ".join(sorted(words)) or "none"
+    return facts
+
+
 def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):
-    """Compares `facts` and `versions()` with those of process 0; call on every process.
+    """Compares `facts`, `versions` and `settings` with those of process 0; call on every process.
 
     patience_s: how long the slowest may take to come here (a dead one is known by its heartbeat).
 
@@ -44,7 +63,7 @@ def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):
     state = pod_state()
     _checks.append(0)
     root = f"ddpm/facts/{len(_checks)}"
-    mine = {**versions(), **{name: str(value) for name, value in facts.items()}}
+    mine = {**versions(), **settings(), **{name: str(value) for name, value in facts.items()}}
     if state.process_id == 0:
         client.key_value_set(f"{root}/first", json.dumps(mine))
     first = json.loads(client.blocking_key_value_get(f"{root}/first", 1000 * patience_s))
@@ -60,7 +79,7 @@ def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):
         lines = [value for _, value in differs]
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise UserError("hosts differ: " + "; ".join(lines[:4]) + more
-                        + "; the same wheels, config and data belong on every host")
+                        + "; the same wheels, settings, config and data belong on every host")
 
 
 def is_main_process() -> bool:

@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 from pod_processes import Processes, free_port
 
@@ -23,3 +25,20 @@ def test_versions_name_what_must_agree():
     assert hosts.versions()["jax"] == jax.__version__
     assert set(hosts.versions()) >= {"python", "jaxlib", "flax", "orbax-checkpoint"}
 
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("variable, value, line", [
+    ("JAX_THREEFRY_PARTITIONABLE", "0", "jax_threefry_partitionable=False (process 0 has True)"),
+    ("JAX_DEFAULT_PRNG_IMPL", "rbg", "jax_default_prng_impl=rbg (process 0 has threefry2x32)"),
+    ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true --xla_force_host_platform_device_count=1",
+     "XLA_FLAGS=--xla_cpu_enable_fast_math=true (process 0 has none)")])
+def test_settings_in_the_shell_of_one_host_are_named(tmp_path, variable, value, line):
+    with Processes(tmp_path, ["facts"], 2, env=lambda i: {
+            "CONFIG": "abc", **({variable: value} if i else {})}) as run:
+        assert run.wait() == [2, 2], run.text(0)
+        assert all(f"process 1 on {socket.gethostname()}: {line}" in run.text(i) for i in (0, 1))
+
+
+def test_every_setting_is_one_of_jax():
+    assert "absent" not in hosts.settings().values()
