@@ -3,16 +3,22 @@
 WORKDIR/config.json is the run's resolved config; WORKDIR/checkpoints/<step>/ holds the items
 ``params``, ``ema_params``, ``training`` (step and optimizer) and ``config``; WORKDIR/scores.json
 the metrics of the evaluated steps.
+
+Inside a function: Orbax, which is slow to import.
 """
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import math
 import os
+import sys
 
 import jax
+import numpy as np
+from etils import epath
 
 from ddpm_jax.config import differing_fields
 from ddpm_jax.errors import UserError
@@ -55,6 +61,14 @@ def claim(workdir, config: dict, *, write=True) -> None:
         write_json(folder / "config.json", config)
 
 
+class _Literal(type(epath.Path("/"))):
+    """A path whose brackets are no pattern. etils hands them to ``glob`` unescaped, and Orbax finds
+    what it has to merge after a save by ``glob``."""
+
+    def glob(self, pattern):
+        return map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
+
+
 def _not_from_orbax(record) -> bool:
     """A failed save is one line, from ``_failures``; Orbax logs pages before it raises."""
     return "orbax" not in record.pathname
@@ -94,7 +108,7 @@ class Checkpoints:
         if best:
             policies.append(_Best(best, self.scores))
         self._ocp = ocp
-        self.folder = resolve(workdir) / "checkpoints"
+        self.folder = _Literal(resolve(workdir)) / "checkpoints"
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -107,6 +121,7 @@ class Checkpoints:
                 preservation_policy=managers.AnyPreservationPolicy(policies),
             ),
         )
+        self._verified = False  # whether a save of this object was read back
         self._score_file = self.folder.parent / "scores.json"
         if not read_only:
             newest = self.latest() or 0
@@ -136,23 +151,36 @@ class Checkpoints:
             with self._failures(f"recording the metrics of step {step}"):
                 write_json(self._score_file, self.scores, allow_nan=True)
 
-    def save(self, step: int, state, config: dict) -> None:
-        """Start saving TrainState ``state`` (global arrays that nobody gives away to a program
-        before the end); ``wait`` ends it."""
-        if step in self._manager.all_steps():
-            return
-        args = self._ocp.args
-        with self._failures(f"saving step {step}"):
-            self._manager.save(
-                step,
-                args=args.Composite(
-                    params=args.StandardSave(state.params),
-                    ema_params=args.StandardSave(state.ema_params),
-                    training=args.StandardSave(
-                        {"step": state.step, "opt_state": state.opt_state}),
+    def save(self, step: int, state, config: dict, *, verify=False) -> None:
+        """Start saving TrainState ``state`` (global arrays, not donated before ``wait`` returns).
+
+        The first save, and any with ``verify``, is waited for and read back. Raises UserError where
+        a save fails or reads back differently.
+        """
+        if step not in self._manager.all_steps():
+            args, items = self._ocp.args, _items(state)
+            with self._failures(f"saving step {step}"):
+                self._manager.save(step, args=args.Composite(
                     config=args.JsonSave(config),
-                ),
-            )
+                    **{name: args.StandardSave(tree) for name, tree in items.items()}))
+        if verify or not self._verified:
+            self._verify(step, state)
+
+    def _verify(self, step, state):
+        """One item after the other, on the host: a second state need not fit beside the first."""
+        self.wait()
+        self._verified = True
+        args = self._ocp.args
+        for item, tree in _items(state).items():
+            like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+            with self._damage(step):
+                read = self._manager.restore(step, args=args.Composite(
+                    **{item: args.StandardRestore(like)}))[item]
+            if not jax.tree.all(jax.tree.map(_same, tree, read)):
+                raise UserError(
+                    f"checkpoint {step} in {self.folder} was written without an error, but its "
+                    f"{item} read back differently: the disk or its file system lost data; check "
+                    "it, and take another --workdir")
 
     def wait(self) -> None:
         """Block until what was started is on disk."""
@@ -166,11 +194,8 @@ class Checkpoints:
         args = self._ocp.args
         like = _on_all_devices(like, runner)
         with self._damage(step):
-            read = self._manager.restore(step, args=args.Composite(
-                params=args.StandardRestore(like.params),
-                ema_params=args.StandardRestore(like.ema_params),
-                training=args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
-            ))
+            read = self._manager.restore(step, args=args.Composite(**{
+                name: args.StandardRestore(tree) for name, tree in _items(like).items()}))
         return _as_programs_take(like._replace(
             params=read.params, ema_params=read.ema_params, step=read.training["step"],
             opt_state=read.training["opt_state"],
@@ -217,14 +242,40 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _damage(self, step):
+        printed = sys.unraisablehook
+
+        def hook(unraisable):
+            # Orbax closes its event loop at the first failed read; TensorStore reports the other
+            # reads to it later, and each would print a traceback.
+            if "Event loop is closed" not in str(unraisable.exc_value):
+                printed(unraisable)
+
+        sys.unraisablehook = hook
         try:
             yield
         except Exception as error:  # as many types for a damaged one
             others = [s for s in self.steps() if s != step]
             raise UserError(
-                f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}; delete the "
-                f"folder {step} to go on from another (there are: {others or 'none'})"
-            ) from error
+                f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}; move the "
+                f"folder {step} away to go on from another (there are: {others or 'none'}), or see "
+                "'A checkpoint cannot be read' in launch/TROUBLESHOOTING.md") from error
+        sys.unraisablehook = printed
+
+
+def _items(state) -> dict:
+    """The trees of a TrainState by the name of their item in a checkpoint."""
+    return {"params": state.params, "ema_params": state.ema_params,
+            "training": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _same(written, read) -> bool:
+    """Equal in shape and in the sum of their bits (which NaN has too)."""
+    if isinstance(written, jax.Array):
+        written = written.addressable_data(0)  # replicated: one copy is all of it
+    a, b = np.ascontiguousarray(written), np.ascontiguousarray(read)
+    bits = f"u{a.dtype.itemsize}"
+    return a.shape == b.shape and a.dtype == b.dtype and (
+        a.view(bits).sum(dtype=np.uint64) == b.view(bits).sum(dtype=np.uint64))
 
 
 def _on_all_devices(like, runner):

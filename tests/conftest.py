@@ -30,9 +30,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
-    # A failed restore leaves TensorStore's other reads to answer an event loop that Orbax ended.
-    config.addinivalue_line("filterwarnings", "ignore:(?s).*Event loop is closed:"
-                            "pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture

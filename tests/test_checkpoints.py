@@ -1,11 +1,15 @@
 import json
 import os
+import pathlib
+import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from ddpm_jax import checkpoints as C
 from ddpm_jax.errors import UserError
@@ -121,6 +125,58 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     with pytest.raises(UserError, match=r"checkpoint 4 .* cannot be read.*there are: \[2\]"):
         store.restore_weights(None, jax.eval_shape(state).params, ema=True)
     equal(store.restore_weights(2, jax.eval_shape(state).params, ema=True)[0], state(2).ema_params)
+    store.close()
+
+
+def test_many_failed_reads_are_one_error(tmp_path):
+    """pytest turns a traceback that TensorStore's late answers print into a failure."""
+    wide = init_state({f"w{i}": jnp.full((8, 8), i, jnp.float32) for i in range(200)}, TX)
+    store = C.Checkpoints(tmp_path)
+    store.save(1, wide, {})
+    store.close()
+    for item in ("params", "ema_params", "training"):
+        (tmp_path / "checkpoints" / "1" / item / "manifest.ocdbt").unlink()
+    for _ in range(3):
+        store = C.Checkpoints(tmp_path, read_only=True)
+        with pytest.raises(UserError, match="checkpoint 1 .* cannot be read"):
+            store.restore(1, wide)
+        store.close()
+
+
+@pytest.mark.parametrize("name", ["run [2e-4]", "a*b", "what?", "[", "*", "{x}", "ümlaut %s 'q'"])
+def test_any_name_of_a_folder(tmp_path, name):
+    saved(tmp_path / name, [3]).close()
+    store = C.Checkpoints(tmp_path / name, read_only=True)
+    equal(store.restore(3, jax.eval_shape(state)), state(3))
+    store.close()
+
+
+def test_a_save_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """Without _Literal, Orbax merges nothing in such a folder, and raises nothing."""
+    monkeypatch.setattr(C, "_Literal", epath.Path)
+    with pytest.raises(UserError, match="checkpoint 3 .* cannot be read"):
+        saved(tmp_path / "run [2e-4]", [3])
+
+
+def test_what_is_saved_is_compared_bit_for_bit():
+    a = np.array([1.0, np.nan, 3.0], np.float32)
+    assert C._same(jnp.asarray(a), a) and C._same(np.float32(2), np.float32(2))
+    assert not C._same(a, a[:2]) and not C._same(a, a.astype(np.float64))
+    assert not C._same(a, np.nextafter(a, np.float32(9)))
+
+
+def test_the_data_of_an_unmerged_save_are_merged_as_the_page_describes(tmp_path, monkeypatch):
+    saved(tmp_path, [3]).close()
+    folder = tmp_path / "checkpoints" / "3"
+    for item in ("params", "ema_params", "training"):  # what the bracket bug left behind
+        (folder / item / "manifest.ocdbt").unlink()
+        shutil.rmtree(folder / item / "d")
+    page = (pathlib.Path(__file__).parents[1] / "launch" / "TROUBLESHOOTING.md").read_text()
+    code, = re.findall(r"```python\n(.*?merge_ocdbt.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(folder)])
+    exec(compile(code, "TROUBLESHOOTING.md", "exec"), {})
+    store = C.Checkpoints(tmp_path, read_only=True)
+    equal(store.restore(3, jax.eval_shape(state)), state(3))
     store.close()
 
 
