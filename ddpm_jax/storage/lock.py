@@ -1,0 +1,126 @@
+"""A folder, local or at an address, has one command that writes to it: a lock file with a heartbeat.
+
+The file names the host, the process and the command, and its counter goes up every BEAT_S seconds.
+A second command is refused while the first is alive. On the same machine that is known at once; a
+lock of another machine is watched for PATIENCE_S seconds, which needs no clocks that agree.
+"""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+import time
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.storage import files
+
+NAME = "lock.json"
+BEAT_S = 15.0
+PATIENCE_S = 60.0
+
+
+def _started(pid) -> str | None:
+    """When a process of this machine began, in a form that is only compared; None if it ended."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    with contextlib.suppress(OSError, OverflowError):
+        os.kill(pid, 0)  # a system without /proc
+        return None if os.path.exists("/proc/self/stat") else ""
+    return None
+
+
+def _machine() -> str:
+    """The host and, where containers share its name, the container."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _read(path) -> dict | None:
+    try:
+        return files.read_json(path) if files.exists(path) else None
+    except UserError:
+        return None  # cut short by a bucket's outage or removed in between
+
+
+def _is_alive(path, holder, wait) -> bool:
+    """Whether the process that wrote ``holder`` still runs."""
+    if holder.get("machine") == _machine():
+        return holder.get("started") is not None and _started(holder["pid"]) == holder["started"]
+    wait(f"{path} is held by {_describe(holder)}: looking for {PATIENCE_S:.0f} s whether it still "
+         "runs")
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, PATIENCE_S / 10))
+        now = _read(path)
+        if now is None:
+            return False
+        if now != holder:
+            return True
+    return False
+
+
+def _describe(holder) -> str:
+    host = str(holder.get("machine")).split(" ")[0]
+    return f"process {holder.get('pid')} on {host} ({holder.get('command')})"
+
+
+class Lock:
+    """The lock of ``folder``, held from the start to ``release``.
+
+    flag: what names the folder in messages. say(text) is called before a wait. Raises UserError
+    naming the holder where another live command has it, or that the folder cannot be written.
+    """
+
+    def __init__(self, folder, flag: str, say=lambda text: None):
+        self.path = files.join(folder, NAME)
+        self._mine = {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid()),
+                      "command": " ".join(["ddpm", *sys.argv[1:2]]), "token": secrets.token_hex(8)}
+        self._beats, self._stopped, self._taken = 0, threading.Event(), None
+        holder = _read(self.path)
+        if holder is not None and _is_alive(self.path, holder, say):
+            self._refuse(folder, flag, holder)
+        self._beat()
+        # Two that came at the same time both wrote: the later one is in the file.
+        time.sleep(2.0 if files.is_remote(folder) else 0.05)
+        now = _read(self.path)
+        if now is not None and now.get("token") != self._mine["token"]:
+            self._refuse(folder, flag, now)
+        self._thread = threading.Thread(target=self._loop, name="lock", daemon=True)
+        self._thread.start()
+
+    def _refuse(self, folder, flag, holder):
+        raise UserError(f"{flag}={folder} is in use by {_describe(holder)}: wait for it, stop it, "
+                        f"or take another {flag}")
+
+    def _beat(self):
+        self._beats += 1
+        files.write_json(self.path, self._mine | {"beat": self._beats})
+
+    def _loop(self):
+        while not self._stopped.wait(BEAT_S):
+            with contextlib.suppress(UserError):  # a full disk or an outage is no reason to end
+                now = _read(self.path)
+                if now is not None and now.get("token") != self._mine["token"]:
+                    self._taken = now
+                    return
+                self._beat()
+
+    def check(self) -> None:
+        """Raise UserError where another command took the lock, as after a suspended laptop."""
+        if self._taken is not None:
+            raise UserError(f"{self.path} was taken by {_describe(self._taken)} while this command "
+                            "did not run: it goes on, this one ends")
+
+    def release(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        now = _read(self.path)
+        if now is not None and now.get("token") == self._mine["token"]:
+            with contextlib.suppress(OSError, UserError):
+                files.remove(self.path)
