@@ -22,14 +22,31 @@ from etils import epath
 
 from ddpm_jax.config import differing_fields
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
-from ddpm_jax.storage.files import resolve, storage_errors, write_json
+from ddpm_jax.storage.files import (
+    is_remote,
+    listing,
+    read_json,
+    resolve,
+    storage_errors,
+    write_bytes,
+    write_json,
+)
 
 
 def read_config(workdir) -> dict | None:
-    """The run's config, or None where the folder holds no run."""
-    path = resolve(workdir) / "config.json"
+    """The run's config, or None where the folder holds no run.
+
+    Raises UserError where it is damaged, or the folder is the ``checkpoints`` of a run.
+    """
+    folder = resolve(workdir)
+    path = folder / "config.json"
     if not path.exists():
+        for inner in (folder, folder.parent):
+            if inner.name == "checkpoints" and (inner.parent / "config.json").exists():
+                raise UserError(f"--workdir={folder} is inside the run {inner.parent}: give "
+                                f"--workdir={inner.parent}")
         return None
     try:
         return json.loads(path.read_text())
@@ -38,27 +55,42 @@ def read_config(workdir) -> dict | None:
                         "'config' item of a checkpoint beside it") from None
 
 
-def claim(workdir, config: dict, *, write=True) -> None:
+def claim(workdir, config: dict, *, write=True) -> list[str]:
     """Make the folder this run's, or check that it already is (then only allowed fields differ).
 
-    Raises UserError naming the fields that differ, or the folder that cannot be written.
+    A folder without a checkpoint, as a start that failed leaves it, takes any config. -> the fields
+    that it changed. Raises UserError naming the fields that differ, or the folder that cannot be
+    written.
     """
     folder = resolve(workdir)
     old = read_config(folder)
-    if old is not None:
-        wrong = differing_fields(old, config)
-        if wrong:
-            raise UserError(
-                f"--workdir={folder} belongs to a run with another config: {'; '.join(wrong)}; "
-                "take another --workdir, or the old values"
-            )
-    elif (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir()):
+    saved = [name for name in listing(folder / "checkpoints") if name.isdigit()]
+    wrong = [] if old is None else differing_fields(old, config)
+    if wrong and saved:
+        raise UserError(f"--workdir={folder} belongs to a run with another config: "
+                        f"{'; '.join(wrong)}; take another --workdir, or the old values")
+    if old is None and saved:
         raise UserError(f"{folder} has checkpoints but no config.json: not a run of ddpm; take "
                         "another --workdir")
     if write:
         with storage_errors(folder, "write to --workdir", "choose a folder that you may write to"):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
+    return wrong
+
+
+def claim_data(workdir, fingerprint: str, *, resumed: bool, write=True) -> None:
+    """Store the fingerprint of the training images in data.json or, for a run that was resumed,
+    compare it. Raises UserError where it is another."""
+    path = resolve(workdir) / "data.json"
+    stored = read_json(path).get("train") if path.exists() else None
+    if resumed and stored not in (None, fingerprint):
+        raise UserError(
+            f"--workdir={path.parent} was trained on other images (fingerprint {stored}; now "
+            f"{fingerprint}): give data.dir with the same images, or another --workdir; to go on "
+            f"with these, delete {path}")
+    if write and stored != fingerprint:
+        write_json(path, {"train": fingerprint})
 
 
 class _Literal(type(epath.Path("/"))):
@@ -72,6 +104,17 @@ class _Literal(type(epath.Path("/"))):
 def _not_from_orbax(record) -> bool:
     """A failed save is one line, from ``_failures``; Orbax logs pages before it raises."""
     return "orbax" not in record.pathname
+
+
+def _mark_complete(folder):
+    """Mark copied steps as saved. A disk's steps are complete where they have their name; on a
+    bucket Orbax passes over those without a file, which older versions of it wrote there alone."""
+    for name in listing(folder):
+        mark = folder / name / "commit_success.txt"
+        metadata = folder / name / "_CHECKPOINT_METADATA"
+        if name.isdigit() and metadata.exists() and not mark.exists():
+            if read_json(metadata).get("commit_timestamp_nsecs"):  # written last, but for the mark
+                write_bytes(mark, b"")
 
 
 class _Best:
@@ -111,6 +154,8 @@ class Checkpoints:
         self.folder = _Literal(resolve(workdir)) / "checkpoints"
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
+        if is_remote(self.folder):
+            hosts.on_main_process(_mark_complete, self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(

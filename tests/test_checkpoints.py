@@ -211,8 +211,54 @@ CONFIG = {"seed": 0, "train": {"steps": 10, "batch_size": 4}, "model": {"ch_mult
           "parallel": {"runner": "jit"}}
 
 
+def test_a_failed_start_claims_nothing(tmp_path):
+    assert C.claim(tmp_path, CONFIG) == []
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # cut off
+    assert C.claim(tmp_path, CONFIG | {"seed": 1}) == ["seed: 0 -> 1"]
+    assert C.read_config(tmp_path)["seed"] == 1
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/10"])
+def test_a_folder_inside_a_run_names_the_run(tmp_path, inside):
+    C.claim(tmp_path, CONFIG)
+    (tmp_path / inside).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"inside the run {tmp_path}: give --workdir={tmp_path}$"):
+        C.claim(tmp_path / inside, CONFIG)
+
+
+def test_other_images_are_refused_the_same_at_another_place_are_not(tmp_path):
+    C.claim_data(tmp_path, "a", resumed=False)
+    C.claim_data(tmp_path, "b", resumed=False)  # nothing was trained on them yet
+    C.claim_data(tmp_path, "b", resumed=True)
+    with pytest.raises(UserError, match="other images .fingerprint b; now c.*delete .*data.json"):
+        C.claim_data(tmp_path, "c", resumed=True)
+    (tmp_path / "data.json").unlink()  # as the message says; so are runs of older versions
+    C.claim_data(tmp_path, "c", resumed=True)
+    with pytest.raises(UserError):
+        C.claim_data(tmp_path, "b", resumed=True)
+
+
+def test_a_run_copied_to_a_bucket_without_marks_is_resumed(tmp_path, storage):
+    saved(tmp_path, [2, 4]).close()
+    there = epath.Path(f"{storage}/copied")
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and file.name != "commit_success.txt":
+            target = there / file.relative_to(tmp_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    cut = there / "checkpoints" / "6" / "_CHECKPOINT_METADATA"  # a save that was cut off there
+    content = json.loads((there / "checkpoints" / "4" / "_CHECKPOINT_METADATA").read_text())
+    cut.parent.mkdir(parents=True, exist_ok=True)
+    cut.write_text(json.dumps(content | {"commit_timestamp_nsecs": None}))
+    store = C.Checkpoints(there)
+    assert store.steps() == [2, 4]
+    equal(store.restore(4, jax.eval_shape(state)), state(4))
+    store.close()
+
+
 def test_claim_refuses_another_config_and_names_the_fields(tmp_path):
     C.claim(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
     assert C.read_config(tmp_path / "run") == CONFIG
     C.claim(tmp_path / "run", CONFIG | {"train": {"steps": 99, "batch_size": 4},
                                         "parallel": {"runner": "pmap"}})

@@ -98,6 +98,23 @@ def broadcast_json(value):
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
+def on_main_process(function, *args):
+    """function(*args) on process 0 and its result there, None elsewhere; blocks until it returned.
+
+    Its UserError is raised on every process.
+    """
+    result = problem = None
+    if is_main_process():
+        try:
+            result = function(*args)
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_json(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
 def broadcast_arrays(tree):
     """Process 0's arrays (a pytree; the same shapes and dtypes on every process) as numpy."""
     if jax.process_count() == 1:

@@ -1,4 +1,4 @@
-"""A folder, local or at an address, has one command that writes to it: a lock file with a heartbeat.
+"""One command at a time writes to a folder, local or at an address: a lock file with a heartbeat.
 
 The file names the host, the process and the command, and its counter goes up every BEAT_S seconds.
 A second command is refused while the first is alive. On the same machine that is known at once; a
@@ -25,13 +25,13 @@ PATIENCE_S = 60.0
 def _started(pid) -> str | None:
     """When a process of this machine began, in a form that is only compared; None if it ended."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    with contextlib.suppress(OSError, OverflowError):
-        os.kill(pid, 0)  # a system without /proc
-        return None if os.path.exists("/proc/self/stat") else ""
-    return None
+        if os.path.exists("/proc/self/stat"):
+            stat = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return None if stat[0] == "Z" else stat[19]
+        os.kill(pid, 0)
+        return ""
+    except OSError as error:
+        return "" if isinstance(error, PermissionError) else None
 
 
 def _machine() -> str:
@@ -82,6 +82,9 @@ class Lock:
         self._mine = {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid()),
                       "command": " ".join(["ddpm", *sys.argv[1:2]]), "token": secrets.token_hex(8)}
         self._beats, self._stopped, self._taken = 0, threading.Event(), None
+        advice = "choose a folder that you may write to"
+        with files.storage_errors(folder, f"write to {flag}", advice):
+            files.resolve(folder).mkdir(parents=True, exist_ok=True)
         holder = _read(self.path)
         if holder is not None and _is_alive(self.path, holder, say):
             self._refuse(folder, flag, holder)
