@@ -1,5 +1,8 @@
 """Draw images from a trained run, in resumable shards, and write pictures of them."""
 
+import hashlib
+
+import jax
 import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
@@ -8,14 +11,18 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.experiment import build_model
 from ddpm_jax.parallel import hosts
+from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
 from ddpm_jax.storage import files, pictures
+from ddpm_jax.storage.lock import NAME as LOCK_NAME
+from ddpm_jax.storage.lock import Lock
 
 
 def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
-    """-> (Experiment, weights on the devices, step) of a trained run, from its stored config.
+    """-> (Experiment, weights on the devices, step, facts) of a run, from its stored config.
 
-    overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. Raises UserError
+    overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. facts: what identifies
+    the weights wherever the run lies: step, weights (ema or raw) and their sha256. Raises UserError
     where there is no run, no checkpoint, or a damaged one.
     """
     folder = files.resolve(workdir)
@@ -31,7 +38,26 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
             step, exp.abstract_params, ema=ema, runner=exp.runner)
     finally:
         store.close()
-    return exp, params, step
+    if ema:
+        _warn_of_the_start(folder, config.ema.decay, step)
+    return exp, params, step, {"step": step, "weights": "ema" if ema else "raw",
+                               "weights_sha256": _sha256(params)}
+
+
+def _sha256(params) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(fetch(params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _warn_of_the_start(folder, decay, step):
+    """The average begins at the first weights, which are random but in an imported run."""
+    share = decay ** step
+    if share > 0.01 and not files.exists(folder / "import.json"):
+        say(f"warning: at step {step} the averaged weights hold {100 * share:.0f} % of the random "
+            f"start (ema.decay={decay}): use --noema, train longer, or train with a smaller "
+            "ema.decay")
 
 
 def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,
@@ -47,57 +73,58 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
         raise UserError(f"--num={num} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
-    exp, params, step = load_run(workdir, step=step, ema=ema)
+    exp, params, step, facts = load_run(workdir, step=step, ema=ema)
     chain = programs.sampling_chain(exp, name=sampler, steps=steps)
     batch = batch_size or exp.config.sampler.batch_size
     if batch < 1:
         raise UserError(f"--batch_size={batch} must be at least 1")
     out = files.resolve(out)
-    problem = _claim(out, dict(
-        workdir=str(files.resolve(workdir)), step=step, seed=seed, ema=ema, num=num,
-        batch_size=batch, sampler=sampler or exp.config.sampler.name, steps=chain.num_steps))
-    if problem:
-        raise UserError(problem)
-    if not _draw(exp, chain, params, out, num=num, seed=seed, batch=batch, stop=stop):
-        say(f"stopped; {out}/shards holds what is done; the same command goes on")
-        return False
-    frames, columns = _progressive(exp, chain, params, seed)
-    if hosts.is_main_process():
-        images = files.read_npz(out / "samples.npz")["arr_0"]
-        pictures.write_png(out / "grid.png", pictures.tile(images[:100]))
-        pictures.write_png(out / "progressive.png", pictures.tile(frames, columns))
-        for i, image in enumerate(images if png else ()):
-            pictures.write_png(out / "png" / f"{i:06d}.png", image)
+    request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
+                           sampler=sampler or exp.config.sampler.name)
+    lock = hosts.on_main_process(_claim, out, request, str(files.resolve(workdir)))
+    try:
+        if not _draw(exp, chain, params, out, num=num, seed=seed, batch=batch, stop=stop):
+            say(f"stopped; {out}/shards holds what is done; the same command goes on")
+            return False
+        frames, columns = _progressive(exp, chain, params, seed)
+        if hosts.is_main_process():
+            images = files.read_npz(out / "samples.npz")["arr_0"]
+            pictures.write_png(out / "grid.png", pictures.tile(images[:100]))
+            pictures.write_png(out / "progressive.png", pictures.tile(frames, columns))
+            for i, image in enumerate(images if png else ()):
+                pictures.write_png(out / "png" / f"{i:06d}.png", image)
+    finally:
+        if lock is not None:
+            lock.release()
     say(f"{num} images: {out}/samples.npz, grid.png, progressive.png")
     return True
 
 
-def _claim(out, request) -> str:
-    """Make the folder this request's. -> why it cannot be, '' where it is; on every process."""
-    if not hosts.is_main_process():
-        return hosts.broadcast_json(None)
+def _claim(out, request, workdir) -> Lock:
+    """Make the folder this request's. UserError where another request or command has it."""
+    with files.storage_errors(out, "write to --out", "choose a folder that you may write to"):
+        if not files.exists(out / "request.json") and set(files.listing(out)) - {LOCK_NAME}:
+            raise UserError(f"--out={out} is not empty and holds no samples of ddpm; take another")
+        lock = Lock(out, "--out", say)
     try:
-        problem = _check_folder(out, request)
-        if not problem:
-            files.write_json(out / "request.json", request)
-            _adopt_older_shards(out / "shards")
-    except OSError as error:
-        problem = f"cannot write to --out={out}: {error.strerror or error}"
-    except UserError as error:
-        problem = str(error)
-    return hosts.broadcast_json(problem)
+        if files.exists(out / "request.json"):
+            _check_request(out, files.read_json(out / "request.json"), request, workdir)
+        files.write_json(out / "request.json", request)
+        _adopt_older_shards(out / "shards")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
-def _check_folder(out, request) -> str:
-    if files.exists(out / "request.json"):
-        old = files.read_json(out / "request.json")
-        wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
-        if wrong:
-            return (f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
-                    "another folder")
-    elif files.listing(out):
-        return f"--out={out} is not empty and holds no samples of ddpm; take another"
-    return ""
+def _check_request(out, old, request, workdir):
+    if "workdir" in old:  # versions before 0.2 identified the weights by it, step and ema
+        kept = {k: v for k, v in request.items() if not k.startswith("weights")}
+        request = kept | {"workdir": workdir, "ema": request["weights"] == "ema"}
+    wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
+    if wrong:
+        raise UserError(f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
+                        "another folder")
 
 
 def _adopt_older_shards(folder):

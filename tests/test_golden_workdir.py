@@ -64,9 +64,9 @@ def test_half_drawn_samples_are_finished(unpacked, expected):
 
 
 def test_it_is_evaluated_beside_what_was_half_done(unpacked, expected):
-    exp, params, step = sampling.load_run(unpacked / "run", step=12)
+    exp, params, step, facts = sampling.load_run(unpacked / "run", step=12)
     options = Options(metrics=("bpd",), bpd_num=24, splits=("train",), batch_size=8)
-    records, _ = evaluate_run(Model(exp, params, {"step": step, "weights": "ema"}), options,
+    records, _ = evaluate_run(Model(exp, params, facts), options,
                               session_of(exp, folder=f"{unpacked}/run/evaluation/{step}"))
     assert records[0][1]["bpd_train"] == pytest.approx(expected["bpd_train"].item(), rel=1e-6)
 

@@ -1,13 +1,17 @@
 """Sampling from a run: the files, resuming, refusals."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
-from tiny_run import Stop, config
+from tiny_run import Stop, config, train
 
 from ddpm_jax import checkpoints
 from ddpm_jax import sample as sampling
 from ddpm_jax.config import to_json
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage.lock import Lock
 
 
 def sample(straight, out, **kwargs):
@@ -36,6 +40,38 @@ def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
     assert (images[:8] == 7).all() and (images[8:] != 7).any()
     with pytest.raises(UserError, match="another request .num: 11 -> 12"):
         sample(straight, tmp_path / "a", num=12)
+
+
+def test_a_moved_run_goes_on_and_another_run_does_not(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    assert sample(straight, tmp_path / "a", stop=Stop(at=1)) is False
+    assert sample(tmp_path / "link", tmp_path / "a", stop=Stop(at=1)) is False
+    assert sample(tmp_path / "moved", tmp_path / "a") is True
+    sample(straight, tmp_path / "b")
+    np.testing.assert_array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"]
+                                    for name in "ab"))
+    train(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="another request .weights_sha256: "):
+        sample(tmp_path / "other", tmp_path / "a")
+
+
+def test_two_commands_do_not_share_a_folder(straight, tmp_path):
+    lock = Lock(tmp_path / "a", "--out")
+    with pytest.raises(UserError, match=f"--out=.*a is in use by process {os.getpid()} on"):
+        sample(straight, tmp_path / "a")
+    lock.release()
+    assert sample(straight, tmp_path / "a")
+    assert not (tmp_path / "a" / "lock.json").exists()
+
+
+def test_an_average_that_still_holds_the_start_is_named(straight, tmp_path, capsys):
+    sampling.load_run(straight)
+    assert "94 % of the random start (ema.decay=0.995): use --noema" in capsys.readouterr().err
+    sampling.load_run(straight, ema=False)
+    train(tmp_path, **{"ema.decay": 0.5})
+    sampling.load_run(tmp_path)
+    assert "random start" not in capsys.readouterr().err
 
 
 def test_sampling_refuses(straight, tmp_path):

@@ -103,10 +103,10 @@ def _of_samples(values, options, stop):
 
 def _of_run(values, options, stop):
     workdir = files.resolve(common.required(values, "workdir"))
-    exp, params, step = load_run(workdir, step=values.step, ema=values.ema)
+    exp, params, step, facts = load_run(workdir, step=values.step, ema=values.ema)
     session = session_of(exp, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)
-    facts = {"workdir": str(workdir), "step": step, "weights": "ema" if values.ema else "raw"}
-    records, pictures = evaluate_run(features.Model(exp, params, facts), options, session)
+    model = features.Model(exp, params, facts | {"workdir": str(workdir)})
+    records, pictures = evaluate_run(model, options, session)
     return step, records, pictures, values.out or str(workdir)
 
 

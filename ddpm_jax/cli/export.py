@@ -31,8 +31,8 @@ def define_flags(define):
 
 
 def _load(workdir, step, ema):
-    exp, params, step = load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
-                                 overrides={"parallel.runner": "jit"})
+    exp, params, step, _ = load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
+                                    overrides={"parallel.runner": "jit"})
     return exp, params, step, checkpoints.read_config(workdir)
 
 

@@ -11,12 +11,14 @@ from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
 LAYOUT = 1       # raise when shards of older code must not be read
+PLACES = ("workdir", "samples")  # where a subject lies; its sha256 in the request identifies it
 SUM = "sum_"     # arrays of this prefix are added over shards; all others are rows, one an image
 
 
 def key(request: dict) -> str:
-    """Eight characters that identify a request to this version of the code."""
-    text = json.dumps(request | {"layout": LAYOUT}, sort_keys=True, default=str)
+    """Eight characters that identify a request to this version of the code, wherever it lies."""
+    content = {name: fact for name, fact in request.items() if name not in PLACES}
+    text = json.dumps(content | {"layout": LAYOUT}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -58,7 +58,7 @@ def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
     if not train(config, folder, stop=stop, watchdog=watchdog):
         raise StoppedError
     watchdog.pause()
-    exp, params, step = load_run(folder)
+    exp, params, step, facts = load_run(folder)
     # Process 0's folder decides, or processes would wait for each other for ever.
     values = hosts.broadcast_json(ours(existing(folder), VALUE_OF.values()))
     metrics = target.metrics
@@ -66,7 +66,7 @@ def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
         metrics = tuple(m for m in metrics if VALUE_OF[m] not in values)
     metrics = _with_weights(request, metrics)
     session = session_of(exp, folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
-    model = Model(exp, params, {"workdir": folder, "step": step, "weights": "ema"})
+    model = Model(exp, params, facts | {"workdir": folder})
     wanted = [(metrics, None)]
     if "fid" in metrics:
         paths = references_for(request, session)
