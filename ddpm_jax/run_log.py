@@ -69,16 +69,22 @@ class Writer:
         self._flush()
 
     def truncate_after(self, step: int) -> None:
-        """Forget the lines and events of later steps."""
+        """Forget the lines and events of later steps. Where none are left, as without a checkpoint
+        to resume from, the old metrics.jsonl is kept under another name."""
         if self.folder is None:
             return
         self._close_board()
         self._lines, self._events, self._purge_step = [], [], int(step) + 1
         lines = self.folder / "metrics.jsonl"
-        if lines.exists():
-            kept = [r for r in read_metrics(lines) if r["step"] <= step]
+        if not lines.exists():
+            return
+        kept = [r for r in read_metrics(lines) if r["step"] <= step]
+        if kept:
             self._attempt(files.write_bytes, lines,
                           "".join(json.dumps(r) + "\n" for r in kept).encode())
+        elif lines.stat().st_size:
+            self._attempt(lines.rename, lines.with_name(
+                time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
 
     def close(self) -> None:
         """Write what is left, draw the loss, upload."""

@@ -108,6 +108,17 @@ def test_a_resume_leaves_no_duplicates(tmp_path):
     run_log.open_writer(tmp_path / "new").truncate_after(0)
 
 
+def test_a_log_is_never_emptied(tmp_path):
+    writer = run_log.open_writer(tmp_path)
+    writer.scalars(1, {"loss": 1})
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    writer.truncate_after(0)
+    writer.scalars(1, {"loss": 2})
+    writer.close()
+    old, = tmp_path.glob("metrics-until-*.jsonl")
+    assert old.read_bytes() == content and lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_a_disabled_writer_does_nothing(tmp_path):
     writer = run_log.open_writer(tmp_path / "run", enabled=False)
     writer.scalars(1, {"loss": 1})

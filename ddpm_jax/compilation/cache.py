@@ -43,7 +43,10 @@ def enable_compilation_cache(directory: str | None = None, *, min_seconds: float
     if not directory or not jax.config.jax_enable_compilation_cache:
         return None
     if "://" not in directory:
-        directory = os.path.abspath(os.path.expanduser(directory))
+        directory = os.path.expanduser(directory)
+        if directory.startswith("~"):  # a user without a home
+            return None
+        directory = os.path.abspath(directory)
         try:
             pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
         except OSError:

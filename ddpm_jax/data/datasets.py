@@ -78,7 +78,8 @@ def read_rows(read, indices) -> np.ndarray:
 def data_folder(data_dir):
     """`data_dir`, else $DDPM_DATA_DIR, else ~/.cache/ddpm_jax/data: a Path, or gs:// as text."""
     data_dir = data_dir or os.environ.get("DDPM_DATA_DIR") or "~/.cache/ddpm_jax/data"
-    return str(data_dir) if files.is_remote(data_dir) else pathlib.Path(data_dir).expanduser()
+    return str(data_dir) if files.is_remote(data_dir) else pathlib.Path(
+        os.path.expanduser(data_dir))  # which lets ~ stand where a user has no home
 
 
 def _pick(splits, split, name):

@@ -3,6 +3,7 @@
 Inside functions: optax, needed for training alone.
 """
 
+import contextlib
 import hashlib
 import os
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ddpm_jax.data.datasets import read_rows
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import small_cnn
 from ddpm_jax.evaluation.options import OFFLINE_REALS
 from ddpm_jax.evaluation.progress import Progress
@@ -111,6 +113,7 @@ def sha256(params) -> str:
 
 
 def cache_folder(environ=None) -> str:
+    """In the user's cache; it begins with ~ where the user has no home."""
     environ = os.environ if environ is None else environ
     home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(home, "ddpm_jax")
@@ -121,16 +124,28 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
     """The stored classifier of this data, trained and stored on first use.
 
     fingerprint names the data (`Source.fingerprint`); folder defaults to the user's cache. Share
-    the file between machines: retraining elsewhere gives other weights, hence another scale.
+    the file between machines: retraining elsewhere gives other weights, hence another scale. Where
+    it cannot be stored it is kept in memory, with a warning.
     """
     short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
     path = files.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
-    if not files.exists(path):
+    stored = False
+    with contextlib.suppress(OSError):  # a home that may not be looked into
+        stored = files.exists(path)
+    if stored:
+        arrays = files.read_npz(path)
+    else:
         say(f"training the small classifier of {name}, once")
         params, accuracy = train_classifier(
             images, labels, seed, progress=Progress(say, f"classifier of {name}", "steps"))
-        files.write_npz(path, flatten_dict(params, sep="/") | {"accuracy": np.array(accuracy)})
-    arrays = files.read_npz(path)
+        arrays = flatten_dict(params, sep="/") | {"accuracy": np.array(accuracy)}
+        try:
+            if path.startswith("~"):
+                raise UserError("this user has no home")
+            files.write_npz(path, arrays)
+        except UserError as error:
+            say(f"warning: {error}: the small classifier is not kept and is trained again by the "
+                "next command; --classifier_dir names a folder for it")
     accuracy = float(arrays.pop("accuracy"))
     params = unflatten_dict(arrays, sep="/")
     return Stored(params, accuracy, sha256(params))

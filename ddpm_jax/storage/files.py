@@ -24,8 +24,13 @@ def is_remote(path) -> bool:
 
 
 def resolve(path) -> epath.Path:
-    """Absolute path, with ~ expanded; an address such as gs://bucket/run stays as it is."""
+    """Absolute path, with ~ expanded; an address such as gs://bucket/run stays as it is.
+
+    Raises UserError for a ~ of a user without a home, as some containers have.
+    """
     text = str(path)
+    if os.path.expanduser(text).startswith("~/"):
+        raise UserError(f"{text}: this user has no home (HOME is not set); give a path without ~")
     return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
 
 

@@ -83,6 +83,16 @@ def test_environment_and_unusable_folders(cache_settings, tmp_path, monkeypatch)
     assert cache.enable_compilation_cache() == str(tmp_path / ".cache/ddpm_jax/xla")
 
 
+def test_a_user_without_a_home_has_no_cache(cache_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    for name in ("HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert cache.enable_compilation_cache() is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_variable_switches_the_cache_off():
     code = ("from ddpm_jax.compilation.cache import enable_compilation_cache as e;"
             "print(e())")

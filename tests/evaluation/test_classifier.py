@@ -1,5 +1,7 @@
 """The small classifier learns digits, sees faults, and is the same when loaded again."""
 
+import resource
+
 import jax
 import numpy as np
 import pytest
@@ -99,3 +101,30 @@ def test_stored_once_under_the_data_and_named_by_its_weights(digits, tmp_path, m
                                   features(again.params, images))
     other = classifier.train_once("digits", "print-b", images[:150], labels[:150], folder=tmp_path)
     assert other.sha256 != first.sha256 and len(files) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("folder", ["home", "full", "file"])
+def test_a_classifier_that_cannot_be_stored_is_kept_in_memory(
+        folder, digits, tmp_path, monkeypatch):
+    """No home; a disk that takes nothing; a file where the folder belongs."""
+    monkeypatch.setattr(classifier, "default_epochs", lambda images: 1)
+    images, labels = digits
+    said = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    if folder == "home":
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+        monkeypatch.delenv("HOME")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if folder == "full":
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        stored = classifier.train_once(
+            "digits", "a", images[:60], labels[:60], say=said.append,
+            folder=None if folder == "home" else str(tmp_path / folder))
+    finally:
+        if folder == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stored.sha256 and "is not kept" in said[-1] and "--classifier_dir" in said[-1]
+    assert not (tmp_path / "~").exists()

@@ -109,6 +109,14 @@ def test_a_bucket_holds_the_same(storage):
         files.write_bytes("gs://absent/x", b"")
 
 
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.delenv("HOME")
+    with pytest.raises(UserError, match="no home"):
+        files.resolve("~/runs")
+    assert str(files.resolve(tmp_path)) == str(tmp_path)
+
+
 def test_a_result_is_never_nan(tmp_path):
     with pytest.raises(ValueError):
         files.write_json(tmp_path / "x.json", {"fid": float("nan")})
