@@ -28,6 +28,7 @@ from ddpm_jax.storage.files import (
     is_remote,
     listing,
     read_json,
+    remove,
     resolve,
     storage_errors,
     write_bytes,
@@ -210,6 +211,16 @@ class Checkpoints:
                     **{name: args.StandardSave(tree) for name, tree in items.items()}))
         if verify or not self._verified:
             self._verify(step, state)
+
+    def try_path(self) -> None:
+        """Save, read and remove one number, so that a path that Orbax cannot write, as one that is
+        not UTF-8, fails before the first step and not at the first save. Raises UserError."""
+        path = self.folder.parent / "trial-save"
+        with self._failures("a trial save"), self._ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, {"x": np.ones(1)}, force=True)
+            checkpointer.wait_until_finished()
+            checkpointer.restore(path, {"x": np.ones(1)})
+        hosts.on_main_process(remove, path)
 
     def _verify(self, step, state):
         """One item after the other, on the host: a second state need not fit beside the first."""

@@ -151,6 +151,17 @@ def test_any_name_of_a_folder(tmp_path, name):
     store.close()
 
 
+def test_a_path_that_cannot_be_saved_to_fails_at_once(tmp_path):
+    store = C.Checkpoints(tmp_path)
+    store.try_path()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+    store.close()
+    store = C.Checkpoints(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match="a trial save in .* failed.*none yet"):
+        store.try_path()
+    store.close()
+
+
 def test_a_save_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     """Without _Literal, Orbax merges nothing in such a folder, and raises nothing."""
     monkeypatch.setattr(C, "_Literal", epath.Path)
