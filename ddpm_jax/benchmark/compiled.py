@@ -32,11 +32,16 @@ def train_step(exp, num_examples) -> Program:
     config, work = exp.config, roofline.unet_work(exp.model)
     resident = num_examples if config.data.resident else None
     # The loop over a dispatch's steps has a length that is data: its body, one step, counts once.
-    program = programs.train_program(experiment.build_training(exp), resident)
+    program = programs.train_program(experiment.build_training(_on_device(exp)), resident)
     return Program(
         program.step, program.arguments,
         flops=config.train.batch_size * work.train_flops, images=config.train.batch_size,
         calls=config.train.steps, payload=4.0 * work.parameters)
+
+
+def _on_device(exp):
+    """The same with loops inside the program, as accelerators run it."""
+    return exp._replace(runner=exp.runner._replace(loops_on_device=True))
 
 
 def _sampler_batch(exp) -> int:
@@ -62,7 +67,7 @@ def sample(exp, num_examples) -> Program:
     """The whole chain as one program, as accelerators run it."""
     del num_examples
     batch, chain = _sampler_batch(exp), programs.sampling_chain(exp)
-    jitted = programs.sample_program(exp, chain)
+    jitted = programs.sample_program(_on_device(exp), chain)
     flops = batch * chain.num_steps * roofline.unet_work(exp.model).forward_flops
     return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
                    calls=math.ceil(50_000 / batch))
@@ -74,8 +79,9 @@ def evaluate(exp, num_examples) -> Program:
     params, seed, index = _weights_seed_index(exp, batch)
     work = roofline.unet_work(exp.model)
     flops = batch * exp.config.diffusion.num_timesteps * work.forward_flops
-    return Program(programs.bound_program(exp), (params, seed, _images(exp, batch), index),
-                   flops=flops, images=batch, calls=math.ceil((num_examples or 10_000) / batch))
+    args = params, seed, _images(exp, batch), index
+    return Program(programs.bound_program(_on_device(exp)), args, flops=flops, images=batch,
+                   calls=math.ceil((num_examples or 10_000) / batch))
 
 
 def inception(exp, num_examples) -> Program:
@@ -129,8 +135,6 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
         raise UserError(f"program: {program!r} is not known; known: {', '.join(PROGRAMS)}")
     machine = describe(topology)
     exp = experiment.build_model(config, machine.devices)
-    # One program whatever the machine, as accelerators run it.
-    exp = exp._replace(runner=exp.runner._replace(loops_on_device=True))
     made = PROGRAMS[program](exp, num_examples)
     result = report.compile_and_report(made.jitted, made.args, options=options,
                                        programs_cache=machine.chip is None)
