@@ -1,6 +1,9 @@
+import pathlib
+import re
+
 import pytest
 
-from ddpm_jax.config import config_path, load_config
+from ddpm_jax.config import RESUME_MAY_CHANGE, config_path, load_config
 from ddpm_jax.errors import UserError
 
 
@@ -15,6 +18,12 @@ def test_the_papers_numbers_are_in_the_config():
         c = load_config(name)
         assert (c.train.steps, c.train.batch_size, c.optimizer.learning_rate, c.model.dropout,
                 c.diffusion.variance) == (steps, 64, 2e-5, 0.0, "fixed_small")
+
+
+def test_the_readme_lists_what_a_resume_may_change():
+    text = " ".join((pathlib.Path(__file__).parent.parent / "README.md").read_text().split())
+    listed = re.search(r"A resume may change (.*?); anything else is refused", text).group(1)
+    assert sorted(re.findall(r"`([^`*]+)\*?`", listed)) == sorted(RESUME_MAY_CHANGE)
 
 
 def test_config_names(tmp_path):
