@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data import images, prepare
+from ddpm_jax.data import folders, images, prepare, prepare_tfds
 from ddpm_jax.errors import UserError
+from ddpm_jax.formats import tfrecord
 from ddpm_jax.storage import files, remote
+
+log = logging.getLogger(__name__)
 
 _FINGERPRINT_IMAGES = 256
 _KEPT_BYTES = 1 << 30  # smaller arrays of a bucket are fetched once and kept in memory
@@ -37,6 +41,7 @@ class Source:
     read_labels: Callable | None = None  # () -> int32 [size]
     class_names: tuple = ()
     splits: tuple = ()  # the names that open_source accepts for this dataset
+    left_out: tuple = ()  # lines that name what the source holds and no split has
     read_all: Callable | None = None  # () -> uint8 [size, H, W, C], if faster than one by one
 
     def __len__(self):
@@ -103,7 +108,8 @@ def _open_digits(name, folder, split, image_size, channels) -> Source:
     rows = _pick(splits, split, name)
     array = pixels[rows]
     return Source(name, split, len(array), array.shape[1:], array.__getitem__, "scikit-learn",
-                  lambda: digits.target[rows], tuple("0123456789"), tuple(splits), lambda: array)
+                  lambda: digits.target[rows], tuple("0123456789"), tuple(splits),
+                  read_all=lambda: array)
 
 
 def _not_prepared(name, folder):
@@ -122,23 +128,16 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
     where = str(found[-1].parent)
     builder = tfds.builder_from_directory(where)
     info, features = builder.info, builder.info.features
-    if "tfrecord" in str(info.file_format).lower():
-        raise UserError(f"{where} holds TFRecord files; convert once with: tfds convert_format "
-                        f"--dataset_dir={where} --out_file_format=array_record --overwrite")
+    if info.file_format.value not in _RECORDS:
+        raise UserError(f"{where} holds {info.file_format.value} files, which are not read; known: "
+                        f"{', '.join(_RECORDS)}")
     _pick(info.splits, split, name)
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    shape, size = features["image"].shape, len(records)
-
-    def fetch(rows, key):
-        try:
-            return [record[key] for record in records.__getitems__(rows)]
-        except Exception as error:  # array_record raises its own on damaged chunks
-            raise UserError(f"{where}: a record of {split} in {rows[0]}..{rows[-1]} cannot be read "
-                            f"({error}); prepare it again") from error
+    size, fetch = _RECORDS[info.file_format.value](builder, split, where)
+    shape = features["image"].shape
 
     def decode(i, data):
         record = f"{where}, record {i} of {split}"
-        image = images.decode(prepare.as_file(data), record, channels=shape[2])
+        image = images.decode(data, record, channels=shape[2])
         if image.shape != shape:
             raise UserError(f"{record} is {image.shape}, not {shape}; prepare it again")
         return image
@@ -153,12 +152,76 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
     labelled = "label" in features
     return Source(name, split, size, shape, lambda i: decode(i, *fetch([i], "image")), where,
                   (lambda: fetch(list(range(size)), "label")) if labelled else None,
-                  tuple(features["label"].names) if labelled else (), tuple(info.splits), read_all)
+                  tuple(features["label"].names) if labelled else (), tuple(info.splits),
+                  read_all=read_all)
+
+
+def _array_records(builder, split, where):
+    """-> (number of records, fetch(rows, key) -> list)"""
+    import tensorflow_datasets as tfds
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def fetch(rows, key):
+        try:
+            return [record[key] for record in records.__getitems__(rows)]
+        except Exception as error:  # array_record raises its own on damaged chunks
+            raise UserError(f"{where}: a record of {split} in {rows[0]}..{rows[-1]} cannot be read "
+                            f"({error}); prepare it again") from error
+
+    return len(records), fetch
+
+
+def _tf_records(builder, split, where):
+    """The same for TFDS's older format, without TensorFlow."""
+    records = [(path, *place) for path in builder.info.splits[split].filepaths
+               for place in tfrecord.tfrecord_offsets(path)]
+
+    def one(row, key):
+        path, offset, length = records[row]
+        record = f"{path}, record {row} of {split}"
+
+        def read():
+            with open(path, "rb") as file:
+                return tfrecord.tfrecord_read(file, record, offset, length)
+
+        example = tfrecord.parse_example(images.retry(read, record), record)
+        if len(example.get(key, ())) != 1:
+            raise UserError(f"{record} has no {key}; prepare it again")
+        return example[key][0]
+
+    return len(records), lambda rows, key: [one(row, key) for row in rows]
+
+
+_RECORDS = {"array_record": _array_records, "tfrecord": _tf_records}
+
+
+class _FileArray:
+    """A .npy file: array[i] reads one row, whole() all. Unlike a memory map it raises for a disk
+    that fails, so that reading can be tried again."""
+
+    def __init__(self, path):
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape, self.dtype, self._path, self._start = (
+            mapped.shape, mapped.dtype, path, mapped.offset)
+
+    def __getitem__(self, i):
+        size = int(np.prod(self.shape[1:]))
+
+        def read():
+            with open(self._path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, self._start + i * size)
+
+        if len(row := images.retry(read, self._path)) != size:
+            raise UserError(f"{self._path}: cut short at image {i}; remove it and prepare it again")
+        return np.frombuffer(row, np.uint8).reshape(self.shape[1:])
+
+    def whole(self):
+        return images.retry(lambda: np.load(self._path, allow_pickle=False), self._path)
 
 
 def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
-    """Arrays that prepare.write_store made. On disk they are memory-mapped; on gs:// they are read
-    in place, small ones whole at the first read, larger ones image by image."""
+    """Arrays that prepare.write_store made, read in place, image by image; small ones on gs:// are
+    fetched whole at the first read."""
     root, in_bucket = files.join(folder, name), files.is_remote(folder)
     info_file = files.join(root, prepare.INFO)
     if not (prepare.INFO in remote.listing(root) if in_bucket else os.path.exists(info_file)):
@@ -172,7 +235,7 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
         info = json.loads(read(info_file))
         count = _pick(info["splits"], split, name)
         pixels = (remote.RemoteArray(images_file, _KEPT_BYTES) if in_bucket
-                  else np.load(images_file, mmap_mode="r", allow_pickle=False))
+                  else _FileArray(images_file))
         labels = info["class_names"] and np.load(
             io.BytesIO(read(files.join(root, f"{split}_labels.npy"))), allow_pickle=False)
         expected = (count, *info["image_shape"])
@@ -181,29 +244,29 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise UserError(f"{images_file}: {pixels.shape} does not fit {prepare.INFO}; remove {root} "
                         "and prepare it again")
-    return Source(name, split, count, pixels.shape[1:], lambda i: np.array(pixels[i]), root,
+    return Source(name, split, count, pixels.shape[1:], pixels.__getitem__, root,
                   (lambda: labels) if info["class_names"] else None, tuple(info["class_names"]),
-                  tuple(info["splits"]),
-                  read_all=pixels.whole if in_bucket else lambda: np.array(pixels))
+                  tuple(info["splits"]), tuple(info.get("left_out", ())), pixels.whole)
 
 
 def _open_folder(name, folder, split, image_size, channels) -> Source:
-    """The prepared arrays if `folder` has them, else the image files below it, decoded at each
-    read."""
+    """The prepared arrays if `folder` has them, else the image files in it, decoded at each read
+    (`folder` may then be a .zip or .tar archive)."""
     if files.is_remote(folder) or (folder / name / prepare.INFO).exists():
         return _open_store(name, folder, split)
     try:
-        tree = images.image_tree(folder)
+        tree = folders.image_tree(folder)
     except UserError as error:
         raise UserError(f"{error}; prepare a folder of images with: ddpm data prepare "
                         f"--name={name} --dir={folder} --from=FOLDER_OF_IMAGES") from None
-    paths, labels = _pick(tree.splits, split, name)
-    shape = images.first_shape(tree.splits["train"][0][0], image_size=image_size,
-                               channels=channels)
-    return Source(name, split, len(paths), shape,
-                  lambda i: images.decode_as(paths[i], shape, image_size=image_size), str(folder),
+    items, labels = _pick(tree.splits, split, name)
+    for line in tree.left_out:
+        log.warning("%s: %s", folder, line)
+    shape = images.first_shape(tree.splits["train"][0], image_size=image_size, channels=channels)
+    return Source(name, split, len(items), shape,
+                  lambda i: images.decode_as(items[i], shape, image_size=image_size), str(folder),
                   None if labels is None else lambda: labels, tree.class_names,
-                  tuple(tree.splits))
+                  tuple(tree.splits), tree.left_out)
 
 
 def _padded(source, size) -> Source:
@@ -224,6 +287,7 @@ class Dataset(NamedTuple):
     prepare: Callable | None = None  # see ddpm_jax.data.prepare
     prepare_hint: str = ""  # flags that `ddpm data prepare` needs besides name and dir
     pad: bool = False  # a larger image_size adds a black border
+    flags: tuple = ("from",)  # that `prepare` reads, besides name, dir, image_size and channels
 
 
 def _tfds(about, tfds_name, version, *row, **options):
@@ -233,22 +297,28 @@ def _tfds(about, tfds_name, version, *row, **options):
 
 def _lsun(category):
     return Dataset(f"LSUN {category}, 256x256 RGB: centre crop to the short side, Lanczos",
-                   _open_store, prepare.lsun, " --from=LMDB_FOLDER_OR_TFRECORDS")
+                   _open_store, prepare.lsun, " --from=LMDB_FOLDER_OR_TFRECORDS",
+                   flags=("from", "max_unreadable"))
 
 
 DATASETS = {
     "digits": Dataset("scikit-learn's 1,797 handwritten digits, 8x8 grey; 80/20 split",
                       _open_digits, pad=True),
-    "cifar10": _tfds("CIFAR-10 (TFDS cifar10:3.*), 32x32 RGB", "cifar10", "3.*", prepare.cifar10),
+    "cifar10": _tfds("CIFAR-10 (TFDS cifar10:3.*), 32x32 RGB", "cifar10", "3.*",
+                     prepare_tfds.cifar10),
+    "mnist": _tfds("MNIST (TFDS), 28x28 grey; image_size 32 pads with black", "mnist", "3.*",
+                   prepare_tfds.idx_digits, pad=True),
     "fashion_mnist": _tfds("Fashion-MNIST (TFDS), 28x28 grey; image_size 32 pads with black",
-                           "fashion_mnist", "3.*", prepare.fashion_mnist, pad=True),
+                           "fashion_mnist", "3.*", prepare_tfds.idx_digits, pad=True),
     "celeb_a_hq": _tfds("CelebA-HQ (TFDS celeb_a_hq/256), 256x256 RGB, train only",
-                        "celeb_a_hq/256", "2.*", prepare.celeb_a_hq, " --from=data256x256.tar"),
+                        "celeb_a_hq/256", "2.*", prepare_tfds.celeb_a_hq,
+                        " --from=data256x256.tar"),
     "lsun_church": _lsun("church_outdoor"),
     "lsun_bedroom": _lsun("bedroom"),
     "lsun_cat": _lsun("cat"),
-    "folder": Dataset("any folder of PNG, JPEG or WebP images, flat or in class folders",
-                      _open_folder, prepare.folder, " --from=FOLDER_OF_IMAGES"),
+    "folder": Dataset("any folder, .zip or .tar of images, flat or in class folders",
+                      _open_folder, prepare.folder, " --from=FOLDER_OF_IMAGES",
+                      flags=("from", "max_unreadable", "split_folders", "classes", "list")),
 }
 
 

@@ -1,123 +1,147 @@
-"""Image files to arrays: one rule for decoding, cropping and resizing, used for every dataset.
+"""Image files to arrays: one rule for decoding, cropping and resizing, used for every dataset and
+for images to be evaluated. docs/images.md states the rule for each kind of file.
 
 PIL is imported where it is used: runs on prepared data need none.
 """
 
+import errno
+import io
+import os
 import pathlib
-from typing import NamedTuple
+import time
 
 import numpy as np
 
 from ddpm_jax.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 GREY_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation",
-                 "valid": "validation", "val": "validation"}
+MAX_PIXELS = 1 << 29  # 1.6 GB as RGB
+RETRY_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
+_GIVE_A_SIZE = ("give an image size (centre crop and resize): --image_size, or "
+                "config.data.image_size")
+_FIRST_IS_WHOLE = ("MPO",)  # formats whose further frames are previews and depth maps
+
+
+class DamagedError(UserError):
+    """Bytes that were read, but do not decode to an image."""
+
+
+def retry(read, where):
+    """read(), tried again after each of RETRY_WAITS if it raises OSError (a stale NFS handle, a
+    file that is being replaced); UserError naming `where` after the last."""
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return read()
+        except OSError as error:
+            if wait is None:
+                limit = error.errno in (errno.EMFILE, errno.ENFILE)
+                raise UserError(
+                    f"cannot read {where}: {error.strerror or error}, {len(RETRY_WAITS) + 1} "
+                    f"attempts in {sum(RETRY_WAITS):.0f} s; "
+                    + ("raise the limit with ulimit -n" if limit else
+                       "check the file and its disk, then start again")) from error
+            time.sleep(wait)
+
+
+def _bytes(file, where) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    if isinstance(file, (str, os.PathLike)):
+        return retry(pathlib.Path(file).read_bytes, where)
+    return file.read()
+
+
+def _bits(image, data) -> int:
+    """Bits a channel of an opened image; Pillow cuts 16-bit RGB to 8 and reports mode RGB."""
+    if data.startswith(b"\x89PNG"):
+        return data[24]  # IHDR: width and height (4 bytes each), then the bit depth
+    depths = getattr(image, "tag_v2", {}).get(258, 8)  # TIFF's BitsPerSample
+    return max(depths) if isinstance(depths, tuple) else depths
+
+
+def _loaded(data, where):
+    """The bytes as a PIL image of mode L or RGB, turned as its EXIF orientation requires."""
+    from PIL import Image, ImageOps, PngImagePlugin
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS instead: Pillow's limit looks like damage
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{where}: {width}x{height} are more than {MAX_PIXELS:,} pixels; "
+                                "make it smaller first")
+            if opened.format not in _FIRST_IS_WHOLE and getattr(opened, "n_frames", 1) > 1:
+                raise UserError(f"{where}: {opened.n_frames} frames (animation or pages); extract "
+                                "the one that is meant")
+            if opened.mode in DEEP_MODES or _bits(opened, data) > 8:
+                raise UserError(f"{where}: more than 8 bits a channel (mode {opened.mode}); "
+                                "convert it to 8")
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+        grey = image.mode in GREY_MODES
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                raise UserError(f"{where}: has transparent pixels; flatten it onto a background "
+                                "first")
+        return image.convert("L" if grey else "RGB")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise DamagedError(f"{where}: not a readable image, damaged or cut short ({error}); "
+                           "replace or remove it") from error
 
 
 def decode(file, where, *, image_size=None, channels=None) -> np.ndarray:
     """Read one image -> uint8 [H, W, C].
 
-    file: path or binary stream; where: its name in errors. image_size: centre crop to the short
-    side, then PIL's antialiased Lanczos (as StyleGAN's dataset_tool made the LSUN files of the
-    paper); an image of that size, and None, are left unchanged. channels: 1, 3 or None (as the
-    file); grey becomes RGB for 3. Raises UserError for colour if channels is 1, transparency, more
-    than 8 bits a channel, and files that cannot be decoded.
+    file: path, binary stream or bytes; where: its name in errors. image_size: centre crop to the
+    short side, then PIL's antialiased Lanczos (as StyleGAN's dataset_tool made the LSUN files of
+    the paper); an image of that size, and None, are left unchanged. channels: 1, 3 or None (as the
+    file); grey becomes RGB for 3. Raises DamagedError for what does not decode, UserError for a
+    path that cannot be read (after `retry`), colour if channels is 1, transparent pixels, more
+    than 8 bits a channel, several frames, and more than MAX_PIXELS.
     """
-    from PIL import Image, ImageOps
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-    except Exception as error:  # decoders raise anything on damaged bytes
-        raise UserError(f"{where}: not a readable image, damaged or cut short ({error}); "
-                        "replace or remove it") from error
-    if image.mode in DEEP_MODES:
-        raise UserError(f"{where}: more than 8 bits a channel (mode {image.mode}); convert it")
-    found = 1 if image.mode in GREY_MODES else 3
-    if channels == 1 and found == 3:
+    image = _loaded(_bytes(file, where), where)
+    if channels == 1 and image.mode != "L":
         raise UserError(f"{where}: a colour image where grey ones are expected; "
                         "convert it, or ask for 3 channels")
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-        raise UserError(f"{where}: has transparent pixels; flatten it onto a background first")
-    image = image.convert("L" if (channels or found) == 1 else "RGB")
+    if channels == 3:
+        image = image.convert("RGB")
     if image_size is not None and image.size != (image_size, image_size):
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
+        from PIL import Image
         image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def first_shape(path, *, image_size=None, channels=None) -> tuple:
-    """(H, W, C) of a folder's first image, required of all others; UserError if not square."""
-    shape = decode(path, path, image_size=image_size, channels=channels).shape
-    if shape[0] != shape[1]:
-        raise UserError(f"{path} is {shape[1]}x{shape[0]}, not square; give an image size "
-                        "(centre crop and resize): --image_size, or config.data.image_size")
-    return shape
+def first_shape(items, *, image_size=None, channels=None) -> tuple:
+    """(H, W, C) of the first of a folder's images that decodes, required of all others.
 
-
-def decode_as(path, shape, *, image_size=None) -> np.ndarray:
-    """`decode` to exactly `shape`; UserError naming the file if it has another size."""
-    image = decode(path, path, image_size=image_size, channels=shape[2])
-    if image.shape != shape:
-        raise UserError(f"{path} is {image.shape[1]}x{image.shape[0]}, the first image is "
-                        f"{shape[1]}x{shape[0]}; give an image size (centre crop and resize): "
-                        "--image_size, or config.data.image_size")
-    return image
-
-
-def _images_in(folder, pattern="*") -> list:
-    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in SUFFIXES
-                  and not p.name.startswith(".") and p.is_file())
-
-
-def _class_folders(folder) -> dict:
-    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {sub.name: _images_in(sub, "**/*") for sub in subfolders}
-    return {name: paths for name, paths in found.items() if paths}
-
-
-class Tree(NamedTuple):
-    """The images of a folder."""
-
-    splits: dict  # {name: (paths, labels int32 [N], or None without classes)}
-    class_names: tuple
-
-
-def image_tree(root) -> Tree:
-    """The images below `root`, in order of path.
-
-    root holds split folders (train, and test or val), each as follows, or is itself the train
-    split: images (flat, no labels), or one folder of images per class (sorted by name).
+    items: folders.Item. UserError if it is not square, DamagedError if none decodes.
     """
-    root = pathlib.Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    folders = {split: root / name for name, split in SPLIT_FOLDERS.items()
-               if (root / name).is_dir()}
-    if "train" not in folders:
-        folders = {"train": root}
-    splits, class_names = {}, ()
-    for split, folder in folders.items():
-        flat, classes = _images_in(folder), _class_folders(folder)
-        if not flat and not classes:
-            raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
-        if flat and classes:
-            raise UserError(f"{folder}: holds both images ({flat[0].name}) and folders of images "
-                            f"({next(iter(classes))}); keep one of the two")
-        if split == "train":
-            class_names = tuple(classes)
-        if bool(classes) != bool(class_names) or set(classes) - set(class_names):
-            raise UserError(f"{folder}: its classes ({', '.join(classes) or 'none'}) are not "
-                            f"those of the train split ({', '.join(class_names) or 'none'})")
-        paths = flat or [p for c in classes for p in classes[c]]
-        labels = None if flat else np.array(
-            [class_names.index(c) for c in classes for _ in classes[c]], np.int32)
-        splits[split] = (paths, labels)
-    return Tree(splits, class_names)
+    for item in items:
+        try:
+            shape = decode(item.read(), item.where, image_size=image_size, channels=channels).shape
+        except DamagedError as error:
+            damage = error
+            continue
+        if shape[0] != shape[1]:
+            raise UserError(f"{item.where} is {shape[1]}x{shape[0]}, not square; {_GIVE_A_SIZE}")
+        return shape
+    raise damage
+
+
+def decode_as(item, shape, *, image_size=None) -> np.ndarray:
+    """`decode` to exactly `shape`; UserError naming the file if it has another size."""
+    image = decode(item.read(), item.where, image_size=image_size, channels=shape[2])
+    if image.shape != shape:
+        raise UserError(f"{item.where} is {image.shape[1]}x{image.shape[0]}, the first image is "
+                        f"{shape[1]}x{shape[0]}; {_GIVE_A_SIZE}")
+    return image

@@ -15,7 +15,7 @@ def read_idx(path) -> np.ndarray:
     path = pathlib.Path(path)
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
         zero, kind, rank = struct.unpack(">HBB", data[:4])
         shape = struct.unpack(f">{rank}I", data[4:4 + 4 * rank])
         if (zero, kind) != (0, 8):

@@ -1,4 +1,10 @@
 import io
+import os
+import struct
+import threading
+import time
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -73,34 +79,151 @@ def test_a_truncated_file_is_named(tmp_path, kind, part):
         images.decode(path, path)
 
 
-def test_tree_of_splits_and_classes(tmp_path, make):
-    for name in ("train/dog/b.png", "train/dog/a.PNG", "train/cat/deep/c.png", "val/cat/d.png"):
-        make.save(tmp_path / name, pixels(4, 4, 3))
-    (tmp_path / "train/dog/notes.txt").write_text("no image")
-    (tmp_path / "train/empty").mkdir()
-    tree = images.image_tree(tmp_path)
-    assert tree.class_names == ("cat", "dog") and list(tree.splits) == ["train", "validation"]
-    paths, labels = tree.splits["train"]
-    assert [p.name for p in paths] == ["c.png", "a.PNG", "b.png"] and labels.tolist() == [0, 1, 1]
-    assert tree.splits["validation"][1].tolist() == [0]
+def png(bits, colour_type, rows, palette=b""):
+    """A PNG written here, for Pillow writes no 16-bit colour. rows: bytes of each row."""
+    def chunk(kind, data):
+        return (struct.pack(">I", len(data)) + kind + data
+                + struct.pack(">I", zlib.crc32(kind + data)))
+    head = struct.pack(">IIBBBBB", 4, len(rows), bits, colour_type, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette
+            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+            + chunk(b"IEND", b""))
 
 
-def test_flat_tree(tmp_path, make):
-    make.save(tmp_path / "b.png", pixels(4, 4, 3))
-    make.save(tmp_path / "a.png", pixels(4, 4, 3))
-    paths, labels = images.image_tree(tmp_path).splits["train"]
-    assert [p.name for p in paths] == ["a.png", "b.png"] and labels is None
+@pytest.mark.parametrize("colour_type, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_pngs_are_refused(colour_type, channels):
+    rows = list(np.full((4, 4 * channels), 40000, ">u2"))
+    deep = png(16, colour_type, [row.tobytes() for row in rows])
+    with pytest.raises(UserError, match="deep.png: more than 8 bits a channel"):
+        images.decode(deep, "deep.png")
+    flat = png(8, colour_type, [np.full(4 * channels, 255, np.uint8).tobytes()] * 4)
+    assert images.decode(flat, "flat.png").shape == (4, 4, 1 if channels < 3 else 3)
 
 
-def test_bad_trees(tmp_path, make):
-    with pytest.raises(UserError, match="no such folder"):
-        images.image_tree(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no images in it"):
-        images.image_tree(tmp_path)
-    make.save(tmp_path / "train/cat/a.png", pixels(4, 4, 3))
-    make.save(tmp_path / "test/bird/a.png", pixels(4, 4, 3))
-    with pytest.raises(UserError, match=r"test: its classes \(bird\) are not"):
-        images.image_tree(tmp_path)
-    make.save(tmp_path / "train/a.png", pixels(4, 4, 3))
-    with pytest.raises(UserError, match="holds both images"):
-        images.image_tree(tmp_path)
+def test_other_deep_files_are_refused(tmp_path):
+    for array in (np.full((4, 4), 40000, np.uint16), np.full((4, 4), 0.5, np.float32),
+                  np.full((4, 4), 7, np.int32)):
+        with pytest.raises(UserError, match="more than 8 bits"):
+            images.decode(encoded(array, "TIFF"), "x")
+    # TIFF of 16-bit RGB, uncompressed: Pillow reports mode RGB for it too.
+    tags = [(256, 4, 1, 2), (257, 4, 1, 1), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 1, 128), (277, 3, 1, 3), (278, 4, 1, 1), (279, 4, 1, 12)]
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(
+        struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 0)
+    data += struct.pack("<3H", 16, 16, 16) + np.full(6, 40000, "<u2").tobytes()
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == "RGB"
+    with pytest.raises(UserError, match="more than 8 bits"):
+        images.decode(data, "x.tif")
+
+
+def test_cmyk_and_palettes_become_rgb():
+    ink = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 255, 255, 0], [255, 255, 255, 255]]],
+                                   np.uint8), "CMYK")
+    data = io.BytesIO()
+    ink.save(data, "TIFF")
+    expected = [[[255, 255, 255], [255, 0, 0], [0, 0, 0]]]
+    np.testing.assert_array_equal(images.decode(data.getvalue(), "x"), expected)
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([255, 255, 255, 255, 0, 0, 0, 0, 0])
+    palette.putdata([0, 1, 2])
+    for transparent, refused in ((None, False), (7, False), (1, True)):
+        data = io.BytesIO()
+        palette.save(data, "PNG", **({} if transparent is None else {"transparency": transparent}))
+        if refused:
+            with pytest.raises(UserError, match="x: has transparent pixels"):
+                images.decode(data.getvalue(), "x")
+        else:
+            np.testing.assert_array_equal(images.decode(data.getvalue(), "x"), expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_and_pages_are_refused(kind):
+    frames = [Image.fromarray(pixels(6, 6, 3)) for _ in range(3)]
+    data = io.BytesIO()
+    frames[0].save(data, kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="x: 3 frames"):
+        images.decode(data.getvalue(), "x")
+
+
+def test_the_first_picture_of_a_phones_mpo_is_taken():
+    first, preview = (Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (200, 10))
+    data = io.BytesIO()
+    first.save(data, "MPO", save_all=True, append_images=[preview])
+    assert images.decode(data.getvalue(), "x.jpg").mean() > 190
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+def test_bmp_gif_and_tiff_are_read(kind):
+    grey = np.repeat(pixels(5, 5)[:, :, None], 3, 2) // 64 * 64
+    np.testing.assert_array_equal(images.decode(encoded(grey, kind), "x"), grey)
+
+
+def test_one_bit_becomes_black_and_white():
+    bits = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    data = io.BytesIO()
+    bits.save(data, "PNG")
+    assert images.decode(data.getvalue(), "x")[..., 0].tolist() == [[0, 255], [255, 0]]
+
+
+def test_a_large_picture_is_no_damage(monkeypatch):
+    large = io.BytesIO()
+    Image.new("1", (15000, 12500)).save(large, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 27)  # Pillow's own refuses twice this
+    with warnings.catch_warnings(action="error"):
+        assert images.decode(large.getvalue(), "x", image_size=8).shape == (8, 8, 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 15000 * 12500 - 1)
+    with pytest.raises(UserError, match="x: 15000x12500 are more than 187,499,999 pixels"):
+        images.decode(large.getvalue(), "x")
+
+
+def test_a_long_text_in_a_png_is_no_damage():
+    from PIL.PngImagePlugin import PngInfo
+    note = PngInfo()
+    note.add_text("comment", "x" * (2 << 20), zip=True)
+    assert images.decode(encoded(pixels(4, 4, 3), pnginfo=note), "x").shape == (4, 4, 3)
+
+
+def test_damage_and_rules_are_told_apart():
+    with pytest.raises(images.DamagedError):
+        images.decode(b"", "x")
+    try:
+        images.decode(png(16, 0, [b"12345678"] * 4), "x")
+    except UserError as error:
+        assert not isinstance(error, images.DamagedError)
+
+
+def test_a_file_that_is_away_for_a_moment_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.05, 0.1, 0.2, 0.4, 0.8))
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(pixels(4, 4, 3)).getvalue())
+    away = path.rename(tmp_path / "away.png")
+    thread = threading.Timer(0.3, away.rename, (path,))
+    thread.start()
+    assert images.decode(path, path).shape == (4, 4, 3)
+    thread.join()
+
+
+def test_a_file_that_stays_away_is_named_with_waits_that_grow(tmp_path, monkeypatch):
+    assert list(images.RETRY_WAITS) == sorted(images.RETRY_WAITS) and len(images.RETRY_WAITS) > 2
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.02, 0.04))
+    before = time.monotonic()
+    with pytest.raises(UserError, match="gone.png: No such file or directory, 3 attempts") as error:
+        images.decode(tmp_path / "gone.png", tmp_path / "gone.png")
+    assert time.monotonic() - before > 0.06
+    assert not isinstance(error.value, images.DamagedError)
+
+
+def test_too_many_open_files_is_named(tmp_path, monkeypatch):
+    import resource
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.01,))
+    (tmp_path / "a.png").write_bytes(b"")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = os.dup(0)
+    os.close(used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+    try:
+        with pytest.raises(UserError, match="a.png: Too many open files.*ulimit -n"):
+            images.decode(tmp_path / "a.png", "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
