@@ -53,6 +53,16 @@ def write_tfrecord(path, images):
     return path
 
 
+def write_examples(path, records):
+    """tf.Examples of {"image": bytes, "label": int}."""
+    def feature(name, value):
+        kind = message(1, message(1, value)) if isinstance(value, bytes) else message(
+            3, message(1, varint(value)))
+        return message(1, message(1, name.encode()) + message(2, kind))
+    path.write_bytes(b"".join(framed(message(1, b"".join(
+        feature(k, v) for k, v in record.items()))) for record in records))
+
+
 def write_lmdb(path, items):
     import lmdb
     with lmdb.open(str(path), map_size=1 << 24) as env, env.begin(write=True) as transaction:
@@ -74,4 +84,4 @@ def save(path, array):
 def make():
     """The writers above."""
     return types.SimpleNamespace(crc32c=crc32c, save=save, idx=idx, lmdb=write_lmdb,
-                                 tfrecord=write_tfrecord)
+                                 tfrecord=write_tfrecord, examples=write_examples)

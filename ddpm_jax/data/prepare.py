@@ -57,9 +57,9 @@ def prepare(row, name, folder, sources, options=DEFAULTS):
     target = files.join(folder, name)
     if {INFO, _TFDS_INFO} & {path.split("/")[-1] for path in remote.listing(target)}:
         raise UserError(f"{target} exists already; remove it first, or give another --dir")
-    with tempfile.TemporaryDirectory(prefix="ddpm_prepare_") as here:
-        row.prepare(name, pathlib.Path(here), sources, options)
-        remote.upload(pathlib.Path(here) / name, target, last={INFO, _TFDS_INFO})
+    with files.staging_folder(pathlib.Path(tempfile.gettempdir(), f"ddpm_prepare_{name}")) as here:
+        row.prepare(name, here, sources, options)
+        remote.upload(here / name, target, last={INFO, _TFDS_INFO})
 
 
 def refuse_existing(folder, name):

@@ -2,6 +2,8 @@
 all: written beside their place, flushed to the disk, then renamed."""
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
@@ -69,6 +71,8 @@ def _reason(path, error, advice) -> str:
         is_remote(path) and isinstance(error, FileNotFoundError))
     if local or not is_remote(path):
         reason = getattr(error, "strerror", None) or text
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{reason}; raise the limit with ulimit -n"
         place = str(getattr(error, "filename", None) or path)
         if place != str(path) and not place.endswith(PARTIAL):  # a folder above it, say
             reason += f" ({place})"
@@ -206,11 +210,6 @@ def new_folder(out, advice="take another"):
     with storage_errors(out, "write", advice):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder: remove it, or {advice}")
-        staging = out
-        if not is_remote(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging = out.parent / f".{out.name}.{secrets.token_hex(4)}{PARTIAL}"
-            staging.mkdir()
     if is_remote(out):
         try:
             yield out
@@ -218,10 +217,47 @@ def new_folder(out, advice="take another"):
             out.rmtree(missing_ok=True)
             raise
         return
+    with storage_errors(out, "write", advice), staging_folder(out) as staging:
+        yield staging
+        os.replace(staging, out)
+        _sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def staging_folder(out):
+    """Yields a new folder beside a local path and removes it at the end; what killed processes left
+    of theirs for this path is removed before."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}{PARTIAL}"
+    staging.mkdir()
+    lock = os.open(staging, os.O_RDONLY)
     try:
-        with storage_errors(out, "write", advice):
-            yield staging
-            os.replace(staging, out)
-            _sync_folder(out.parent)
+        _lock(lock)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(descriptor) -> bool:
+    """Whether the folder is locked now, until it is closed or its process ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process's, or a file system without locks
+        return False
+    return True
+
+
+def _remove_abandoned(out) -> None:
+    """Removes the folders of processes that ended: they are not locked."""
+    for entry in os.scandir(out.parent):
+        if (entry.name.startswith(f".{out.name}.") and entry.name.endswith(PARTIAL)
+                and entry.is_dir(follow_symlinks=False)):
+            with contextlib.suppress(OSError):  # another process was faster
+                descriptor = os.open(entry.path, os.O_RDONLY)
+                try:
+                    if _lock(descriptor):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                finally:
+                    os.close(descriptor)

@@ -38,6 +38,32 @@ def test_prepare_then_info(tmp_path, pictures):
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
+def test_a_dry_listing_writes_nothing(tmp_path, pictures):
+    (pictures / "train/a/.DS_Store").write_bytes(b"")
+    (pictures / "train/a/x.heic").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    done = ddpm("prepare", "--name=folder", f"--from={pictures}", f"--dir={tmp_path / 'd'}",
+                "--list")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "train: 4 images, 2 classes: a 2, b 2", "test: 2 images, 2 classes: a 2, b 0",
+        "left out: 1 hidden or system files: train/a/.DS_Store",
+        "left out: 1 .heic files (not read: convert them): train/a/x.heic"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_flags_that_settle_what_is_ambiguous(tmp_path, pictures):
+    (pictures / "test").rename(pictures / "bus")
+    args = ("prepare", "--name=folder", f"--from={pictures}", "--image_size=8")
+    refused = ddpm(*args, f"--dir={tmp_path / 'd'}")
+    assert refused.returncode == 2 and "--nosplit_folders" in refused.stderr
+    made = ddpm(*args, f"--dir={tmp_path / 'd'}", "--split_folders")
+    assert "train: 4 images" in made.stdout, made.stderr
+    assert "left out: 2 images beside the split folders: bus/a/0.png, bus/a/1.png" in made.stdout
+    made = ddpm(*args, f"--dir={tmp_path / 'e'}", "--nosplit_folders", "--classes=none")
+    assert "train: 6 images" in made.stdout and "classes" not in made.stdout, made.stderr
+
+
 BAD = [
     (["prepare", "--name=imagenet"], "--name=imagenet is unknown; known: digits,"),
     (["prepare"], "--name=None is unknown"),
@@ -46,6 +72,8 @@ BAD = [
     (["info", "--name=cifar10", "--dir=nowhere"], "ddpm data prepare --name=cifar10 --dir=nowhere"),
     (["prepare", "--name=folder", "--from=nowhere"], "--from=nowhere: no such file or folder"),
     (["prepare", "--name=folder", "--channels=2"], "channels"),
+    (["prepare", "--name=cifar10", "--list"], "--list is not read by ddpm data prepare --name=cif"),
+    (["info", "--name=folder", "--classes=none"], "--classes is not read by ddpm data info"),
     (["prepare", "--name=folder", "--image_size=0"], "--image_size=0: must be at least 1"),
 ]
 

@@ -53,6 +53,7 @@ def test_out_of_range():
     ("digits", {"channels": 3}, r"digits has 1 channel\(s\), not 3"),
     ("digits", {"image_size": 4}, "digits is 8x8"),
     ("cifar10", {}, r"run: ddpm data prepare --name=cifar10 --dir=\S+$"),
+    ("mnist", {}, r"run: ddpm data prepare --name=mnist --dir=\S+$"),
     ("fashion_mnist", {}, r"run: ddpm data prepare --name=fashion_mnist --dir=\S+$"),
     ("celeb_a_hq", {}, r"prepare --name=celeb_a_hq --dir=\S+ --from=data256x256.tar$"),
     ("lsun_bedroom", {}, r"prepare --name=lsun_bedroom --dir=\S+ --from=LMDB_FOLDER_OR"),
@@ -111,3 +112,65 @@ def test_rows_are_read_in_order_and_side_by_side():
 
     with pytest.raises(UserError, match="image 3 is corrupt"):
         datasets.read_rows(broken, [3])
+
+
+def store(folder, pixels, **splits):
+    from ddpm_jax.data.prepare import write_store
+    write_store(folder, "lsun_cat", {name: (count, range(count), None, pixels.__getitem__)
+                                     for name, count in (splits or {"train": len(pixels)}).items()},
+                pixels.shape[1:])
+    return folder / "lsun_cat"
+
+
+def test_every_listed_split_opens(tmp_path):
+    pixels = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    store(tmp_path, pixels, train=2, validation=1, test=1)
+    for split in open_source("lsun_cat", tmp_path, "train").splits:
+        source = open_source("lsun_cat", tmp_path, split)
+        assert source.split == split and source.array().shape[1:] == (4, 4, 3)
+    assert source.splits == ("train", "validation", "test")
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path, make):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    a, b = (store(tmp_path / name, pixels) for name in "ab")
+    c = store(tmp_path / "c", pixels[::-1])
+    prints = [open_source("lsun_cat", x.parent, "train").fingerprint for x in (a, b, c)]
+    assert prints[0] == prints[1] != prints[2]
+    for i, image in enumerate(pixels):
+        make.save(tmp_path / f"live/pictures/{i}.png", image)
+    live = open_source("folder", tmp_path / "live", "train").fingerprint
+    moved = (tmp_path / "live").rename(tmp_path / "moved")
+    (moved / "pictures/0.png").touch()
+    assert open_source("folder", moved, "train").fingerprint == live == prints[0]
+    make.save(moved / "pictures/0.png", pixels[1])
+    assert open_source("folder", moved, "train").fingerprint != live
+
+
+def test_a_store_that_is_away_for_a_moment_is_read(tmp_path, monkeypatch):
+    """A memory map would end the process with SIGBUS, or go on with the old file."""
+    from ddpm_jax.data import images
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.05, 0.1, 0.2, 0.4, 0.8))
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    path = store(tmp_path, pixels) / "train_images.npy"
+    source = open_source("lsun_cat", tmp_path, "train")
+    away = path.rename(tmp_path / "away")
+    thread = threading.Timer(0.3, away.rename, (path,))
+    thread.start()
+    np.testing.assert_array_equal(source[4], pixels[4])
+    thread.join()
+    path.rename(away)
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.01, 0.02))
+    with pytest.raises(UserError, match="cannot read .*train_images.npy: No such file"):
+        source[4]
+    path.write_bytes(away.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cut short at image 5"):
+        source[5]
+
+
+def test_what_a_live_folder_leaves_out_is_logged(tmp_path, make, caplog):
+    make.save(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "b.heic").write_bytes(b"")
+    source = open_source("folder", tmp_path, "train")
+    assert source.left_out == ("left out: 1 .heic files (not read: convert them): b.heic",)
+    assert f"{tmp_path}: {source.left_out[0]}" in caplog.text

@@ -1,7 +1,10 @@
 import gzip
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -155,6 +158,83 @@ def test_lsun_from_lmdb(tmp_path, make):
         run("lsun_church", tmp_path / "out2", [str(train), str(bad)])
 
 
+def lsun_cat(make, path, number, empty):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {f"{i:04}": pixels(8, 8, 3) for i in range(number)}
+    make.lmdb(path, {k: b"" if i in empty else png(v) for i, (k, v) in enumerate(made.items())})
+    return np.stack([v for i, v in enumerate(made.values()) if i not in empty])
+
+
+def test_unreadable_records_are_left_out_counted_and_named(tmp_path, make):
+    """LSUN cat's own LMDB has two empty records."""
+    made = lsun_cat(make, tmp_path / "cat", 200, empty=(7, 120))
+    run("lsun_cat", tmp_path / "out", [str(tmp_path / "cat")], image_size=8)
+    source = open_source("lsun_cat", tmp_path / "out", "train")
+    assert len(source) == 198
+    np.testing.assert_array_equal(source.array(), made)
+    np.testing.assert_array_equal(np.stack([source[i] for i in range(198)]), made)
+    line, = source.left_out
+    assert line.startswith("train: 2 of 200 could not be read") and "key 0007: " in line
+
+
+def test_more_unreadable_records_than_the_share_are_an_error(tmp_path, make):
+    lsun_cat(make, tmp_path / "cat", 200, empty=(7, 70, 120))
+    source = [str(tmp_path / "cat")]
+    with pytest.raises(UserError, match=r"3 of 200 cannot be read, more than --max_unreadable=0.01"
+                                        r"; the last: \S+cat, key 0120: not a readable image"):
+        run("lsun_cat", tmp_path / "out", source, image_size=8)
+    assert nothing_left(tmp_path / "out")
+    with pytest.raises(UserError, match="key 0007: not a readable"):
+        run("lsun_cat", tmp_path / "out", source, image_size=8, max_unreadable=0.0)
+    run("lsun_cat", tmp_path / "out", source, image_size=8, max_unreadable=0.02)
+    assert len(open_source("lsun_cat", tmp_path / "out", "train")) == 197
+
+
+def test_damaged_images_of_a_folder_are_left_out_only_on_request(tmp_path, make):
+    made = class_folders(make, tmp_path / "in")
+    (tmp_path / "in/train/a/0.png").write_bytes(b"damaged")
+    run("folder", tmp_path / "out", [str(tmp_path / "in")], max_unreadable=0.5)
+    source = open_source("folder", tmp_path / "out", "train")
+    np.testing.assert_array_equal(source.array(), [made["train/a/1.png"], made["train/b/0.png"]])
+    assert source.labels.tolist() == [0, 1] and source.class_names == ("a", "b")
+    assert "1 of 3 could not be read" in source.left_out[0]
+
+
+def test_an_archive_of_images(tmp_path, make):
+    class_folders(make, tmp_path / "in")
+    path = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "in")
+    for name, source in (("a", tmp_path / "in"), ("b", path)):
+        run("folder", tmp_path / name, [str(source)])
+    live = open_source("folder", path, "train")
+    assert live.fingerprint == open_source("folder", tmp_path / "a", "train").fingerprint
+    assert live.fingerprint == open_source("folder", tmp_path / "b", "train").fingerprint
+
+
+@pytest.mark.parametrize("given", ["cat/data.mdb", "cat/lock.mdb", "cat", "."])
+def test_lsun_is_found_by_its_file_and_the_folder_above(tmp_path, make, given):
+    made = lsun_cat(make, tmp_path / "in/cat", 3, empty=())
+    run("lsun_cat", tmp_path / "out", [str(tmp_path / "in" / given)], image_size=8)
+    np.testing.assert_array_equal(open_source("lsun_cat", tmp_path / "out", "train").array(), made)
+
+
+def test_a_killed_preparation_leaves_nothing_after_the_next(tmp_path, make):
+    class_folders(make, tmp_path / "in")
+    script = ("import os, signal, pathlib\n"
+              "from ddpm_jax.data import prepare\n"
+              f"with prepare.new_dataset(pathlib.Path({str(tmp_path / 'out')!r}), 'folder') as t:\n"
+              "    (t / 'x').write_text('half')\n"
+              "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == -9
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    with prepare.new_dataset(tmp_path / "out", "folder"):  # clears it
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        with prepare.new_dataset(tmp_path / "out", "folder") as other:  # leaves one in use
+            assert len(list((tmp_path / "out").iterdir())) == 2
+        assert not other.exists()
+        (tmp_path / "out/folder").rmdir()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["folder"]
+
+
 def test_lsun_from_tfrecord(tmp_path, make):
     made = pixels(3, 16, 16, 3)
     path = make.tfrecord(tmp_path / "cat-r04.tfrecords", made)
@@ -224,7 +304,7 @@ def test_cifar10_with_a_file_missing_or_cut(tmp_path):
     with pytest.raises(UserError, match="data_batch_3.bin: not a batch"):
         run("cifar10", tmp_path / "out", [str(path)])
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="b.tar.gz: missing, damaged"):
+    with pytest.raises(UserError, match="b.tar.gz: damaged"):
         run("cifar10", tmp_path / "out", [str(path)])
     assert nothing_left(tmp_path / "out")
 
@@ -257,9 +337,90 @@ def test_fashion_mnist(tmp_path, make):
         run("fashion_mnist", tmp_path / "out2", [str(tmp_path / "in")])
 
 
+IDX_NAMES = {
+    "published": "{stem}-{kind}-ubyte.gz",
+    "a browser's": "{stem}.{kind}-ubyte",
+    "torchvision's": "MNIST/raw/{stem}-{kind}-ubyte",
+    "Kaggle's": "{stem}-{kind}-ubyte/{stem}-{kind}-ubyte",
+    "others'": "{STEM}_{kind}_ubyte.GZ",
+}
+
+
+@pytest.mark.parametrize("names", IDX_NAMES)
+@pytest.mark.parametrize("row", ["mnist", "fashion_mnist"])
+def test_mnist_by_any_usual_name(tmp_path, make, names, row):
+    made = {}
+    for stem, n in (("train", 5), ("t10k", 3)):
+        made[stem] = pixels(n, 28, 28), RNG.integers(0, 10, n, dtype=np.uint8)
+        for kind, array in zip(("images-idx3", "labels-idx1"), made[stem], strict=True):
+            path = tmp_path / "in" / IDX_NAMES[names].format(
+                stem=stem, kind=kind, STEM=stem.replace("t10k", "test").upper())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = make.idx(array)
+            path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
+    run(row, tmp_path / "out", [str(tmp_path / "in")])
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        source = open_source(row, tmp_path / "out", split)
+        assert source.shape == (28, 28, 1) and len(source.class_names) == 10
+        assert {i.tobytes(): y for i, y in zip(source.array(), source.labels.tolist(), strict=True)
+                } == {i.tobytes(): y for i, y in zip(made[stem][0], made[stem][1].tolist(),
+                                                     strict=True)}
+
+
+def test_two_sets_of_idx_files_are_ambiguous(tmp_path, make):
+    for name in ("MNIST", "FashionMNIST"):
+        (tmp_path / "in" / name / "raw").mkdir(parents=True)
+        for stem in ("train", "t10k"):
+            for kind in ("images-idx3", "labels-idx1"):
+                (tmp_path / f"in/{name}/raw/{stem}-{kind}-ubyte").write_bytes(b"")
+    with pytest.raises(UserError, match="FashionMNIST.* or .*MNIST.*Give the folder of one"):
+        run("mnist", tmp_path / "out", [str(tmp_path / "in")])
+
+
+def as_tfrecords(folder, make):
+    """The same data set in TFDS's older format."""
+    import tensorflow_datasets as tfds
+    builder = tfds.builder_from_directory(folder)
+    for split in ("train", "test"):
+        records = [{"image": r["image"], "label": int(r["label"])} for r in
+                   builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})]
+        for r in records:
+            r["image"] = r["image"] if isinstance(r["image"], bytes) else r["image"].read()
+        path, = folder.glob(f"*-{split}.array_record-*")
+        path.unlink()
+        make.examples(folder / path.name.replace("array_record", "tfrecord"), records)
+    info = folder / "dataset_info.json"
+    text = info.read_text()
+    changed = re.sub(r'"fileFormat": "array_record"', '"fileFormat": "tfrecord"', text)
+    assert changed != text
+    info.write_text(changed)
+
+
+def test_tfds_in_tfrecord_format_is_read_without_tensorflow(tmp_path, make, monkeypatch):
+    fashion_files(make, tmp_path / "in")
+    run("fashion_mnist", tmp_path / "out", [str(tmp_path / "in")])
+    before = {s: open_source("fashion_mnist", tmp_path / "out", s) for s in ("train", "test")}
+    before = {s: (x.array(), x.labels, x.fingerprint) for s, x in before.items()}
+    folder, = (tmp_path / "out/fashion_mnist").iterdir()
+    as_tfrecords(folder, make)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for split, (pixels_, labels, fingerprint) in before.items():
+        source = open_source("fashion_mnist", tmp_path / "out", split)
+        np.testing.assert_array_equal(source.array(), pixels_)
+        np.testing.assert_array_equal(source.labels, labels)
+        assert source.fingerprint == fingerprint and set(source.splits) == {"test", "train"}
+    path = next(folder.glob("*-train.tfrecord-*"))
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="record 5 of train: wrong checksum"):
+        open_source("fashion_mnist", tmp_path / "out", "train").array()
+
+
 def test_celeb_a_hq(tmp_path):
     made = {f"data256x256/{i:05}.png": pixels(256, 256, 3) for i in range(2)}
-    path = make_tar(tmp_path / "data256x256.tar", {k: png(v) for k, v in made.items()})
+    path = make_tar(tmp_path / "data256x256.tar", {
+        **{k: png(v) for k, v in made.items()}, "data256x256/._00000.png": b"litter"})
     run("celeb_a_hq", tmp_path / "out", [str(path)])
     source = open_source("celeb_a_hq", tmp_path / "out", "train", image_size=256)
     assert source.labels is None and source.splits == ("train",)

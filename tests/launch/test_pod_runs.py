@@ -410,7 +410,7 @@ def fashion(tmp_path, storage, monkeypatch):
     """40 random images as Fashion-MNIST in a bucket, with a copy in tmp_path/data; -> its URL."""
     import gzip
 
-    from ddpm_jax.data import prepare
+    from ddpm_jax.data import prepare_tfds
     from ddpm_jax.storage import remote
     rng = np.random.default_rng(0)
     for stem, n in (("train", 40), ("t10k", 4)):
@@ -419,7 +419,7 @@ def fashion(tmp_path, storage, monkeypatch):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(head
                                                                              + array.tobytes()))
-    prepare.fashion_mnist("fashion_mnist", tmp_path / "data", [str(tmp_path)])
+    prepare_tfds.idx_digits("fashion_mnist", tmp_path / "data", [str(tmp_path)])
     url = f"{storage}/{tmp_path.name}"
     remote.upload(tmp_path / "data", url, last={"dataset_info.json"})
     monkeypatch.setenv("DDPM_STAGE_DIR", str(tmp_path / "stages"))

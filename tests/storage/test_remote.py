@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from ddpm_jax.data import datasets, prepare
+from ddpm_jax.data import datasets, prepare, prepare_tfds
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import remote
@@ -47,7 +47,7 @@ def fashion(folder):
             head = bytes([0, 0, 8, array.ndim]) + b"".join(
                 d.to_bytes(4, "big") for d in array.shape)
             (files / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-    prepare.fashion_mnist("fashion_mnist", folder, [str(files)])
+    prepare_tfds.idx_digits("fashion_mnist", folder, [str(files)])
     return folder / "fashion_mnist"
 
 
