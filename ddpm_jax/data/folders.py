@@ -168,9 +168,8 @@ def _folder_items(folder, prefix, above):
             if (real := os.path.realpath(entry.path)) not in above:
                 yield from _folder_items(entry.path, f"{name}/", (*above, real))
             continue
-        read = functools.partial(images.retry, pathlib.Path(entry.path).read_bytes, entry.path)
         yield Item(name if entry.is_file() else f"{name} (no file: a broken link?)", entry.path,
-                   read)
+                   functools.partial(images.read_file, entry.path))
 
 
 def _zip_items(path):
@@ -183,10 +182,10 @@ def _zip_items(path):
             raise images.DamagedError(f"{where}: cannot be unpacked ({error})") from error
 
     for member in archive.infolist():
-        if not member.is_dir():
-            where = f"{path}, {member.filename}"
-            yield Item(member.filename.replace("\\", "/"), where,
-                       functools.partial(read, member, where))
+        name = member.filename.replace("\\", "/")
+        if not name.endswith("/"):
+            where = f"{path}, {name}"
+            yield Item(name, where, functools.partial(read, member, where))
 
 
 def _tar_items(path):
@@ -301,11 +300,16 @@ def _class_folders(where, groups):
     beside = groups.pop("", [])
     if not groups:
         raise UserError(f"{where}: --classes=folders, but no folders with images in it")
-    for name in groups:
-        if not name.isprintable() or name != name.encode(errors="replace").decode():
-            raise UserError(f"{where}: the folder {name!r} has a name that is not UTF-8, or cannot "
-                            "be printed; rename it")
-    return groups, beside
+    return {_utf8(where, name): rows for name, rows in groups.items()}, beside
+
+
+def _utf8(where, name) -> str:
+    """A folder's name, whatever encoding the locale has; UserError if it is not UTF-8."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: the folder {name!r} has a name that is not UTF-8; rename it"
+                        ) from None
 
 
 def _by_rule(where, groups):

@@ -6,6 +6,7 @@ PIL is imported where it is used: runs on prepared data need none.
 
 import errno
 import io
+import logging
 import os
 import pathlib
 import time
@@ -13,6 +14,8 @@ import time
 import numpy as np
 
 from ddpm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 GREY_MODES = ("1", "L", "LA")
@@ -31,25 +34,31 @@ class DamagedError(UserError):
 def retry(read, where):
     """read(), tried again after each of RETRY_WAITS if it raises OSError (a stale NFS handle, a
     file that is being replaced); UserError naming `where` after the last."""
-    for wait in (*RETRY_WAITS, None):
+    for wait in RETRY_WAITS:
         try:
             return read()
         except OSError as error:
-            if wait is None:
-                limit = error.errno in (errno.EMFILE, errno.ENFILE)
-                raise UserError(
-                    f"cannot read {where}: {error.strerror or error}, {len(RETRY_WAITS) + 1} "
-                    f"attempts in {sum(RETRY_WAITS):.0f} s; "
-                    + ("raise the limit with ulimit -n" if limit else
-                       "check the file and its disk, then start again")) from error
-            time.sleep(wait)
+            log.warning("cannot read %s (%s); next attempt in %s s", where, error, wait)
+        time.sleep(wait)
+    try:
+        return read()
+    except OSError as error:
+        remedy = ("raise the limit with ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE)
+                  else "check the file and its disk, then start again")
+        raise UserError(f"cannot read {where}: {error.strerror or error}, {len(RETRY_WAITS) + 1} "
+                        f"attempts in {sum(RETRY_WAITS):.0f} s; {remedy}") from error
+
+
+def read_file(path) -> bytes:
+    """The file's bytes, by `retry`."""
+    return retry(pathlib.Path(path).read_bytes, path)
 
 
 def _bytes(file, where) -> bytes:
     if isinstance(file, bytes):
         return file
     if isinstance(file, (str, os.PathLike)):
-        return retry(pathlib.Path(file).read_bytes, where)
+        return read_file(file)
     return file.read()
 
 

@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -182,6 +184,27 @@ def test_damaged_archives(tmp_path, name):
         folders.image_tree(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz"])
+def test_mutated_archives_end_in_one_line(tmp_path, name):
+    fill(tmp_path / "in", [f"{c}/{i}.png" for c in "ab" for i in range(3)])
+    archive(tmp_path / "in", tmp_path / name)
+    whole, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(120):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[at] ^= 1 << rng.integers(8)
+        (tmp_path / name).write_bytes(data[:rng.choice([len(data), rng.integers(len(data))])])
+        try:
+            for items, _labels in folders.image_tree(tmp_path / name).splits.values():
+                for item in items:
+                    item.read()
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and name in str(error)
+    assert refused > 40
+
+
 def test_a_damaged_member_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         file.writestr("a.png", b"pixels" * 50)
@@ -227,3 +250,14 @@ def test_the_lines_of_a_tree(tmp_path):
     assert folders.tree_lines(tree) == [
         "train: 3 images, 2 classes: a 1, b 2", "validation: 1 images, 2 classes: a 1, b 0",
         "left out: 1 other files: x.txt"]
+
+
+def test_class_names_do_not_depend_on_the_locale(tmp_path):
+    root = fill(tmp_path / "in", ["caf\u00e9/1.png", "\u732b/2.png"])
+    script = ("import sys; from ddpm_jax.data import folders\n"
+              "sys.stdout.buffer.write(repr(folders.image_tree(sys.argv[1]).class_names)"
+              ".encode())")
+    done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, timeout=120,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                               "PYTHONCOERCECLOCALE": "0"})
+    assert done.stdout.decode() == repr(("caf\u00e9", "\u732b")), done.stderr

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, on disk and in a bucket."""
 
+import errno
 import os
 import resource
 import signal
@@ -158,3 +159,9 @@ def test_an_empty_folder_may_be_there_anything_else_not(tmp_path):
             with files.new_folder(tmp_path / name):
                 raise AssertionError("entered")
     assert (tmp_path / "out" / "file").read_text() == "x"
+
+
+def test_too_many_open_files_is_no_reason_to_take_another_folder(tmp_path):
+    with pytest.raises(UserError, match="Too many open files; raise the limit with ulimit -n"):
+        with files.new_folder(tmp_path / "x", "give another --dir"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
