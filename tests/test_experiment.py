@@ -37,7 +37,7 @@ def test_every_shipped_config_builds_and_traces(name):
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("data.name", "mnist", "config.data.name='mnist' is not known; known: digits"),
+    ("data.name", "imagenet", "config.data.name='imagenet' is not known; known: digits"),
     ("diffusion.predict", "v", "known: eps, x_start, x_prev"),
     ("diffusion.schedule.name", "log", "known: linear, quad"),
     ("parallel.runner", "gspmd", "known: jit, pmap, shard_map"),
