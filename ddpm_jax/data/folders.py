@@ -96,8 +96,9 @@ def image_tree(root, *, split_folders=None, classes=None) -> Tree:
                             f"the train split ({', '.join(names) or 'none'}); --classes=none takes "
                             "all images without labels")
         items = [item for group in groups.values() for _, item in group]
-        labels = [names.index(name) for name, group in groups.items() for _ in group if names]
-        splits[split] = (items, np.array(labels, np.int32) if names else None)
+        labels = [np.full(len(group), names.index(name), np.int32)
+                  for name, group in groups.items() if names]
+        splits[split] = (items, np.concatenate(labels) if names else None)
     return Tree(splits, names, tuple(_lines(left_out)))
 
 
@@ -114,6 +115,7 @@ def tree_lines(tree) -> list:
     return lines + list(tree.left_out)
 
 
+@functools.cache
 def split_of(folder) -> str | None:
     """The split that a folder's name means, or None."""
     name = folder.lower()
@@ -127,7 +129,7 @@ def why_left_out(name) -> str:
     """Why a file is left out, or ''."""
     if any(part.startswith(".") or part.lower() in LITTER for part in name.split("/")):
         return "hidden or system files"
-    suffix = pathlib.PurePosixPath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix in UNREAD:
         return f"{suffix} files (not read: convert them)"
     return "" if suffix in images.SUFFIXES else "other files"
