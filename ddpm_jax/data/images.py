@@ -24,7 +24,8 @@ MAX_PIXELS = 1 << 29  # 1.6 GB as RGB
 RETRY_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
 _GIVE_A_SIZE = ("give an image size (centre crop and resize): --image_size, or "
                 "config.data.image_size")
-_FIRST_IS_WHOLE = ("MPO",)  # formats whose further frames are previews and depth maps
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_FIRST_IS_WHOLE = ("MPO",)  # a JPEG whose further frames are previews and depth maps
 
 
 class DamagedError(UserError):
@@ -72,11 +73,11 @@ def _bits(image, data) -> int:
 
 def _loaded(data, where):
     """The bytes as a PIL image of mode L or RGB, turned as its EXIF orientation requires."""
-    from PIL import Image, ImageOps, PngImagePlugin
+    from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS instead: Pillow's limit looks like damage
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise UserError(f"{where}: {width}x{height} are more than {MAX_PIXELS:,} pixels; "
@@ -98,6 +99,10 @@ def _loaded(data, where):
         return image.convert("L" if grey else "RGB")
     except (UserError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        reason = f"no {', '.join(_FORMATS)}" if data else "an empty file"
+        raise DamagedError(f"{where}: not a readable image: {reason}; replace or remove it"
+                           ) from error
     except Exception as error:  # decoders raise anything on damaged bytes
         raise DamagedError(f"{where}: not a readable image, damaged or cut short ({error}); "
                            "replace or remove it") from error

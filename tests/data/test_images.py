@@ -227,3 +227,12 @@ def test_too_many_open_files_is_named(tmp_path, monkeypatch):
             images.decode(tmp_path / "a.png", "a.png")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_other_formats_and_empty_files_are_named_so():
+    with pytest.raises(images.DamagedError, match="x: not a readable image: an empty file"):
+        images.decode(b"", "x")
+    for data in (b"\0\0\0\x18ftypheic" + bytes(40), encoded(pixels(8, 8, 3), "PPM").getvalue(),
+                 b"<svg/>"):
+        with pytest.raises(images.DamagedError, match="x.png: not a readable image: no PNG, JPEG"):
+            images.decode(data, "x.png")
