@@ -4,6 +4,7 @@ Not meant to be trained itself: take cifar10.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -73,9 +74,13 @@ def get_config():
             best="",              # keep the checkpoint with the lowest value of this metric too
         ),
         sampler=dict(
-            name="ancestral",     # ancestral, ddim
-            steps=0,              # of num_timesteps, evenly spaced; 0 = all
-            clip_denoised=True,
+            name="ancestral",     # a row of SAMPLERS, ddpm_jax/diffusion/sampling.py
+            steps=0,              # network calls for an image; 0 = num_timesteps
+            nodes="",             # timesteps visited: even, logsnr, quad, leading, trailing, or a
+                                  # list such as "0,20,99"; "" = as the sampler needs
+            clip_denoised=placeholder(bool),       # None = where the sampler can
+            eta=placeholder(float),                # ddim: noise, 0 to 1; None = 0
+            lower_order_final=placeholder(bool),   # multistep samplers; None = False
             batch_size=256,       # global
         ),
     ))

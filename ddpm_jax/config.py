@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ddpm_jax.data.datasets import DATASETS
 from ddpm_jax.diffusion.objective import LOSSES
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
-from ddpm_jax.diffusion.sampling import SAMPLERS
+from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.runners import RUNNERS
@@ -143,7 +143,7 @@ def check_model(config: ConfigDict) -> None:
     row(PARAMETERIZATIONS, "diffusion.predict", diffusion.predict)
     row(VARIANCES, "diffusion.variance", diffusion.variance)
     row(FIRST_LOG_VARIANCE, "diffusion.first_log_variance", diffusion.first_log_variance)
-    row(SAMPLERS, "sampler.name", config.sampler.name)
+    sampler_row(config.sampler)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
     row(DTYPES, "model.dtype", config.model.dtype)
     if not 0 <= config.model.dropout < 1:
@@ -151,6 +151,24 @@ def check_model(config: ConfigDict) -> None:
     if config.sampler.steps > diffusion.num_timesteps:
         raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
                         f"diffusion.num_timesteps={diffusion.num_timesteps}")
+
+
+SAMPLER_DEFAULTS = {"nodes": "", "clip_denoised": None, "eta": None, "lower_order_final": None}
+
+
+def sampler_row(sampler) -> tuple[Method, dict, bool]:
+    """-> (row of SAMPLERS, its keywords, whether x_start is clipped) of the fields of
+    config.sampler. Raises UserError where they do not fit each other."""
+    method = row(SAMPLERS, "sampler.name", sampler["name"])
+    general = {"name", "steps", "nodes", "clip_denoised", "batch_size"}
+    keywords = {k: v for k, v in sampler.items() if k not in general and v is not None}
+    for keyword in sorted(set(keywords) - method.keywords):
+        raise UserError(f"config.sampler.{keyword}={keywords[keyword]} is not of sampler.name="
+                        f"{sampler['name']}; its own: {', '.join(method.keywords) or 'none'}")
+    if sampler["clip_denoised"] and not method.clips:
+        raise UserError(f"config.sampler.clip_denoised=True: {sampler['name']} mixes eps, which "
+                        "cannot be clipped; leave it None, or take a sampler that mixes x_start")
+    return method, keywords, method.clips and sampler["clip_denoised"] is not False
 
 
 def check_training(config: ConfigDict, num_devices: int) -> None:

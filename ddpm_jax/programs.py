@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ddpm_jax.config import row
+from ddpm_jax.config import SAMPLER_DEFAULTS, sampler_row
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
+from ddpm_jax.diffusion.nodes import place
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
-from ddpm_jax.diffusion.sampling import SAMPLERS, Sampler, reverse_step
-from ddpm_jax.diffusion.schedule import Schedule, evenly_spaced, make_schedule, respace
+from ddpm_jax.diffusion.sampling import Sampler, reverse_step
+from ddpm_jax.diffusion.schedule import Schedule, make_schedule, respace
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import Experiment, Training, cast_kernels, denoise_fn
 from ddpm_jax.parallel.loops import repeat
@@ -126,31 +128,42 @@ class Chain(NamedTuple):
     start: Callable = _latents
 
 
-def sampling_chain(experiment: Experiment, **overrides: Any) -> Chain:
-    """The chain of config.sampler; overrides: name, steps, clip_denoised.
+def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> Chain:
+    """The chain of config.sampler; overrides: its fields, of which None changes nothing. Another
+    name takes its own nodes, clipping and keywords.
 
-    Raises UserError where more steps are asked for than there are timesteps.
+    below: visit only timesteps under this one, to decode x_t from the middle of the chain. Raises
+    UserError where the fields do not fit each other or the number of timesteps.
     """
-    diffusion = experiment.config.diffusion
-    settings = dict(experiment.config.sampler)
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    total = diffusion.num_timesteps
+    diffusion, settings = experiment.config.diffusion, dict(experiment.config.sampler)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if "name" in overrides:
+        settings |= SAMPLER_DEFAULTS
+    settings |= overrides
+    method, keywords, clip_denoised = sampler_row(settings)
+    total, alphas_cumprod = diffusion.num_timesteps, np.cumprod(1.0 - experiment.betas)
+    steps = settings["steps"] or total
+    if not 1 <= steps <= total:
+        raise UserError(f"sampler.steps={steps} is not in 1 ... diffusion.num_timesteps={total}")
     try:
-        visited = evenly_spaced(total, settings["steps"] or total)
-    except ValueError:
-        raise UserError(f"sampler.steps={settings['steps']} is not in 1 ... "
-                        f"diffusion.num_timesteps={total}") from None
+        nodes = place(settings["nodes"] or method.nodes, alphas_cumprod, method.num_nodes(steps))
+        visits = method.visits(nodes[nodes < (below or total)])
+        sampler = method.make(alphas_cumprod[visits], **keywords)
+    except ValueError as error:
+        raise UserError(f"sampler.name={settings['name']}, sampler.steps={steps}: {error}"
+                        ) from None
+    visited, positions = np.unique(visits, return_inverse=True)
     schedule = make_schedule(respace(experiment.betas, visited), visited,
                              first_log_variance=diffusion.first_log_variance)
-    row(SAMPLERS, "sampler.name", settings["name"])
+    schedule = Schedule(*(table[positions] for table in schedule))  # some visit a timestep twice
 
     def predict(params):
         network = denoise_fn(experiment, params)
         return lambda x_t, t: p_mean_variance(
             schedule, network(x_t, schedule.timesteps[t]), x_t, t,
-            clip_denoised=settings["clip_denoised"], **_rows(experiment))
+            clip_denoised=clip_denoised, **_rows(experiment))
 
-    return Chain(schedule, predict, SAMPLERS[settings["name"]], len(visited))
+    return Chain(schedule, predict, sampler, len(visits))
 
 
 def _rows(experiment):

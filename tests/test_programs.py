@@ -6,7 +6,7 @@ import pytest
 
 from ddpm_jax import programs
 from ddpm_jax.config import load_config
-from ddpm_jax.diffusion.sampling import SAMPLERS, Sampler, ddim_step
+from ddpm_jax.diffusion.sampling import SAMPLERS, Method, Sampler, ddim_step
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, new_state
 from ddpm_jax.parallel.runners import fetch
@@ -67,8 +67,8 @@ def test_the_frames_kept_are_those_at_multiples(every, monkeypatch):
         x, _ = ddim_step(schedule, prediction, x_t, t, noise)
         return x, memory.at[:, t].set(prediction.x_start)
 
-    monkeypatch.setitem(SAMPLERS, "keeping", Sampler(
-        step, lambda x_T: jnp.zeros((x_T.shape[0], total, *x_T.shape[1:]))))
+    monkeypatch.setitem(SAMPLERS, "keeping", Method(lambda alphas_cumprod: Sampler(
+        step, lambda x_T: jnp.zeros((x_T.shape[0], total, *x_T.shape[1:])))))
     chain = programs.sampling_chain(exp, name="keeping")
     start, one = programs._reverse_process(exp, chain)
     carry = start(np.uint32(3), index)
@@ -108,7 +108,60 @@ def test_fewer_steps_and_too_many():
     with pytest.raises(UserError, match=r"sampler.steps=7 is not in 1 ... .*num_timesteps=6"):
         programs.sampling_chain(exp, steps=7)
     with pytest.raises(UserError, match="known: ancestral, ddim"):
-        programs.sampling_chain(exp, name="heun")
+        programs.sampling_chain(exp, name="euler")
+
+
+def test_every_sampler_draws_the_same_image_on_any_loop_and_runner():
+    """And from its network calls: N of them for N steps, or the most below that it can use."""
+    for name, steps in (("dpmpp_2m", 4), ("unipc_3", 6), ("heun", 6), ("dpm_solver_3", 5)):
+        drawn = []
+        for runner, devices in (("jit", 2), ("pmap", 4), ("shard_map", 1)):
+            exp, params = model(devices, **{"parallel.runner": runner})
+            chain = programs.sampling_chain(exp, name=name, steps=steps)
+            assert chain.num_steps == (5 if name == "heun" else steps)
+            index = exp.runner.put("batch", np.arange(4, dtype=np.int32))
+            for one in (exp, as_one_program(exp)):
+                drawn.append(exp.runner.local(
+                    programs.sample_program(one, chain)(params, np.uint32(3), index)).astype(int))
+        for other in drawn[1:]:
+            assert np.abs(other - drawn[0]).max() <= 1, name
+        assert drawn[0].std() > 1
+
+
+def test_a_chain_from_the_middle_has_its_own_plan():
+    """Decoding half of the chain of a multistep sampler starts without history."""
+    exp = build_model(tiny())
+    whole = programs.sampling_chain(exp, name="dpmpp_2m", steps=6)
+    lower = programs.sampling_chain(exp, name="dpmpp_2m", steps=6,
+                                    below=int(whole.schedule.timesteps[3]) + 1)
+    assert lower.num_steps == 4
+    np.testing.assert_array_equal(lower.schedule.timesteps, whole.schedule.timesteps[:4])
+    table, full = lower.sampler.step.args[0], whole.sampler.step.args[0]
+    np.testing.assert_array_equal(table[:3], full[:3])
+    assert table[3, 0, 2] == 0 != full[3, 0, 2]
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(name="plms", clip_denoised=True), "plms mixes eps, which cannot be clipped"),
+    (dict(name="dpmpp_2m", eta=0.5), "eta=0.5 is not of sampler.name=dpmpp_2m; its own: lower"),
+    (dict(name="ddim", eta=2.0), "eta=2.0 is not in"),
+    (dict(name="dpmpp_3m", steps=3), "3 evaluations are too few: it needs 4"),
+    (dict(name="ddim", nodes="0,7"), "distinct timesteps of 0 ... 5"),
+    (dict(name="ddim", nodes="evn"), "known: even, quad, logsnr"),
+    (dict(name="pndm", steps=6), "four nodes"),
+])
+def test_samplers_that_do_not_fit_are_one_line(fields, message):
+    with pytest.raises(UserError, match=message):
+        programs.sampling_chain(build_model(tiny()), **fields)
+
+
+def test_another_sampler_takes_its_own_clipping_and_keywords():
+    exp = build_model(tiny(**{"sampler.name": "ddim", "sampler.eta": 0.5,
+                              "sampler.clip_denoised": True, "sampler.nodes": "0,3,5"}))
+    assert programs.sampling_chain(exp).num_steps == 3
+    assert programs.sampling_chain(exp, name="plms", steps=6).num_steps == 6
+    with pytest.raises(UserError, match="cannot be clipped"):
+        build_model(tiny(**{"sampler.name": "plms", "sampler.clip_denoised": True}))
 
 
 def training(devices=1, **fields):

@@ -1,10 +1,12 @@
-"""Training objectives: L_simple (eq. 14) and the terms of the variational bound (eq. 5)."""
+"""Training objectives: L_simple (eq. 14) and its weightings, the terms of the variational bound
+(eq. 5), and the sum of both, L_hybrid (Nichol & Dhariwal 2021)."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 
-from ddpm_jax.diffusion.prediction import p_mean_variance
+from ddpm_jax.diffusion.prediction import p_mean_variance, snr
 from ddpm_jax.diffusion.process import q_posterior, q_sample
 
 
@@ -59,14 +61,43 @@ def vlb_term(schedule, prediction, x_start, x_t, t):
     return jnp.where(t == 0, mean_flat(decoder_nll) / bits, mean_flat(kl) / bits)
 
 
-def mse_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance):
+def _weights(weigh):
+    """A row of WEIGHTS from the weight of the square error of x_0 as a function of the SNR."""
+    def weights(schedule, t, predict, **keywords):
+        # A target of no factor carries no x_0: its error gets no weight.
+        factor = predict.factor(schedule, t)
+        weight = weigh(snr(schedule, t), **keywords) / jnp.where(factor > 0, factor, 1.0)
+        return jnp.where(factor > 0, weight, 0.0).reshape(-1)
+
+    return weights
+
+
+# Weights [B] of the square error of the target. Each is written once, in units of x_0, and divided
+# by the parameterization's factor, so that a weighting means the same for every prediction.
+WEIGHTS = {
+    "target": lambda schedule, t, predict: jnp.ones(t.shape),   # plain error of the target
+    "l_simple": _weights(lambda snr: snr),                      # = target for eps
+    "constant": _weights(jnp.ones_like),                        # = target for x_start
+    "snr_plus_one": _weights(lambda snr: snr + 1.0),            # = target for v
+    # Salimans & Ho 2022, sec. 4
+    "truncated_snr": _weights(lambda snr: jnp.maximum(snr, 1.0)),
+    # Hang et al. 2023, eq. 6
+    "min_snr": _weights(lambda snr, gamma=5.0: jnp.minimum(snr, gamma)),
+    # Choi et al. 2022, eq. 8
+    "p2": _weights(lambda snr, k=1.0, gamma=1.0: snr / (k + snr) ** gamma),
+}
+
+
+def mse_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance, weights=None):
     """L_simple, eq. 14. denoise_fn: (x_t [B,H,W,C], timestep int32 [B]) -> [B,H,W,C].
 
-    x_start, noise [B,H,W,C]; t int32 [B]. -> mean square per example [B]
+    x_start, noise [B,H,W,C]; t int32 [B]; weights: None, or (schedule, t, predict) -> [B] as the
+    rows of WEIGHTS. -> mean square per example [B]
     """
     x_t = q_sample(schedule, x_start, t, noise)
     output, _ = variance.split(denoise_fn(x_t, schedule.timesteps[t]))
-    return mean_flat(jnp.square(predict.target(schedule, x_start, x_t, t, noise) - output))
+    error = mean_flat(jnp.square(predict.target(schedule, x_start, x_t, t, noise) - output))
+    return error if weights is None else weights(schedule, t, predict) * error
 
 
 def noised_prediction(denoise_fn, schedule, x_start, t, noise, *, predict, variance,
@@ -88,4 +119,21 @@ def vlb_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance):
     return vlb_term(schedule, prediction, x_start, x_t, t)
 
 
-LOSSES = {"mse": mse_loss, "kl": vlb_loss}
+def hybrid_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance, weights=None,
+                vlb_weight=0.001):
+    """L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, eq. 16), for a learned variance.
+
+    L_vlb is a sum over t, so with t uniform its term counts T times. It does not train the mean:
+    the gradient stops there (improved-diffusion, gaussian_diffusion.py:721). Arguments as
+    ``mse_loss``; weights act on the first part alone. -> [B]
+    """
+    output = denoise_fn(q_sample(schedule, x_start, t, noise), schedule.timesteps[t])
+    mean, extra = variance.split(output)
+    frozen = jnp.concatenate([jax.lax.stop_gradient(mean), extra], axis=-1)
+    args = (schedule, x_start, t, noise)
+    simple = mse_loss(lambda *_: output, *args, predict=predict, variance=variance, weights=weights)
+    vlb = vlb_loss(lambda *_: frozen, *args, predict=predict, variance=variance)
+    return simple + vlb_weight * schedule.betas.shape[0] * vlb
+
+
+LOSSES = {"mse": mse_loss, "kl": vlb_loss, "hybrid": hybrid_loss}

@@ -170,6 +170,17 @@ def respace(betas, timesteps):
     return 1.0 - visited / np.append(1.0, visited[:-1])
 
 
+def zero_terminal_snr(betas):
+    """Betas float64 [T] whose last step leaves no signal: sqrt(alphas_cumprod) shifted and scaled,
+    its first value kept (Lin et al. 2023, Alg. 1). The last beta is 1.
+
+    eps is not defined there: for predict v or x_start only.
+    """
+    root = np.sqrt(np.cumprod(1.0 - np.asarray(betas, np.float64)))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return 1.0 - root**2 / np.append(1.0, root[:-1] ** 2)
+
+
 def evenly_spaced(num_timesteps, num_steps):
     """int [S]: ``num_steps`` of 0 ... T-1, evenly spread, first and last included.
 

@@ -105,8 +105,9 @@ def interpolation(run) -> Drawn:
             chain.schedule, one, two, middle, weight, a, b)[0])
         return mix(x[first], x[first + 1], jnp.asarray(weights)[index % columns][:, None], *noises)
 
-    mixed = _drawn(run, chain._replace(noise=noise, start=start, num_steps=middle + 1),
-                   ROWS * columns).reshape(ROWS, columns, *exp.image_shape)
+    lower = programs.sampling_chain(exp, below=int(chain.schedule.timesteps[middle]) + 1)
+    mixed = _drawn(run, lower._replace(noise=noise, start=start), ROWS * columns)
+    mixed = mixed.reshape(ROWS, columns, *exp.image_shape)
     ends = ends.reshape(ROWS, 2, 1, *exp.image_shape)
     picture = _grid(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "

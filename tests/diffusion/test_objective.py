@@ -64,12 +64,12 @@ def test_the_network_is_told_the_schedules_timesteps():
 
     def denoise_fn(x, t):
         told.append(np.asarray(t))
-        return x
+        return jnp.concatenate([x, x], axis=3)
 
-    row = dict(predict=PARAMETERIZATIONS["eps"], variance=VARIANCES["fixed_large"])
+    row = dict(predict=PARAMETERIZATIONS["eps"], variance=VARIANCES["learned_range"])
     for loss in O.LOSSES.values():
         loss(denoise_fn, schedule, X, jnp.array([0, 1, 4, 2]), NOISE, **row)
-    np.testing.assert_array_equal(told, [[0, 10, 40, 20]] * 2)
+    np.testing.assert_array_equal(told, [[0, 10, 40, 20]] * 3)
 
 
 @pytest.mark.parametrize("predict", PARAMETERIZATIONS)
@@ -104,3 +104,61 @@ def test_learned_variance_is_trained_by_the_bound():
 
     np.testing.assert_allclose(loss(0.0), 0.0, atol=1e-5)
     assert (loss(0.3) > 0).all() and (loss(-0.3) > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(O.WEIGHTS) - {"target"}))
+def test_a_weighting_means_the_same_for_every_prediction(name):
+    """One error of x_0, expressed in each target's units, costs the same."""
+    t = jnp.array([3, 50, 300, 700])
+    x_t = q_sample(SCHEDULE, X, t, NOISE)
+    wrong = X + jnp.asarray(RNG.standard_normal(X.shape), jnp.float32)
+    noise = (x_t - SCHEDULE.sqrt_alphas_cumprod[t][:, None, None, None] * wrong
+             ) / SCHEDULE.sqrt_one_minus_alphas_cumprod[t][:, None, None, None]
+    costs = [O.mse_loss(lambda x, s, row=row: row.target(SCHEDULE, wrong, x_t, t, noise),
+                        SCHEDULE, X, t, NOISE, predict=row, variance=VARIANCES["fixed_large"],
+                        weights=O.WEIGHTS[name]) for row in PARAMETERIZATIONS.values()]
+    for other in costs[1:]:
+        np.testing.assert_allclose(other, costs[0], rtol=3e-2)
+
+
+@pytest.mark.parametrize("name, predict", [
+    ("l_simple", "eps"), ("constant", "x_start"), ("snr_plus_one", "v")])
+def test_some_weightings_are_the_plain_error_of_a_target(name, predict):
+    weights = O.WEIGHTS[name](SCHEDULE, T, PARAMETERIZATIONS[predict])
+    np.testing.assert_allclose(weights, O.WEIGHTS["target"](SCHEDULE, T, None), rtol=1e-5)
+
+
+def test_published_weights_of_eps():
+    """min-SNR and P2 as their papers write them for eps: min(1, gamma / SNR), 1 / (k + SNR)^g."""
+    snr = np.asarray(SCHEDULE.alphas_cumprod, float)[np.array(T)]
+    snr = snr / (1 - snr)
+    eps = PARAMETERIZATIONS["eps"]
+    np.testing.assert_allclose(O.WEIGHTS["min_snr"](SCHEDULE, T, eps), np.minimum(1, 5 / snr),
+                               rtol=1e-3)
+    np.testing.assert_allclose(O.WEIGHTS["p2"](SCHEDULE, T, eps, gamma=0.5), (1 + snr) ** -0.5,
+                               rtol=1e-3)
+
+
+def test_the_hybrid_s_bound_trains_the_variance_alone():
+    """Gradients against finite differences, on both halves of the output."""
+    output = jnp.asarray(RNG.standard_normal((*X.shape[:3], 6)), jnp.float32)
+    row = dict(predict=PARAMETERIZATIONS["eps"], variance=VARIANCES["learned_range"])
+
+    def hybrid(output):
+        return O.hybrid_loss(lambda x, t: output, SCHEDULE, X, T, NOISE, **row)
+
+    def vlb(output):
+        return O.vlb_loss(lambda x, t: output, SCHEDULE, X, T, NOISE, **row)
+
+    def mse(output):
+        return O.mse_loss(lambda x, t: output, SCHEDULE, X, T, NOISE, **row)
+
+    np.testing.assert_allclose(hybrid(output), mse(output) + 0.001 * 1000 * vlb(output), rtol=1e-5)
+    grads = jax.grad(lambda o: hybrid(o).sum())(output)
+    mean, variance = grads[..., :3], grads[..., 3:]
+    np.testing.assert_allclose(mean, jax.grad(lambda o: mse(o).sum())(output)[..., :3], rtol=1e-5)
+    step = 1e-2
+    for b, y, x, c in [(0, 1, 2, 3), (1, 0, 0, 4), (3, 3, 1, 5)]:
+        nudge = jnp.zeros_like(output).at[b, y, x, c].set(step)
+        slope = (vlb(output + nudge) - vlb(output - nudge))[b] / (2 * step)
+        np.testing.assert_allclose(variance[b, y, x, c - 3], slope, rtol=0.05, atol=1e-5)

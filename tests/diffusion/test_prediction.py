@@ -57,3 +57,29 @@ def test_variances():
     np.testing.assert_allclose(
         jnp.exp(large.log_variance[1:, 0, 0, 0]), linear(1000)[np.array(T[1:])], rtol=1e-5)
     assert (large.log_variance[2:] > small.log_variance[2:]).all()
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_the_factor_turns_an_error_of_x_0_into_one_of_the_target(name):
+    row, off = PARAMETERIZATIONS[name], 0.1
+    t = jnp.array([1, 50, 300, 700])
+    x_t = q_sample(SCHEDULE, X, t, NOISE)
+    # at a fixed x_t another x_0 means another noise
+    noise = (x_t - SCHEDULE.sqrt_alphas_cumprod[t][:, None, None, None] * (X + off)
+             ) / SCHEDULE.sqrt_one_minus_alphas_cumprod[t][:, None, None, None]
+    change = row.target(SCHEDULE, X + off, x_t, t, noise) - row.target(SCHEDULE, X, x_t, t, NOISE)
+    np.testing.assert_allclose(np.square(change), off**2 * np.broadcast_to(
+        row.factor(SCHEDULE, t), X.shape), rtol=2e-2)
+
+
+def test_learned_range_lies_between_the_posterior_and_beta():
+    betas = linear(1000)
+    bar = np.cumprod(1 - betas)
+    posterior = betas[1:] * (1 - bar[:-1]) / (1 - bar[1:])
+    posterior = np.append(posterior[0], posterior)  # that at t = 1 stands for t = 0
+    for level, want in ((-1.0, np.log(posterior)), (1.0, np.log(betas)),
+                        (0.0, np.log(posterior * betas) / 2)):
+        for first in ("next", "floor"):
+            got = VARIANCES["learned_range"].log_variance(
+                make_schedule(betas, first_log_variance=first), jnp.full(X.shape, level), T)
+            np.testing.assert_allclose(got[:, 0, 0, 0], want[np.array(T)], rtol=1e-5)

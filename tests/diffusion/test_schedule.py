@@ -89,3 +89,12 @@ def test_bad_input_is_refused():
         S.respace(S.linear(10), [3, 3])
     with pytest.raises(ValueError, match="2 timesteps for 3 betas"):
         S.make_schedule(S.linear(3), [0, 1])
+
+
+def test_zero_terminal_snr_keeps_the_start_and_ends_in_noise():
+    betas = S.linear(1000)
+    changed = S.zero_terminal_snr(betas)
+    bar, was = np.cumprod(1 - changed), np.cumprod(1 - betas)
+    assert changed[-1] == 1.0 and bar[-1] == 0.0 and changed[0] == pytest.approx(betas[0])
+    assert ((changed > 0) & (changed <= 1)).all() and (bar <= was + 1e-12).all()
+    assert all(np.isfinite(np.asarray(table)).all() for table in S.make_schedule(changed))
