@@ -117,13 +117,15 @@ def _latents(key, index, image_shape):
 
 class Chain(NamedTuple):
     """A reverse process over one config's network. predict(params) -> predict_fn as
-    ``diffusion.sampling`` takes it. noise(key, index int [B], t, image_shape) and
+    ``diffusion.sampling`` takes it. choices: fields of config.sampler beside name and steps that
+    are not left to the sampler; results depend on them. noise(key, index int [B], t, image_shape) and
     start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
 
     schedule: Schedule
     predict: Callable
     sampler: Sampler
     num_steps: int
+    choices: dict
     noise: Callable = rng.image_noise
     start: Callable = _latents
 
@@ -163,7 +165,8 @@ def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> C
             schedule, network(x_t, schedule.timesteps[t]), x_t, t,
             clip_denoised=clip_denoised, **_rows(experiment))
 
-    return Chain(schedule, predict, sampler, len(visits))
+    choices = keywords | ({"nodes": settings["nodes"]} if settings["nodes"] else {})
+    return Chain(schedule, predict, sampler, len(visits), choices)
 
 
 def _rows(experiment):

@@ -61,7 +61,7 @@ def _warn_of_the_start(folder, decay, step):
 
 
 def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,
-           steps=None, png=False, stop=None) -> bool:
+           steps=None, nodes=None, png=False, stop=None) -> bool:
     """Draw ``num`` images into the folder ``out``: samples.npz (arr_0: uint8 NHWC), grid.png,
     progressive.png, and each image as PNG with ``png``.
 
@@ -74,13 +74,13 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
     exp, params, step, facts = load_run(workdir, step=step, ema=ema)
-    chain = programs.sampling_chain(exp, name=sampler, steps=steps)
+    chain = programs.sampling_chain(exp, name=sampler, steps=steps, nodes=nodes)
     batch = batch_size or exp.config.sampler.batch_size
     if batch < 1:
         raise UserError(f"--batch_size={batch} must be at least 1")
     out = files.resolve(out)
     request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
-                           sampler=sampler or exp.config.sampler.name)
+                           sampler=sampler or exp.config.sampler.name, **chain.choices)
     lock = hosts.on_main_process(_claim, out, request, str(files.resolve(workdir)))
     try:
         if not _draw(exp, chain, params, out, num=num, seed=seed, batch=batch, stop=stop):

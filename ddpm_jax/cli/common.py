@@ -18,6 +18,8 @@ from ml_collections import config_flags
 
 from ddpm_jax.compilation.cache import enable_compilation_cache
 from ddpm_jax.config import load_config, packaged_configs, to_json
+from ddpm_jax.diffusion.nodes import NODES
+from ddpm_jax.diffusion.sampling import SAMPLERS
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts, pod, stop, watchdog
 
@@ -72,6 +74,12 @@ class Definer:
     def weights(self):
         self.integer("step", None, "checkpoint to read; default: the newest")
         self.bool("ema", True, "the averaged weights; --noema: the raw ones")
+
+    def sampler(self):
+        self.enum("sampler", None, list(SAMPLERS), "default: the run's sampler.name")
+        self.integer("steps", None, "network calls for an image; default: the run's sampler.steps")
+        self.string("nodes", None, f"timesteps visited: {', '.join(NODES)}, or a list such as "
+                    "0,20,99; default: as the sampler needs")
 
     def pod(self):
         pod.define_flags(self.values)

@@ -32,7 +32,7 @@ from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
 OPTIONS = ("protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
-           "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
+           "nodes", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
            "force", "keep_images", "crop")
 
 
@@ -64,8 +64,7 @@ def define_flags(define):
                 "user's cache")
     define.integer("seed", 0, "seed of the noise")
     define.integer("batch_size", None, "images at a time, all devices together")
-    define.string("sampler", None, "ancestral or ddim; default: the run's")
-    define.integer("steps", None, "steps of the chain; default: the run's")
+    define.sampler()
     define.integer("crop", None, "nearest neighbours in the middle CROP x CROP pixels")
     define.bool("force", False, "compare with a reference of another protocol or dataset")
     define.bool("keep_images", False, "write the generated images to samples.npz")

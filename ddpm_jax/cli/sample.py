@@ -17,9 +17,7 @@ def define_flags(define):
     define.integer("seed", 0, "seed of the noise")
     define.integer("batch_size", None, "images at a time, all devices together; "
                          "default: the run's sampler.batch_size")
-    define.string("sampler", None, "ancestral or ddim; default: the run's sampler.name")
-    define.integer("steps", None, "steps of the chain, evenly spaced; default: the run's "
-                         "sampler.steps")
+    define.sampler()
     define.bool("png", False, "write each image as a PNG too")
     define.pod()
 
@@ -33,5 +31,5 @@ def main(values, words):
     done = sample.sample(
         workdir, out, num=values.num, step=values.step, seed=values.seed,
         batch_size=values.batch_size, ema=values.ema, sampler=values.sampler, steps=values.steps,
-        png=values.png, stop=stop)
+        nodes=values.nodes, png=values.png, stop=stop)
     return 0 if done else exit_codes.EXIT_RESTART

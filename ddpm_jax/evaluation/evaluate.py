@@ -220,14 +220,15 @@ def model_subject(model: features.Model, options: Options, session: Session) -> 
     config = model.exp.config
     batch = options.batch_size or config.sampler.batch_size
     batch = min(batch, options.num or batch)
-    num_steps = features.sampling_chain(model, options).num_steps
+    chain = features.sampling_chain(model, options)
     sampler = options.sampler or config.sampler.name
     images_kept = options.num or 1 << 31 if options.keep_images else NN_QUERIES
     return features.Subject(
-        f"{model.facts['weights']}, {sampler} {num_steps} steps, seed {options.seed}",
+        f"{model.facts['weights']}, {sampler} {chain.num_steps} steps, seed {options.seed}",
         features.of_samples(session, model, options, batch, images_kept=images_kept),
-        model.facts | {"sampler": sampler, "sampler_steps": num_steps, "seed": options.seed,
-                       "clip_denoised": config.sampler.clip_denoised},
+        model.facts | chain.choices | {
+            "sampler": sampler, "sampler_steps": chain.num_steps, "seed": options.seed,
+            "clip_denoised": config.sampler.clip_denoised},
         None, batch, model.exp.image_shape, model)
 
 

@@ -91,7 +91,8 @@ def of_images(session, read, batch, *, images_kept=0) -> Callable:
 
 
 def sampling_chain(model, options) -> programs.Chain:
-    return programs.sampling_chain(model.exp, name=options.sampler, steps=options.steps)
+    return programs.sampling_chain(
+        model.exp, name=options.sampler, steps=options.steps, nodes=options.nodes)
 
 
 def of_samples(session, model, options, batch, *, images_kept) -> Callable:
@@ -106,7 +107,7 @@ def of_samples(session, model, options, batch, *, images_kept) -> Callable:
             return _single(extractor.apply(weights, to_levels(x_0)))
 
         compiled = session.program(
-            ("samples", options.sampler, options.steps, quantise, *extractor.names),
+            ("samples", options.sampler, options.steps, options.nodes, quantise, *extractor.names),
             lambda: programs.sample_program(
                 model.exp, sampling_chain(model, options), finish, extra=("replicated",),
                 results=("batch",) * len(extractor.names)))

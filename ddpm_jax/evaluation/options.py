@@ -23,6 +23,7 @@ class Options(NamedTuple):
     batch_size: int | None = None
     sampler: str | None = None
     steps: int | None = None
+    nodes: str | None = None
     reference: str | None = None
     inception_weights: str | None = None
     allow_unknown_weights: bool = False
