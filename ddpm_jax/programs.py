@@ -118,8 +118,8 @@ def _latents(key, index, image_shape):
 class Chain(NamedTuple):
     """A reverse process over one config's network. predict(params) -> predict_fn as
     ``diffusion.sampling`` takes it. choices: fields of config.sampler beside name and steps that
-    are not left to the sampler; results depend on them. noise(key, index int [B], t, image_shape) and
-    start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
+    are not left to the sampler; samples depend on them. noise(key, index int [B], t, image_shape)
+    and start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
 
     schedule: Schedule
     predict: Callable
