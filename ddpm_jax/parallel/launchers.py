@@ -8,10 +8,11 @@ that is one of several never runs alone by itself: what is missing is a UserErro
 import contextlib
 import os
 import re
+import zlib
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from jax._src.clusters import ClusterEnv, K8sCluster, SlurmCluster
+from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster, SlurmCluster
 
 from ddpm_jax.errors import UserError
 
@@ -33,8 +34,8 @@ class Pod(NamedTuple):
 
 class Launcher(NamedTuple):
     """Names of a launcher's variables; None: it sets none. coordinator: host, or host:port, of
-    process 0. local_id, local_count: of the processes on this host. port_offset: added to the
-    port, where the launcher itself listens."""
+    process 0. local_id, local_count: of the processes on this host. job: differs between two jobs
+    on one host. port_offset: added to the port, where the launcher itself listens."""
 
     name: str
     process_id: str
@@ -43,23 +44,28 @@ class Launcher(NamedTuple):
     port: str | None = None
     local_id: str | None = None
     local_count: str | None = None
+    job: str | None = None
     port_offset: int = 0
 
 
 LAUNCHERS = (
     Launcher("Kubeflow", "PROCESS_ID", "NUM_PROCESSES", "COORDINATOR_ADDRESS", "COORDINATOR_PORT"),
     Launcher("torchrun", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK",
-             "LOCAL_WORLD_SIZE", 1),
+             "LOCAL_WORLD_SIZE", port_offset=1),
     Launcher("one process a node", "NODE_RANK", "NNODES", "JAX_COORDINATOR_IP",
              "JAX_COORDINATOR_PORT"),
     Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-             local_id="OMPI_COMM_WORLD_LOCAL_RANK", local_count="OMPI_COMM_WORLD_LOCAL_SIZE"),
+             local_id="OMPI_COMM_WORLD_LOCAL_RANK", local_count="OMPI_COMM_WORLD_LOCAL_SIZE",
+             job="PMIX_NAMESPACE"),
     Launcher("MPICH or Intel MPI", "PMI_RANK", "PMI_SIZE", local_id="MPI_LOCALRANKID",
-             local_count="MPI_LOCALNRANKS"),
+             local_count="MPI_LOCALNRANKS", job="I_MPI_HYDRA_UUID"),
     Launcher("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
              local_id="MV2_COMM_WORLD_LOCAL_RANK", local_count="MV2_COMM_WORLD_LOCAL_SIZE"),
     Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE",
              local_id="JSM_NAMESPACE_LOCAL_RANK", local_count="JSM_NAMESPACE_LOCAL_SIZE"),
+    Launcher("Horovod", "HOROVOD_RANK", "HOROVOD_SIZE", local_id="HOROVOD_LOCAL_RANK",
+             local_count="HOROVOD_LOCAL_SIZE"),
+    Launcher("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     Launcher("PMIx", "PMIX_RANK"),
     Launcher("indexed Kubernetes job", "JOB_COMPLETION_INDEX"),
 )
@@ -126,9 +132,9 @@ def device_ids() -> list[int] | None:
 def _detect(coordinator: str | None, port: int | None, timeout: int) -> Pod | None:
     """A launcher's whole set of variables, else JAX's detectors, else what a launcher names."""
     rows = [pod for row in LAUNCHERS if (pod := _read(row, port)) and pod.num_processes != 1]
-    for pod in rows:
-        if None not in pod[:3]:
-            return pod
+    whole = [pod for pod in rows if None not in pod[:3]]
+    if whole and not OmpiCluster.is_env_present():  # Open MPI 4, which JAX knows, with its port
+        return whole[0]
     found = _by_jax(coordinator, port, timeout)
     partial = rows[0] if rows else None
     # mpirun in a SLURM job: SLURM counts the daemons of mpirun, not the processes.
@@ -150,8 +156,10 @@ def _read(row: Launcher, port: int | None) -> Pod | None:
     if not coordinator and local_count and local_count == num_processes:
         coordinator = "127.0.0.1"
     if coordinator:
+        job = os.environ.get(row.job or "")  # a port of its own, as JAX chooses one by the job
+        default = 61440 + zlib.crc32(job.encode()) % 4096 if job else DEFAULT_PORT
         host, its_port = split_address(
-            coordinator, its_port + row.port_offset if its_port else DEFAULT_PORT)
+            coordinator, its_port + row.port_offset if its_port else default)
         coordinator = f"[{host}]:{port or its_port}"
     ids = device_ids() or ([local_id] if local_id is not None and local_count != 1 else None)
     return Pod(_number(row.process_id), num_processes, coordinator or None, row.name, ids)
@@ -165,7 +173,7 @@ def _number(name: str | None) -> int | None:
 
 
 def _by_jax(coordinator: str | None, port: int | None, timeout: int, detectors=None) -> Pod | None:
-    with _environment(_overrides(port)):
+    with _environment(port):
         for env in detectors or ClusterEnv._cluster_types:
             # K8sCluster needs a package and permissions, and comes after the table.
             if env.opt_in_only_method or env is K8sCluster and not detectors:
@@ -201,33 +209,23 @@ def _ask(env, method: str, coordinator: str | None, port: int | None, timeout: i
         method, ids)
 
 
-def _overrides(port):
-    values = {}
+@contextlib.contextmanager
+def _environment(port: int | None):
+    """What JAX's detectors read, for the time of the detection only: libtpu reads some too."""
+    before = dict(os.environ)
     if port:
-        values["JAX_COORDINATOR_PORT"] = str(port)
-    # On GKE a pod of a single slice has no MEGASCALE_*; JAX then asks the metadata server, which
-    # pods may not reach, and fails (jax issue 40854). Empty means "one slice" without asking.
+        os.environ["JAX_COORDINATOR_PORT"] = str(port)
+    # On GKE a pod of a single slice has no MEGASCALE_*; JAX then queries the metadata server, which
+    # pods may not reach, and fails (jax issue 40854). Empty means "one slice" without a query.
     if "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_PROCESS_ADDRESSES" in os.environ:
         for name in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS"):
-            if f"MEGASCALE_{name}" not in os.environ:
-                values[f"MEGASCALE_{name}"] = ""
-    return values
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]):
-    """Sets variables for the time of the detection only: libtpu reads some of them too."""
-    names = {*values, "JAX_COORDINATOR_PORT"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(values)
+            os.environ.setdefault(f"MEGASCALE_{name}", "")
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _require_slurm_step(count: int):

@@ -16,7 +16,7 @@ def clean_env(monkeypatch):
                             "JAX_COORD", "JAX_NUM_P", "JAX_PROC")):
             monkeypatch.delenv(name)
     for row in launchers.LAUNCHERS:
-        for name in filter(None, row[1:7]):
+        for name in filter(None, row[1:8]):
             monkeypatch.delenv(name, raising=False)
     return monkeypatch
 

@@ -139,6 +139,20 @@ def test_the_processes_of_a_launcher_within_slurm_are_counted_not_its_daemons(cl
     assert launchers.find(NOTHING, None, 5).method == "slurm"
 
 
+def test_two_jobs_of_mpirun_on_one_host_have_a_port_each(clean_env):
+    for name, value in {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+                        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                        "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}.items():
+        clean_env.setenv(name, value)
+    found = []
+    for job in ("prterun-vm-10398@1", "prterun-vm-10399@1"):
+        clean_env.setenv("PMIX_NAMESPACE", job)
+        found.append(launchers.find(NOTHING, None, 5).coordinator)
+    assert found[0] != found[1] and all(x.startswith("127.0.0.1:6") for x in found)
+    clean_env.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")  # Open MPI 4
+    assert launchers.find(NOTHING, None, 5)[:4] == (1, 2, "10.96.0.1:62624", "ompi")
+
+
 @pytest.mark.parametrize("address, expected", [
     ("h:1", ("h", 1)), ("h", ("h", 9)), ("10.0.0.1", ("10.0.0.1", 9)), ("[::1]:5", ("::1", 5)),
     ("[fd00::2]", ("fd00::2", 9)), ("::1", None), ("fd00::2:8476", None), ("h:", None),
