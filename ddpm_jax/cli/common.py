@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 
 import jax
@@ -17,10 +18,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from ddpm_jax.compilation.cache import enable_compilation_cache
-from ddpm_jax.config import load_config, packaged_configs, to_json
+from ddpm_jax.config import flatten, load_config, packaged_configs, to_json
 from ddpm_jax.diffusion.nodes import NODES
 from ddpm_jax.diffusion.sampling import SAMPLERS
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, did_you_mean
 from ddpm_jax.parallel import hosts, pod, stop, watchdog
 
 
@@ -34,21 +35,42 @@ class _PathParser(flags.ArgumentParser):
 class _ConfigParser(flags.ArgumentParser):
     """A config by `config.load_config`, locked: unknown fields are errors."""
 
+    def __init__(self, words):
+        self._words = words
+
     def parse(self, argument):
         config = load_config(os.path.expanduser(argument))
+        known = flatten(to_json(config))
+        for word in self._words:
+            field = re.match(r"--?(?:no)?config\.([\w.]+)|", word)[1]
+            # A law's keywords are its own; ml_collections checks them against those that are there.
+            if field and not field.startswith("diffusion.schedule.") and not any(
+                    f"{name}.".startswith(f"{field}.") for name in known):
+                near = did_you_mean(field, known, "--config.")
+                raise UserError(f"config has no field {field!r}{near}; the fields and their "
+                                "defaults are in configs/default.py")
         config.lock()
         return config
 
 
+class _ListFlag(flags.MultiFlag):
+    """A list cut at the commas that are not inside brackets; repeated flags are joined."""
+
+    def _parse(self, arguments):
+        texts = [arguments] if isinstance(arguments, str) else arguments
+        return texts and [word.strip() for text in texts
+                          for word in re.split(r",(?![^\[(]*[\])])", text) if word.strip()]
+
+
 class Definer:
-    """Defines flags in ``values``: string, integer, float, bool, enum, list, multi_string as absl's
+    """Defines flags in ``values``: string, integer, float, bool, enum, multi_string as absl's
     DEFINE_*(name, default, help), and the project's own. words: the command line, of which
     ml_collections takes the fields that follow --config."""
 
     def __init__(self, words=()):
         self.values = flags.FlagValues()
         self._words = list(words)
-        for kind in ("string", "integer", "float", "bool", "enum", "list", "multi_string"):
+        for kind in ("string", "integer", "float", "bool", "enum", "multi_string"):
             define = getattr(flags, f"DEFINE_{kind}")
             setattr(self, kind, functools.partial(define, flag_values=self.values))
 
@@ -61,12 +83,17 @@ class Definer:
         flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], text,
                            flag_values=self.values)
 
+    def list(self, name, default, text):
+        """Words between commas, [1,2] is one of them; may be repeated."""
+        flags.DEFINE_flag(_ListFlag(flags.ArgumentParser(), flags.ArgumentSerializer(), name,
+                                    default, text), self.values)
+
     def config(self):
         config_flags.DEFINE_config_file(
             "config", None, "a config file, or the name of a packaged one "
             f"({', '.join(packaged_configs())}); fields: --config.train.steps=1000",
             flag_values=self.values, sys_argv=self._words)
-        self.values["config"].parser = _ConfigParser()
+        self.values["config"].parser = _ConfigParser(self._words)
 
     def workdir(self):
         self.path("workdir", None, "folder of the run (a path, or gs://bucket/path)")
@@ -83,6 +110,32 @@ class Definer:
 
     def pod(self):
         pod.define_flags(self.values)
+
+    def parse(self):
+        """Read the flags; -> the words that are none. Raises UserError, flags.Error."""
+        try:
+            return self.values(["ddpm", *self._words])[1:]
+        except flags.UnrecognizedFlagError as error:
+            raise UserError(f"no flag --{error.flagname} here{self._near(error.flagname)}"
+                            ) from None
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"config has no field {_first_line(error)!r}") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"in --config: {error}") from None
+
+    def _near(self, name) -> str:
+        """What a misspelt flag may have meant: a flag, or with --config one of its fields."""
+        if "config" not in self.values:
+            return did_you_mean(name, self.values, "--")
+        if name.startswith("config."):
+            return ": it changes a field of --config, which is missing"
+        fields = [f"config.{field}" for field in flatten(to_json(load_config("default")))]
+        return did_you_mean(name, [*self.values, *fields], "--")
+
+
+def _first_line(error) -> str:
+    """Of an error of ml_collections, which may quote a whole config with escaped line ends."""
+    return str(error.args[0]).replace("\\n", "\n").splitlines()[0].strip("\\'\"")
 
 
 def required(values, name: str):

@@ -6,8 +6,8 @@ import sys
 from absl import flags
 
 from ddpm_jax import __version__
-from ddpm_jax.cli import output
-from ddpm_jax.errors import UserError
+from ddpm_jax.cli import output, start
+from ddpm_jax.errors import UserError, did_you_mean
 
 SUBCOMMANDS = {
     "train": ("train", "train a model, or continue the run in --workdir"),
@@ -42,7 +42,7 @@ def _print_help(module, values) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`command` for programs that go on afterwards, a notebook say: signals are given back."""
+    """As ``command``, for callers that continue, such as a notebook: restores signal handlers."""
     try:
         return command(argv)
     finally:
@@ -52,31 +52,40 @@ def main(argv: list[str]) -> int:
 
 def command(argv: list[str]) -> int:
     """Run `argv` (without the program's name); returns the exit status."""
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help", "--helpfull"):
         print(usage())
         return 0 if argv else USER_ERROR
     if argv[0] == "--version":
         print(__version__)
         return 0
-    name, rest = argv[0], argv[1:]
-    if name not in SUBCOMMANDS:
-        print(f"ddpm: error: no subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}",
-              file=sys.stderr)
-        return USER_ERROR
-    module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
-    from ddpm_jax.cli.common import Definer  # after --help, which needs no JAX
-
     try:
-        rest = flags.FlagValues().read_flags_from_files(rest)
-        define = Definer(rest)
-        module.define_flags(define)
-        if any(a in ("-h", "--help", "-help") for a in rest):
-            _print_help(module, define.values)
-            return 0
-        return module.main(define.values, _parse(define.values, rest)) or 0
-    except (UserError, flags.Error) as error:
-        print(f"ddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _run(*argv)
+    except Exception as error:
+        known = isinstance(error, (UserError, flags.Error))
+        problem = str(error) if known else start.backend_problem(error)
+        if problem is None:
+            raise
+        print(f"ddpm: error: {' '.join(problem.split())}", file=sys.stderr)
         return _leave_pod(error)
+
+
+def _run(name: str, *words: str) -> int:
+    if name not in SUBCOMMANDS:
+        raise UserError(f"no subcommand {name!r}{did_you_mean(name, SUBCOMMANDS)}; known: "
+                        f"{', '.join(SUBCOMMANDS)}")
+    start.start_jax()
+    module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
+    from ddpm_jax.cli.common import Definer  # not before JAX is started
+
+    words = flags.FlagValues().read_flags_from_files(words)
+    define = Definer(words)
+    module.define_flags(define)
+    if any(a in ("-h", "--help", "-help") for a in words):
+        _print_help(module, define.values)
+        return 0
+    return module.main(define.values, define.parse()) or 0
 
 
 def _leave_pod(error: BaseException) -> int:
@@ -89,18 +98,6 @@ def _leave_pod(error: BaseException) -> int:
     code = exit_codes.EXIT_LOST if lost and exit_codes.in_pod() else USER_ERROR
     exit_codes.leave(code)
     return code
-
-
-def _parse(values, words: list[str]) -> list[str]:
-    """Read the flags; -> what is no flag. A wrong config field is a UserError."""
-    try:
-        return values(["ddpm", *words])[1:]
-    except (AttributeError, KeyError) as error:
-        field = str(error.args[0]).replace("\\n", "\n").splitlines()[0].strip("\\'\"")
-        raise UserError(f"config has no field {field!r}; the fields and their defaults are in "
-                        "configs/default.py") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"in --config: {error}") from None
 
 
 def run() -> None:

@@ -38,3 +38,19 @@ def test_no_words():
     common.no_words([])
     with pytest.raises(UserError, match="unexpected argument 'x'"):
         common.no_words(["x"])
+
+
+@pytest.mark.parametrize("words, value", [
+    (["--set=a=1,b=2"], ["a=1", "b=2"]), (["--set=a=1", "--set=b=2,c=3"], ["a=1", "b=2", "c=3"]),
+    (["--set=a=[1,2],b=(3,4)", "--set", "c=[]"], ["a=[1,2]", "b=(3,4)", "c=[]"]), ([], ["x"])])
+def test_lists_are_joined_and_brackets_stay_whole(words, value):
+    define = common.Definer(words)
+    define.list("set", ["x"], "")
+    define.list("splits", None, "")
+    assert define.parse() == [] and define.values.set == value and define.values.splits is None
+
+
+def test_a_flagfile_is_read(tmp_path):
+    from ddpm_jax.cli.main import main
+    (tmp_path / "flags").write_text("--config=digits\n--config.train.steps=3\n--topology=v12-8\n")
+    assert main(["compile", f"--flagfile={tmp_path}/flags"]) == 2

@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -29,11 +30,18 @@ def test_every_subcommand_explains_itself(name):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["trian"], "no subcommand 'trian'; known: train, sample"),
+    (["trian"], "no subcommand 'trian' (did you mean train?); known: train, sample"),
+    (["help", "trian"], "did you mean train?"),
     (["train", "--workdir=/tmp/x"], "--config is missing"),
     (["train", "--config=digits"], "--workdir is missing"),
     (["train", "--config=nothing"], "packaged: celebahq256"),
-    (["train", "--config=digits", "--config.model.chh=3"], "config has no field 'chh'"),
+    (["train", "--config=digits", "--config.model.chh=3"],
+     "config has no field 'model.chh' (did you mean --config.model.ch"),
+    (["train", "--config=digits", "--config.trian.steps=3"], "did you mean --config.train.steps?"),
+    (["train", "--config=digits", "--config.diffusion.schedule.beta=3"], "config has no field"),
+    (["train", "--config=digits", "--steps=5"], "did you mean --config.train.steps or"),
+    (["train", "--config.train.steps=5"], "--config, which is missing"),
+    (["sample", "--workdr=x"], "no flag --workdr here (did you mean --workdir?)"),
     (["train", "--config=digits", "--config.model.ch=many"], "--config.model.ch=many"),
     (["train", "--config=digits", "--workdir=/tmp/x", "here"], "unexpected argument 'here'"),
     (["sample", "--workdir=/nonexistent/run", "--out=/tmp/x"], "no run here"),
@@ -50,6 +58,43 @@ def test_no_argument_prints_the_usage():
     done = ddpm()
     assert done.returncode == 2 and "usage: ddpm <subcommand>" in done.stdout
     assert ddpm("--version").stdout.strip().count(".") == 2
+
+
+def test_help_of_a_subcommand():
+    done = ddpm("help", "train")
+    assert done.returncode == 0 and done.stdout == ddpm("train", "--help").stdout
+
+
+def test_main_can_be_called_again(capsys):
+    """As from a notebook: each call has its own flags and keeps its own changes."""
+    for steps in (3, 4):
+        words = ["compile", "--config=digits", f"--config.train.steps={steps}", "--topology=cpu:1",
+                 "--config.model.ch=8", "--config.model.num_groups=4", "--json",
+                 "--config.train.steps_per_dispatch=1"]
+        assert main.main(words) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["about"]["config"] == "digits"
+    assert main.main(["compile", "--config=digits"]) == 2
+    assert "--topology is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable, value, message", [
+    ("JAX_PLATFORMS", "wrong", "JAX_PLATFORMS=wrong: "), ("JAX_PLATFORMS", "cuda", "as this"),
+    ("XLA_FLAGS", "--xla_no_such=1", "unknown: --xla_no_such=1; correct or unset it"),
+    ("XLA_FLAGS", "--xla_force_host_platform_device_count=many", "XLA cannot read it"),
+    ("JAX_ENABLE_X64", "maybe", "JAX refuses a JAX_* variable"),
+])
+def test_a_wrong_environment_is_one_line_and_status_2(variable, value, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_jax", "bench", "step", "--config=digits"],
+        env={**os.environ, variable: value}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ddpm: error: ") and message in done.stderr
+
+
+def test_nothing_is_written_about_a_gpu_that_is_not_there():
+    """With the CUDA plugin installed, too; see tests of `start` for lines that stay."""
+    assert ddpm("data", "info", "--name=digits").stderr == ""
 
 
 def in_a_pod(folder, *commands):

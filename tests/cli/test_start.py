@@ -1,0 +1,42 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_jax.cli import start
+
+PROGRAM = """
+import os, sys, types
+from ddpm_jax.cli import start
+start._has_gpu = lambda: {gpu}
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "jax":
+            os.write(2, b"I0 cudart_stub.cc:31] no drivers, GPU will not be used.\\n")
+            os.write(2, b"another line\\n")
+sys.meta_path.insert(0, Finder())
+start.start_jax()
+sys.stderr.write("after\\n")
+"""
+
+
+@pytest.mark.parametrize("gpu, lines", [(False, 0), (True, 1)])
+def test_lines_about_an_absent_gpu_are_hidden_and_others_are_not(gpu, lines):
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(gpu=gpu)], capture_output=True,
+                          text=True, check=True)
+    assert done.stderr.count("I0 cudart_stub") == lines
+    assert done.stderr.count("another line\n") == 1 and done.stderr.endswith("after\n")
+
+
+def test_only_errors_of_starting_a_backend_are_explained():
+    assert start.backend_problem(RuntimeError("Unable to initialize backend")) is None
+    try:
+        raise AssertionError("elsewhere")
+    except AssertionError as error:
+        assert start.backend_problem(error) is None
+
+
+def test_flags_that_xla_knows_pass(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    start._check_xla_flags()
