@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import traceback
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ddpm_jax.diffusion.objective import LOSSES
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, did_you_mean
 from ddpm_jax.parallel.runners import RUNNERS
 from ddpm_jax.training import rng
 from ddpm_jax.training.gradients import Clip
@@ -60,12 +61,43 @@ def config_path(name: str) -> str:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The ConfigDict of a config file or packaged name (see ``config_path``)."""
+    """The ConfigDict of a config file or packaged name (see ``config_path``).
+
+    Raises UserError naming the line of the file for whatever goes wrong in it, and for a field that
+    configs/default.py does not have.
+    """
     path, _, argument = config_path(name).partition(":")
     spec = importlib.util.spec_from_file_location("ddpm_config", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={name}: {_place(error, path)}{error}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={name}: get_config() returns {type(config).__name__}, not a "
+                        "ConfigDict")
+    if pathlib.Path(path) != CONFIGS / "default.py":
+        _check_fields(config, f"--config={name}")
+    return config
+
+
+def _check_fields(config, where):
+    known = flatten(to_json(load_config("default")))
+    for field in flatten(to_json(config)):
+        if field not in known and not field.startswith("diffusion.schedule."):
+            raise UserError(f"{where}: config has no field {field!r}{did_you_mean(field, known)}")
+
+
+def _place(error, path) -> str:
+    """'FILE, line N: KIND: ' of an error in a config file; its message follows."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == path]
+    if isinstance(error, SyntaxError):  # its message has file and line
+        return "SyntaxError: "
+    return f"{path}, line {lines[-1]}: {type(error).__name__}: " if lines else f"{path}: "
 
 
 def to_json(config: ConfigDict) -> dict:

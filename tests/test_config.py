@@ -34,3 +34,19 @@ def test_config_names(tmp_path):
     assert config_path(str(own)) == str(own)
     with pytest.raises(UserError, match="packaged: celebahq256, cifar10"):
         config_path("cifar11")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def get_config():\n    return {\n", "SyntaxError: .*line 2"),
+    ("import nosuch_module\n", "mine.py, line 1: ModuleNotFoundError: No module"),
+    ("def get_config():\n    x = 1\n    return y\n", "mine.py, line 3: NameError"),
+    ("x = 1\n", "no attribute 'get_config'"),
+    ("def get_config():\n    return None\n", "returns NoneType, not a ConfigDict"),
+    ("from ddpm_jax.configs import digits\ndef get_config():\n    c = digits.get_config()\n"
+     "    c.train.stepz = 3\n    return c\n", "no field 'train.stepz' .did you mean train.steps"),
+])
+def test_a_mistake_in_a_config_file_is_one_line(text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=f"--config=.*mine.py: .*{message}") as caught:
+        load_config(str(tmp_path / "mine.py"))
+    assert "\n" not in str(caught.value)

@@ -39,8 +39,8 @@ def main(values, words):
         pod.option(values, "coordinator_port", "JAX_COORDINATOR_PORT", int, pod.DEFAULT_PORT),
         pod.option(values, "coordinator", "DDPM_COORD", str, None),
         pod.option(values, "process_id", "DDPM_PROC", int, 0))
-    findings = [checks.check_python(), *checks.check_lock(), checks.check_disk(), port,
-                checks.check_devices()]
+    findings = [checks.check_python(), checks.check_settings(), *checks.check_lock(),
+                checks.check_disk(), port, checks.check_devices()]
     if values.workdir:
         findings += checks.check_workdir(values.workdir)
     if values.pod:

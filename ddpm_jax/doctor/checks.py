@@ -47,6 +47,18 @@ def check_python() -> Finding:
         f"{name} {version}" for name, version in found.items() if version != "absent"))
 
 
+def check_settings() -> Finding:
+    """Variables of the environment that change numbers or the compiled program."""
+    names = [name.upper() for name in hosts.SETTINGS if name.upper() in os.environ]
+    found = [f"{name}={os.environ[name]}" for name in names]
+    found += [f"{name}={flags}" for name, flags in hosts.settings().items()
+              if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") and flags != "none"]
+    if not found:
+        return Finding("settings", True, "no JAX_* variable and no XLA flag changes the numbers")
+    return Finding("settings", None, f"{', '.join(found)}: can change the numbers; unset, or keep "
+                   "the same on all hosts and in all commands of a run")
+
+
 def holders_of_tpu() -> list[int]:
     """Processes that have libtpu.so mapped."""
     pids = []

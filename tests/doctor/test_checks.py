@@ -1,5 +1,8 @@
 """ddpm doctor: each check can fail."""
 
+import pathlib
+import re
+
 from ddpm_jax.doctor import checks
 
 
@@ -45,3 +48,27 @@ def test_bucket_problem_names_the_role():
     assert "does not exist" in checks.bucket_problem("b", FileNotFoundError("b"))
     text = checks.bucket_problem("b", OSError("403, x does not have storage.buckets.get access"))
     assert "roles/storage.legacyBucketReader" in text and "gs://b" in text
+
+
+def test_settings_that_change_numbers_are_shown(monkeypatch):
+    for name in [*map(str.upper, checks.hosts.SETTINGS), "XLA_FLAGS", "LIBTPU_INIT_ARGS"]:
+        monkeypatch.delenv(name, raising=False)
+    assert checks.check_settings().ok
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert checks.check_settings().ok                # of this host alone
+    monkeypatch.setenv("JAX_THREEFRY_PARTITIONABLE", "0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    finding = checks.check_settings()
+    assert finding.ok is None
+    assert "JAX_THREEFRY_PARTITIONABLE=0, XLA_FLAGS=--xla_cpu" in finding.text
+
+
+def test_no_remedy_names_a_package_that_is_not_this_project():
+    """Nobody owns ddpm_jax on the package index: what is installed by that name is a stranger's."""
+    root = pathlib.Path(__file__).parents[2]
+    files = [root / "README.md", *(root / "docs").rglob("*.md")] + [
+        p for part in ("ddpm_jax", "launch") for p in (root / part).rglob("*")
+        if p.suffix in (".py", ".md", ".yaml", ".sh", ".txt", ".sbatch")]
+    wrong = [str(p) for p in files if re.search(r"pip install[^|`\n]*\bddpm[_-]jax\b(?!/)",
+                                                p.read_text())]
+    assert not wrong, wrong

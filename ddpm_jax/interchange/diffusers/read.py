@@ -103,7 +103,7 @@ def fetch_from_hub(address: str) -> str:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"--path={address} needs huggingface_hub: pip install 'ddpm_jax[hub]', or "
+        raise UserError(f"--path={address} needs huggingface_hub: pip install huggingface_hub, or "
                         "download the folder yourself and give its path") from None
     try:
         folder = snapshot_download(
