@@ -14,7 +14,9 @@ _LARGEST_MEMBER = 1 << 30  # so that a small archive cannot fill the memory
 def tar_members(path, file=None):
     """The regular files of a tar archive, in its order: yields (name, binary stream).
 
-    file: the archive as a binary stream, where it is not to be opened at ``path``.
+    file: the archive as a binary stream, where it is not to be opened at ``path``. Raises UserError
+    where it is damaged: headers have a checksum, contents only in a compressed archive, where the
+    error comes after the last member.
     """
     try:
         with tarfile.open(None if file else path, fileobj=file) as archive:
@@ -24,8 +26,15 @@ def tar_members(path, file=None):
                                     "an archive that is read here")
                 if member.isfile():
                     yield member.name, io.BytesIO(archive.extractfile(member).read())
+            # A damaged header ends the loop too, as if it were the end of the archive.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end is missing")
+            while archive.fileobj.read(1 << 20):  # to the checksum of the compression
+                pass
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{path}: missing, damaged or not a tar archive ({error})") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # of several lines
+        raise UserError(f"{path}: missing, damaged or not a tar archive ({reason})") from error
 
 
 def cifar_batch(data, where):

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ _STORAGES = {
     "IntStorage": np.dtype("<i4"), "ShortStorage": np.dtype("<i2"), "CharStorage": np.dtype("i1"),
     "ByteStorage": np.dtype("u1"), "BoolStorage": np.dtype("?"),
 }
+# No state dict has these, and a damaged one crashes Python's unpickler.
+_BUFFERS = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -96,6 +99,15 @@ class _Unpickler(pickle.Unpickler):
         return self._storage_of(saved[1], str(saved[2]), saved[4])
 
 
+def _load(file, storage_of):
+    """The value of the pickle at the file's position."""
+    start = file.tell()
+    if any(opcode.name in _BUFFERS for opcode, *_ in pickletools.genops(file)):
+        raise UserError("a pickle with buffers: not a PyTorch state dict")
+    file.seek(start)
+    return _Unpickler(file, storage_of).load()
+
+
 @contextlib.contextmanager
 def _problems(path):
     """Whatever a damaged file raises, as one line that names it."""
@@ -130,7 +142,7 @@ def _from_zip(path, opened):
             storage.read = lambda: _read_member(path, opened, info)
             return storage
 
-        return _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), storage_of).load()
+        return _load(io.BytesIO(archive.read(members["data.pkl"])), storage_of)
 
 
 def _read_member(path, opened, info):
@@ -163,13 +175,13 @@ def _from_stream(path, opened):
             return data
 
     with opened() as file:
-        head = [_Unpickler(file, storage_of).load() for _ in range(3)]
+        head = [_load(file, storage_of) for _ in range(3)]
         if head[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL] or not isinstance(head[2], dict):
             raise UserError("not a PyTorch file")
-        loaded = _Unpickler(file, storage_of).load()
+        loaded = _load(file, storage_of)
         if head[2].get("little_endian") is not True:
             raise UserError("written on a big-endian machine, which is not supported")
-        keys = _Unpickler(file, storage_of).load()
+        keys = _load(file, storage_of)
         at = file.tell()
         end = file.seek(0, os.SEEK_END)
         for key in keys:

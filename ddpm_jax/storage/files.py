@@ -114,7 +114,10 @@ def read_npz(path) -> dict:
     content = read_bytes(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a member is not an array")
+        return arrays
     except Exception as error:  # a damaged zip or array raises nearly anything
         raise UserError(f"{path} is not a readable .npz of plain arrays: {error}") from error
 

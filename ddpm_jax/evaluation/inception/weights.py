@@ -159,10 +159,11 @@ def _read_pb(content, path):
 
 
 def _read_tgz(content, path):
-    for name, file in archives.tar_members(path, io.BytesIO(content)):
-        if name.endswith(".pb"):
-            return _read_pb(file.read(), path)
-    raise UserError(f"{path}: the archive holds no .pb: expected classify_image_graph_def.pb")
+    graphs = [file for name, file in archives.tar_members(path, io.BytesIO(content))
+              if name.endswith(".pb")]
+    if not graphs:
+        raise UserError(f"{path}: the archive holds no .pb: expected classify_image_graph_def.pb")
+    return _read_pb(graphs[0].read(), path)
 
 
 def _read_pth(content, path):
