@@ -1,9 +1,8 @@
 """Reads a PyTorch state dict (.bin, .pt, .pth) with numpy and without running anything in it.
 
-A PyTorch file is a pickle, and a pickle may call any function. This unpickler knows three names
-(an ordered dict and the two functions that rebuild a tensor from a piece of a storage) and stands
-in for them itself; any other name is refused. Both containers are read: the zip archive (PyTorch
-1.6 and later) and the older stream of pickles with the storages behind it.
+A PyTorch file is a pickle, of which three names are known (an ordered dict and the two functions
+that rebuild a tensor from a piece of a storage); see restricted_pickle. Both containers are read:
+the zip archive (PyTorch 1.6 and later) and the older stream of pickles with the storages behind it.
 """
 
 import collections
@@ -11,8 +10,6 @@ import contextlib
 import io
 import math
 import os
-import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
@@ -21,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.formats import restricted_pickle
 from ddpm_jax.formats.lazy import Lazy
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,8 +28,6 @@ _STORAGES = {
     "IntStorage": np.dtype("<i4"), "ShortStorage": np.dtype("<i2"), "CharStorage": np.dtype("i1"),
     "ByteStorage": np.dtype("u1"), "BoolStorage": np.dtype("?"),
 }
-# No state dict has these, and a damaged one crashes Python's unpickler.
-_BUFFERS = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -72,40 +68,22 @@ def _tensor(storage, offset, shape, stride):
     return Lazy(shape, dtype, read)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, storage_of):
-        super().__init__(file, encoding="utf-8")
-        self._storage_of = storage_of
-
-    def find_class(self, module, name):
-        # Fresh functions for each name: what a pickle does to one has no effect on other files.
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: _tensor(storage, offset, shape,
-                                                                      stride)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise UserError(f"refused: it asks for {module}.{name}, and only plain tensors are read "
-                        "from a pickle (use a .safetensors file instead)")
-
-    def persistent_load(self, saved):
-        if not (isinstance(saved, tuple) and len(saved) >= 5 and saved[0] == "storage"
-                and isinstance(saved[1], np.dtype) and isinstance(saved[4], int)
-                and saved[4] >= 0):
-            raise UserError("a storage of an unknown form")
-        return self._storage_of(saved[1], str(saved[2]), saved[4])
-
-
 def _load(file, storage_of):
-    """The value of the pickle at the file's position."""
-    start = file.tell()
-    if any(opcode.name in _BUFFERS for opcode, *_ in pickletools.genops(file)):
-        raise UserError("a pickle with buffers: not a PyTorch state dict")
-    file.seek(start)
-    return _Unpickler(file, storage_of).load()
+    """The pickle at the file's position; storage_of(type, key, count) -> _Storage."""
+    def persistent_load(saved):
+        if not (isinstance(saved, tuple) and len(saved) >= 5 and saved[0] == "storage"
+                and saved[1] in _STORAGES and isinstance(saved[4], int) and saved[4] >= 0):
+            raise UserError("a storage of an unknown form")
+        return storage_of(_STORAGES[saved[1]], str(saved[2]), saved[4])
+
+    return restricted_pickle.load(file, {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"):
+            lambda storage, offset, shape, stride, *_: _tensor(storage, offset, shape, stride),
+        ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        **{("torch", name): name for name in _STORAGES},
+    }, "only plain tensors are read from a pickle (use a .safetensors file instead)",
+        persistent_load)
 
 
 @contextlib.contextmanager
