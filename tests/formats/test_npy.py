@@ -65,7 +65,8 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch, value):
 
 @pytest.mark.parametrize("content", [
     b"", b"\x93NUMPY", saved(np.array([1, {}], object)), saved(np.array([{}, {}], object)),
-    saved(VALUES)[:-20], saved({"t": np.array(["2020-01-01"], "datetime64[D]")}), saved(VALUES["mu"])[:-1]])
+    saved(VALUES)[:-20], saved({"t": np.array(["2020-01-01"], "datetime64[D]")}),
+    saved(VALUES["mu"])[:-1]])
 def test_other_files(content):
     with pytest.raises(UserError, match="x.npy: "):
         read_npy(content, "x.npy")
