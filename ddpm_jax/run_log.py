@@ -86,15 +86,19 @@ class Writer:
             self._attempt(lines.rename, lines.with_name(
                 time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
 
-    def close(self) -> None:
-        """Write what is left, draw the loss, upload."""
+    def close(self) -> list[str]:
+        """Write what is left, draw the loss, upload. -> the names of what there is; [] if called
+        again."""
         if self.folder is None:
-            return
+            return []
         self._flush()
         self._close_board()
         if (self.folder / "metrics.jsonl").exists():
             self._attempt(plot_loss, self.folder / "metrics.jsonl", self.folder / "loss.png")
         self._uploads()
+        names = [n for n in ("metrics.jsonl", "loss.png", "samples") if (self.folder / n).exists()]
+        self.folder = None
+        return names
 
     def _attempt(self, function, *args) -> bool:
         try:

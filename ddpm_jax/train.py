@@ -21,6 +21,7 @@ from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
 from ddpm_jax.storage import files
+from ddpm_jax.storage.lock import Lock
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
 
@@ -31,6 +32,7 @@ class _Run(NamedTuple):
     training: Training
     program: programs.TrainProgram
     stored: dict
+    lock: Lock | None
     store: checkpoints.Checkpoints
     writer: run_log.Writer
     stop: Any
@@ -89,16 +91,16 @@ class _Log:
         self._writer, self._rows = writer, []
         self._bar = run_log.progress(config.train.steps, start, images_per_step=self._batch)
         self._mark = (start, time.monotonic())
+        self._done = start
 
     def __call__(self, step, values):
         for i in range(len(values["loss"])):
             self._rows.append({k: float(v[i]) for k, v in values.items()})
-            done = step + i + 1
-            if done % self._every == 0:
-                self._line(done)
-        done = step + len(values["loss"])
-        self._bar.update(done, loss=values["loss"][-1])
-        self._watchdog.beat(done)
+            self._done = step + i + 1
+            if self._done % self._every == 0:
+                self._line(self._done)
+        self._bar.update(self._done, loss=values["loss"][-1])
+        self._watchdog.beat(self._done)
 
     def _line(self, step):
         means = {k: float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
@@ -112,30 +114,34 @@ class _Log:
         self._rows = []
 
     def close(self):
+        if self._rows:
+            self._line(self._done)  # a last window shorter than log_every
         self._bar.close()
 
 
-def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
+def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
     stop: parallel.stop.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
     step) -> {name: number}, or None where a signal cut it short; called every config.eval.every
-    steps, at a restart first for a step that is saved but not evaluated. -> False where a signal
-    ended it early (everything is saved). Raises UserError for what the user can mend.
+    steps, at a restart first for a step that is saved but not evaluated; check(experiment) raises
+    UserError before the first step for what would end it. -> False where a signal ended it early
+    (everything is saved). Raises UserError for what the user can mend; what was trained before an
+    error, other than divergence, is saved.
     """
     exp = build_model(config)
-    training, stored, folder = build_training(exp), to_json(config), files.resolve(workdir)
-    is_main_process = hosts.is_main_process()
-    checkpoints.claim(folder, stored, write=is_main_process)
-    source = _open_data(exp, "train")
-    program = programs.train_program(training, len(source) if config.data.resident else None)
-    store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
-                                    keep_every=config.checkpoint.keep_every,
-                                    best=config.eval.best)
-    writer = run_log.open_writer(folder, enabled=is_main_process,
-                                 config_text=json.dumps(stored, indent=2))
-    with contextlib.closing(store), contextlib.closing(writer):
-        run = _Run(training, program, stored, store, writer, stop, watchdog, evaluate)
+    training, folder = build_training(exp), files.resolve(workdir)
+    checkpoints.read_config(folder)  # refuses a folder inside a run before the lock is made there
+    with contextlib.ExitStack() as closing:
+        lock = hosts.on_main_process(Lock, folder, "--workdir", say)
+        if lock is not None:
+            closing.callback(lock.release)
+        source, store, writer = _open_folder(exp, folder, closing)
+        if check is not None and config.eval.every:
+            check(exp)
+        program = programs.train_program(training, len(source) if config.data.resident else None)
+        run = _Run(training, program, to_json(config), lock, store, writer, stop, watchdog,
+                   evaluate)
         step, carry = _newest(run, folder)
         writer.truncate_after(step)
         if _evaluation_is_due(run, step):
@@ -157,16 +163,38 @@ def train(config, workdir, *, stop, watchdog, evaluate=None) -> bool:
             outcome = fit(
                 carry, step=step, last=last, max_steps=program.max_steps, dispatch=program.step,
                 arguments=arguments, hooks=_hooks(run), on_dispatch=report, on_metrics=log,
-                should_stop=stop.requested, fetch=fetch, last_good=store.latest)
+                should_stop=stop.requested, fetch=fetch, last_good=store.latest,
+                save=functools.partial(_save_at_end, run))
         watchdog.pause()
-        if outcome.stopped:
-            _save(run, outcome.step, outcome.state)
         store.wait()
         stop.unsaved(False)
         stopped = outcome.stopped or _evaluation_is_due(run, outcome.step)
         say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
-            f"{store.steps()}; {folder}/loss.png, metrics.jsonl, samples/")
+            f"{store.steps()}; {folder}/: {', '.join(writer.close())}")
         return not stopped
+
+
+def _open_folder(exp, folder, closing):
+    """-> (source, store, writer) of a run; ``closing`` ends the latter two. Nothing is written for
+    a config or data that do not fit."""
+    config, is_main_process = exp.config, hosts.is_main_process()
+    stored = to_json(config)
+    changed = checkpoints.claim(folder, stored, write=is_main_process)
+    if changed:
+        say(f"{folder} has no checkpoint and takes the new config ({'; '.join(changed)})")
+    source = _open_data(exp, "train")
+    store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
+                                    keep_every=config.checkpoint.keep_every,
+                                    best=config.eval.best)
+    closing.callback(store.close)
+    resumed = store.latest() is not None
+    checkpoints.claim_data(folder, source.fingerprint, resumed=resumed, write=is_main_process)
+    if not resumed:
+        store.try_path()
+    writer = run_log.open_writer(folder, enabled=is_main_process,
+                                 config_text=json.dumps(stored, indent=2))
+    closing.callback(writer.close)
+    return source, store, writer
 
 
 def _newest(run, folder):
@@ -207,8 +235,19 @@ def _hooks(run) -> list[Hook]:
 
 
 def _save(run, step, carry):
-    runner = run.training.experiment.runner
-    run.store.save(step, runner.to_global(run.program.state(carry)), run.stored)
+    exp = run.training.experiment
+    if run.lock is not None:
+        run.lock.check()
+    run.store.save(step, exp.runner.to_global(run.program.state(carry)), run.stored,
+                   verify=step == exp.config.train.steps)
+
+
+def _save_at_end(run, step, carry):
+    """Save where a stop, which all processes agreed on, or an error ended training. Not where one
+    process of several has the error: a save is made by all together."""
+    if run.stop.requested(step) or hosts.all_arrive(f"save/{step}"):
+        _save(run, step, carry)
+        run.store.wait()
 
 
 def _evaluation_is_due(run, step) -> bool:

@@ -85,7 +85,7 @@ def test_a_folder_where_a_file_belongs_ends_nothing(tmp_path, caplog):
     writer = run_log.open_writer(tmp_path)
     writer.scalars(1, {"loss": 1.0})
     writer.images(1, "samples", np.zeros((1, 4, 4, 3), np.uint8))
-    writer.close()
+    assert writer.close() == ["metrics.jsonl", "loss.png", "samples"] and writer.close() == []
     assert len(lines(tmp_path)) == 1 and len(caplog.records) == 2
 
 
@@ -162,8 +162,8 @@ def test_uploads_happen_at_a_cadence_and_survive_an_outage(caplog):
     while "gs://b/run/metrics.jsonl" not in files and time.monotonic() < deadline:
         time.sleep(0.01)
     assert b'"step": 1' in files["gs://b/run/metrics.jsonl"]  # before close()
-    writer.close()
     assert "bucket is away" in caplog.text and str(writer.folder) in caplog.text
+    writer.close()
 
 
 def test_upload_through_epath(tmp_path):

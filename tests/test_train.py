@@ -11,6 +11,7 @@ from ddpm_jax import checkpoints, experiment
 from ddpm_jax import train as training
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
+from ddpm_jax.storage.lock import Lock
 
 
 def final(workdir):
@@ -61,6 +62,64 @@ def test_extending_is_allowed_changing_is_not(straight, tmp_path):
 def test_nothing_left_to_train(straight, capsys):
     assert train(straight)
     assert "nothing to train" in capsys.readouterr().err
+
+
+def test_an_error_saves_what_was_trained_before_it(straight, tmp_path):
+    def evaluate(exp, params, step):
+        raise UserError("no such metric")
+
+    c = config(**{"eval.every": 7, "checkpoint.every": 100})
+    with pytest.raises(UserError, match="no such metric"):
+        training.train(c, tmp_path, stop=Stop(), watchdog=Watchdog(), evaluate=evaluate)
+    store = checkpoints.Checkpoints(tmp_path, read_only=True)
+    assert store.steps() == [7]
+    store.close()
+    assert train(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
+
+
+def test_what_would_end_an_evaluation_is_refused_before_the_first_step(tmp_path):
+    from ddpm_jax.evaluation import monitor
+
+    for fields, message in (
+            ({"eval.best": "nosuch"}, "config.eval.best=nosuch"),
+            ({"eval.metrics": "fdi"}, "config.eval.metrics=fdi"),
+            ({"eval.num": 1, "eval.metrics": "offline"}, "config.eval.num")):
+        with pytest.raises(UserError, match=message):
+            training.train(config(**{"eval.every": 4, "eval.metrics": "bpd", **fields}), tmp_path,
+                           stop=Stop(), watchdog=Watchdog(), check=monitor.check,
+                           evaluate=monitor.periodic())
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_failed_start_leaves_the_folder_to_the_corrected_command(tmp_path, capsys):
+    with pytest.raises(UserError):
+        train(tmp_path, **{"data.channels": 3})
+    assert train(tmp_path, **{"train.steps": 3, "train.log_every": 100})
+    printed = capsys.readouterr().err
+    assert "takes the new config (data.channels: 3 -> 1" in printed
+    assert f"{tmp_path}/: metrics.jsonl, loss.png\n" in printed  # and no samples
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+
+
+def test_two_commands_do_not_share_a_run(straight):
+    lock = Lock(straight, "--workdir")
+    with pytest.raises(UserError, match="--workdir=.* is in use by process"):
+        train(straight)
+    lock.release()
+
+
+def test_other_images_are_not_trained_on(tmp_path):
+    train(tmp_path, **{"train.steps": 2})
+    (tmp_path / "data.json").write_text('{"train": "0123456789abcdef"}')
+    with pytest.raises(UserError, match="was trained on other images .fingerprint 0123456789abcd"):
+        train(tmp_path)
+
+
+def test_a_folder_inside_a_run_is_left_alone(straight):
+    with pytest.raises(UserError, match=f"give --workdir={straight}"):
+        train(straight / "checkpoints")
+    assert not (straight / "checkpoints" / "lock.json").exists()
 
 
 def test_data_that_does_not_fit(tmp_path):

@@ -22,8 +22,8 @@ def main(values, words):
     config, workdir = common.required(values, "config"), common.required(values, "workdir")
     stop, watchdog = common.join(values, config)
     from ddpm_jax import train
-    from ddpm_jax.evaluation.monitor import periodic
+    from ddpm_jax.evaluation import monitor
 
     done = train.train(config, workdir, stop=stop, watchdog=watchdog,
-                       evaluate=periodic(stop=stop))
+                       evaluate=monitor.periodic(stop=stop), check=monitor.check)
     return 0 if done else exit_codes.EXIT_RESTART

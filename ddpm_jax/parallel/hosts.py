@@ -115,6 +115,18 @@ def on_main_process(function, *args):
     return result
 
 
+def all_arrive(name: str, timeout_s: float = 10.0) -> bool:
+    """Whether every process comes to the point called ``name`` within the time."""
+    client = pod_state().client
+    if client is None:
+        return True
+    try:
+        client.wait_at_barrier(f"ddpm/{name}", int(1000 * timeout_s))
+    except Exception:  # jaxlib's own types; the barrier is not used again
+        return False
+    return True
+
+
 def broadcast_arrays(tree):
     """Process 0's arrays (a pytree; the same shapes and dtypes on every process) as numpy."""
     if jax.process_count() == 1:

@@ -1,5 +1,6 @@
 """The training loop: fetch, dispatch, hooks. It knows no diffusion, devices or files."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ class Hook(NamedTuple):
     last: bool = False
 
 
+class DivergedError(UserError):
+    """A metric is not finite; the state is not worth saving."""
+
+
 class Outcome(NamedTuple):
     """state after ``step`` updates; stopped: a signal came before the last step."""
 
@@ -31,7 +36,8 @@ def next_stop(step: int, last: int, cadences) -> int:
 
 
 def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | None) -> None:
-    """Raise UserError at the first step whose metrics [n] are not finite (step = before them)."""
+    """Raise DivergedError at the first step whose metrics [n], of the steps after ``step``, are not
+    finite."""
     bad = [(int(np.argmin(np.isfinite(values))), name)
            for name, values in metrics.items() if not np.isfinite(values).all()]
     if not bad:
@@ -39,7 +45,7 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
     offset, name = min(bad)
     value = metrics[name][offset]
     kept = f"step {last_good}" if last_good is not None else "none"
-    raise UserError(
+    raise DivergedError(
         f"{name} is {value} at step {step + offset + 1}: training diverged; last good checkpoint: "
         f"{kept}. Lower optimizer.learning_rate or use model.dtype=float32, then start again"
     )
@@ -47,7 +53,7 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
 
 def fit(
     state, *, step, last, max_steps, dispatch, arguments, hooks, on_metrics, should_stop, fetch,
-    on_dispatch=lambda: None, last_good=lambda: None,
+    on_dispatch=lambda: None, last_good=lambda: None, save=lambda step, state: None,
 ) -> Outcome:
     """Run updates ``step`` ... ``last``-1.
 
@@ -55,7 +61,8 @@ def fit(
     updates and returns before they are done; fetch(metrics) waits for them. The metrics of one
     dispatch are read after the next is under way, but before any hook acts on the state they belong
     to. on_dispatch() is called after each dispatch, on_metrics(step, {name: [n]}) with numpy.
-    should_stop(step) is called once a dispatch, and after hooks.
+    should_stop(step) is called once a dispatch, and after hooks. save(step, state) is called where
+    a stop or an error, other than divergence, ends the loop; then the error is raised.
     """
     cadences = [h.every for h in hooks]
     pending = None
@@ -65,24 +72,36 @@ def fit(
         check_finite(before, values, last_good())
         on_metrics(before, values)
 
-    while step < last:
-        n = min(max_steps, next_stop(step, last, cadences) - step)
-        state, metrics = dispatch(state, *arguments(n))
-        on_dispatch()
+    stopped = False
+    try:
+        while step < last and not stopped:
+            n = min(max_steps, next_stop(step, last, cadences) - step)
+            state, metrics = dispatch(state, *arguments(n))
+            on_dispatch()
+            previous, pending = pending, (step, n, metrics)
+            step += n
+            if previous:
+                read(*previous)
+            due = [h for h in hooks
+                   if (h.every and step % h.every == 0) or (h.last and step == last)]
+            stopped = should_stop(step) and step < last
+            if due or stopped:
+                previous, pending = pending, None
+                read(*previous)
+            for hook in due:
+                hook.do(step, state)
+            # Checked again: a hook may take minutes, and a signal may have cut it short.
+            stopped = stopped or bool(due) and step < last and should_stop(step)
         if pending:
             read(*pending)
-        pending = (step, n, metrics)
-        step += n
-        due = [h for h in hooks if (h.every and step % h.every == 0) or (h.last and step == last)]
-        stop = should_stop(step) and step < last
-        if due or stop:
-            read(*pending)
-            pending = None
-        for hook in due:
-            hook.do(step, state)
-        # Checked again: a hook may take minutes, and a signal may have cut it short.
-        if stop or due and step < last and should_stop(step):
-            return Outcome(state, step, True)
-    if pending:
-        read(*pending)
-    return Outcome(state, step, False)
+    except DivergedError:
+        raise
+    except Exception:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            if pending:
+                read(*pending)
+            save(step, state)
+        raise
+    if stopped:
+        save(step, state)
+    return Outcome(state, step, stopped)

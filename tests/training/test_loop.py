@@ -6,24 +6,43 @@ from hypothesis import strategies as st
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.loop import Hook, check_finite, fit, next_stop
 
+saved = []  # by the last call of run, where it ended early
 
-def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0):
-    """fit over a state that is the number of updates; records what happened, in order."""
+
+def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0, fails=None):
+    """fit over a state that is the number of updates; records what happened, in order. fails: the
+    part of it that raises an OSError at step 8."""
     events, seen = [], []
+    saved.clear()
+
+    def fail(part, at):
+        if part == fails and at == 8:
+            raise OSError(part)
 
     def dispatch(state, n):
         assert 1 <= n <= most
+        fail("dispatch", state)
         events.append(("dispatch", state, n))
         return state + n, {"loss": [loss(state + i) for i in range(n)] + [0.0] * (most - n)}
 
     def on_metrics(step, values):
+        fail("metrics", step)
         events.append(("metrics", step))
         seen.extend(range(step, step + len(values["loss"])))
 
-    hooks = [Hook(every, lambda s, state, n=name: events.append((n, s)) or None, last=True)
+    def arguments(n):
+        fail("arguments", sum(e[2] for e in events if e[0] == "dispatch"))
+        return (n,)
+
+    def hook(name, step):
+        events.append((name, step))
+        fail(name, step)
+
+    hooks = [Hook(every, lambda s, state, n=name: hook(n, s), last=True)
              for name, every in hooks]
     out = fit(step, step=step, last=last, max_steps=most, dispatch=dispatch,
-              arguments=lambda n: (n,), hooks=hooks, on_metrics=on_metrics,
+              arguments=arguments, hooks=hooks, on_metrics=on_metrics,
+              save=lambda s, state: saved.append((s, state)),
               should_stop=lambda s: stop_at is not None and s >= stop_at,
               fetch=lambda m: m, last_good=lambda: 7)
     return out, events, seen
@@ -52,12 +71,28 @@ def test_metrics_are_read_one_dispatch_late_but_before_a_hook():
 def test_a_signal_stops_at_a_dispatch_with_everything_read():
     out, _, seen = run(0, 100, 8, stop_at=20)
     assert out == (24, 24, True) and seen == list(range(24))
-    assert not run(0, 8, 8, stop_at=8)[0].stopped  # done is done
+    assert saved == [(24, 24)]
+    assert not run(0, 8, 8, stop_at=8)[0].stopped and not saved  # done is done
 
 
 def test_a_nan_stops_before_the_checkpoint_and_names_step_metric_and_last_good():
     with pytest.raises(UserError, match=r"loss is nan at step 4: .*last good checkpoint: step 7"):
         run(0, 100, 2, [("save", 4)], loss=lambda s: np.nan if s == 3 else 1.0)
+    assert not saved
+
+
+@pytest.mark.parametrize("fails, at", [
+    ("arguments", 8), ("dispatch", 8), ("metrics", 12), ("evaluate", 8)])
+def test_an_error_saves_what_was_done_before_it(fails, at):
+    with pytest.raises(OSError, match=fails):
+        run(0, 100, 2, [("evaluate", 8)], fails=fails)
+    assert saved == [(at, at)]
+
+
+def test_no_error_saves_a_state_that_diverged():
+    with pytest.raises(OSError, match="arguments"):
+        run(0, 100, 2, loss=lambda s: np.nan if s == 7 else 1.0, fails="arguments")
+    assert not saved
 
 
 def test_check_finite_names_the_earliest():
