@@ -15,6 +15,7 @@ from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError, did_you_mean
 from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.storage.files import read_json
 from ddpm_jax.training import rng
 from ddpm_jax.training.gradients import Clip
 from ddpm_jax.training.optimizer import EPS_RULES
@@ -61,11 +62,14 @@ def config_path(name: str) -> str:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The ConfigDict of a config file or packaged name (see ``config_path``).
+    """The ConfigDict of a config file or packaged name (see ``config_path``), or of the config.json
+    of a run.
 
     Raises UserError naming the line of the file for whatever goes wrong in it, and for a field that
     configs/default.py does not have.
     """
+    if name.endswith(".json"):
+        return from_json(read_json(name))
     path, _, argument = config_path(name).partition(":")
     spec = importlib.util.spec_from_file_location("ddpm_config", path)
     module = importlib.util.module_from_spec(spec)

@@ -106,6 +106,12 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
         init_params=init_params, abstract_params=jax.eval_shape(init_params))
 
 
+def check_new(exp: Experiment) -> None:
+    """Raise UserError for what a new run may not have, though runs of older versions may."""
+    with _values_of("model"):
+        exp.model.check_attention()
+
+
 def build_training(exp: Experiment) -> Training:
     """What training adds to a model: optimizer, clip and step.
 

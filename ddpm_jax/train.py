@@ -16,7 +16,7 @@ from ddpm_jax.config import to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Training, build_model, build_training, new_state
+from ddpm_jax.experiment import Training, build_model, build_training, check_new, new_state
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
@@ -131,6 +131,8 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
     """
     exp = build_model(config)
     training, folder = build_training(exp), files.resolve(workdir)
+    if not files.listing(folder / "checkpoints"):
+        check_new(exp)
     checkpoints.read_config(folder)  # refuses a folder inside a run before the lock is made there
     with contextlib.ExitStack() as closing:
         lock = hosts.on_main_process(Lock, folder, "--workdir", say)

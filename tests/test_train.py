@@ -51,6 +51,19 @@ def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fi
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
 
 
+def test_attention_that_no_level_has_is_refused_of_new_runs_alone(tmp_path):
+    attention = {"model.attn_resolutions": (16,)}
+    with pytest.raises(UserError, match=r"config.model: attn_resolutions=\(16,\).*sides of 8 pix"):
+        train(tmp_path / "run", **attention)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", **{"train.steps": 4})  # without attention, as older versions made it
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["attn_resolutions"] = [16]
+    path.write_text(json.dumps(stored))
+    assert train(tmp_path / "run", **{"train.steps": 5, **attention}) is True
+
+
 def test_extending_is_allowed_changing_is_not(straight, tmp_path):
     train(tmp_path, **{"train.steps": 4})
     with pytest.raises(UserError, match="model.ch: 4 -> 8"):

@@ -43,11 +43,15 @@ def _diffusers(values, **keywords):
 
 
 KINDS = {"official": _official, "diffusers": _diffusers}
+_FLAG_OF_OTHERS = {"official": "path", "diffusers": "checkpoint"}
 
 
 def main(values, words):
     kind, *rest = words or [""]
     if kind not in KINDS or rest:
         raise UserError(f"import {' '.join(words)}: {USAGE}")
+    other = _FLAG_OF_OTHERS[kind]
+    if values[other].value is not None:
+        raise UserError(f"--{other} is not read by import {kind}: {USAGE}")
     KINDS[kind](values, workdir=common.required(values, "workdir"), verify=values.verify, say=_say)
     return 0

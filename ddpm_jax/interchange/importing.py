@@ -6,11 +6,12 @@ order, so that a failure leaves nothing behind.
 
 import os
 import re
+import shlex
 
 import jax
 
 from ddpm_jax import experiment
-from ddpm_jax.config import flatten, from_json, load_config, to_json
+from ddpm_jax.config import from_json, load_config, to_json
 from ddpm_jax.interchange import parameter_names, parity
 from ddpm_jax.interchange.diffusers.read import fetch_from_hub, open_diffusers
 from ddpm_jax.interchange.official import open_official
@@ -31,6 +32,7 @@ def import_official(checkpoint, config, *, workdir, verify=True, say=print) -> p
     """
     check_free(workdir)
     exp = experiment.build_model(config, jax.devices()[:1])
+    experiment.check_new(exp)
     found = open_official(checkpoint)
     for note in found.notes:
         say(f"note: {note}")
@@ -57,12 +59,13 @@ def import_diffusers(path, config=None, *, workdir, verify=True, say=print) -> p
     """
     check_free(workdir)
     remote = path.startswith("hf://")
-    found = open_diffusers(fetch_from_hub(path) if remote else path, has_config=config is not None)
+    found = open_diffusers(fetch_from_hub(path) if remote else path, config)
+    for note in found.notes:
+        say(f"note: {note}")
     base = None
     if config is None:
         base, config = base_config(path, found.fields["data"])
-    before, config = to_json(config), _with_fields(config, found.fields)
-    exp = experiment.build_model(config, jax.devices()[:1])
+    exp = experiment.build_model(_with_fields(config, found.fields), jax.devices()[:1])
     params = _on_host(parameter_names.params_from_state_dict(found.state_dict, exp.model))
     result = _compare(exp, params, verify, say, found)
     state = training_state(exp, 0, params, params)
@@ -71,9 +74,7 @@ def import_diffusers(path, config=None, *, workdir, verify=True, say=print) -> p
     say("diffusers folders hold one set of weights: it is used as the averaged and as the raw "
         "ones, at step 0")
     if base:
-        changed = " ".join(_overrides(before, to_json(config)))
-        say(f"data and training fields are those of --config={base}"
-            + (f"; to train on: --config={base} {changed}" if changed else ""))
+        say(f"data and training fields are those of --config={base}")
     return result
 
 
@@ -93,12 +94,6 @@ def _with_fields(config, fields):
     for section, values in fields.items():
         stored[section] |= values
     return from_json(stored)
-
-
-def _overrides(before, after):
-    before, after = flatten(before), flatten(after)
-    return [f"--config.{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
-            for k, v in after.items() if before.get(k) != v]
 
 
 def _on_host(tree):
@@ -125,5 +120,13 @@ def _write(workdir, exp, state, say, *, origin, **facts):
     step = int(state.step)
     write_run(workdir, exp, state, {"origin": origin, "step": step, **facts,
                                     "averaged": state.ema_params is not state.params})
-    say(f"imported {origin}, step {step:,}, into {files.resolve(workdir)}; next: "
-        f"ddpm sample --workdir={workdir} --num=16 --out=samples")
+    folder = str(files.resolve(workdir))
+    say(f"imported {origin}, step {step:,}, into {folder}")
+    say(f"to sample: {_command('sample', workdir=folder, num=16, out='samples')}")
+    config = files.join(folder, "config.json")
+    say(f"to train on: {_command('train', config=config, workdir=folder)}")
+
+
+def _command(name, **flags):
+    """A line for the shell, whatever characters the values have."""
+    return shlex.join(["ddpm", name, *(f"--{flag}={value}" for flag, value in flags.items())])

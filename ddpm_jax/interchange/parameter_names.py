@@ -241,10 +241,16 @@ def _rows(value, part, parts):
                 lambda: load(value)[part * rows : (part + 1) * rows])
 
 
+_FIRST = "conv_in.weight"
+
+
 def current_names(state_dict: Mapping) -> dict:
-    """A state dict in any of diffusers' namings, under its current attention names."""
+    """A state dict in any of diffusers' namings, under its current attention names and without a
+    wrapper's prefix (``module.`` of DistributedDataParallel, ``_orig_mod.`` of torch.compile)."""
+    first = next((k for k in state_dict if k.endswith(_FIRST)), _FIRST)
     renamed = {}
     for key, value in state_dict.items():
+        key = key.removeprefix(first.removesuffix(_FIRST))
         layer, _, leaf = key.rpartition(".")
         block, _, name = layer.rpartition(".")
         layers = OLDER_ATTENTION.get(name) if ".attentions." in block else None

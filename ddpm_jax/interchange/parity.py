@@ -61,8 +61,9 @@ def diffusers_peer(config: Mapping, state_dict: Mapping | None = None, folder=No
     else state_dict, {current key: array}, is loaded.
     """
     try:
+        import torch  # isort: skip (before diffusers, which looks for it once a process)
+
         import diffusers
-        import torch
     except ImportError:
         return None
     if folder is not None:

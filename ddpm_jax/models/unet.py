@@ -124,6 +124,11 @@ KINDS = {
 }
 
 
+# The least value of each whole-numbered field; the timestep's embedding needs two frequencies.
+_LEAST = {"image_size": 1, "in_channels": 1, "out_channels": 1, "ch": 4, "ch_mult": 1,
+          "num_res_blocks": 1, "attn_resolutions": 1, "num_groups": 1, "space_to_depth": 1}
+
+
 class UNet(Block):
     """eps, x_0 or x_{t-1} from x_t and t: 35,746,307 parameters at the CIFAR-10 settings (the
     defaults), 113,673,219 at image_size 256, ch_mult (1,1,2,2,4,4)."""
@@ -181,11 +186,27 @@ class UNet(Block):
     @nn.nowrap
     def check(self):
         """Raise ValueError where the fields describe no network (see also ``layout``)."""
+        for field, least in _LEAST.items():
+            values = getattr(self, field)
+            for value in values if isinstance(values, tuple) else (values,):
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{field}={values} must be whole, and at least {least}")
+        if not self.ch_mult:
+            raise ValueError("ch_mult is empty; it has a number for each level")
         for channels in (self.ch, *(c for s in self.stages() for c in (s.features_in, s.features))):
             if channels % self.num_groups:
                 raise ValueError(
                     f"{channels} channels cannot be cut into {self.num_groups} groups "
                     f"(ch {self.ch}, ch_mult {tuple(self.ch_mult)})")
+
+    @nn.nowrap
+    def check_attention(self):
+        """Raise ValueError for attention at a resolution that no level has, where ``layout`` leaves
+        it out. For new runs: those of older versions may have such a field."""
+        sizes = [self.image_size // self.space_to_depth // 2**i for i in range(len(self.ch_mult))]
+        if set(self.attn_resolutions) - set(sizes):
+            raise ValueError(f"attn_resolutions={tuple(self.attn_resolutions)}: the levels have "
+                             f"sides of {', '.join(map(str, sizes))} pixels")
 
     def setup(self):
         self.check()

@@ -1,9 +1,12 @@
 """`ddpm import`: the command line, whole conversions, and their memory."""
 
+import importlib
 import pathlib
+import shlex
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,13 +15,16 @@ sys.path.insert(0, HELPERS)
 
 from made_up import SMALL, assert_bit_equal, random_params, restore, small_config  # noqa: E402
 
-from ddpm_jax import experiment  # noqa: E402
-from ddpm_jax.config import load_config  # noqa: E402
-from ddpm_jax.interchange import parameter_names  # noqa: E402
+from ddpm_jax import checkpoints, experiment  # noqa: E402
+from ddpm_jax.cli import common  # noqa: E402
+from ddpm_jax.config import load_config, to_json  # noqa: E402
+from ddpm_jax.interchange import importing, parameter_names  # noqa: E402
+from ddpm_jax.interchange.diffusers.write import write_folder  # noqa: E402
 
 
 @pytest.mark.parametrize("words, message", [
     (["import", "torch", "--workdir=x"], "import torch: usage"),
+    (["import", "official", "--workdir=x", "--path=y"], "--path is not read by import official"),
     (["import", "official", "--workdir=x", "--checkpoint=/no/such", "--config=cifar10"],
      "no file /no/such.index"),
 ])
@@ -28,6 +34,36 @@ def test_command_line_errors_are_one_line(tmp_path, words, message):
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def parsed(line):
+    """The flags of a printed command line, as its subcommand reads them."""
+    program, name, *words = shlex.split(line)
+    define = common.Definer(words)
+    importlib.import_module(f"ddpm_jax.cli.{name}").define_flags(define)
+    define.values([program, *words])
+    return define.values
+
+
+@pytest.mark.parametrize("attention", [(8,), ()])
+def test_the_printed_lines_can_be_pasted(tmp_path, attention):
+    config = small_config(model={"attn_resolutions": attention},
+                          diffusion={"first_log_variance": "floor", "variance": "fixed_small"})
+    config.diffusion.schedule = {"name": "cosine"}
+    exp = experiment.build_model(config, jax.devices()[:1])
+    write_folder(tmp_path / "cifar10 of mine", random_params(exp.model), exp, to_json(config),
+                 step=0, weights="", version="0")
+    lines, run = [], tmp_path / "it's a run; $(here)"
+    importing.import_diffusers(str(tmp_path / "cifar10 of mine"), workdir=run, verify=False,
+                               say=lines.append)
+    sample, train = (next(text.partition(": ")[2] for text in lines if text.startswith(start))
+                     for start in ("to sample: ", "to train on: "))
+    assert parsed(sample).workdir == parsed(train).workdir == str(run)
+    stored = checkpoints.read_config(run)
+    assert to_json(parsed(train).config) == stored
+    assert stored["model"]["attn_resolutions"] == list(attention)
+    assert stored["diffusion"]["schedule"] == {"name": "cosine"}
+    checkpoints.claim(run, to_json(parsed(train).config))
 
 
 @pytest.mark.peer

@@ -123,6 +123,10 @@ def test_accepted_variants():
     assert found["diffusion"]["schedule"]["name"] == "quad"
     assert found["diffusion"]["predict"] == "x_start"
     assert found["sampler"]["clip_denoised"] is False
+    assert chain_fields({**CHURCH_CHAIN, "tensor_format": "pt", "predict_epsilon": True}) == (
+        chain_fields(CHURCH_CHAIN))
+    old = chain_fields({**CHURCH_CHAIN, "predict_epsilon": False, "skip_prk_steps": True})
+    assert old["diffusion"]["predict"] == "x_start"
     cosine = chain_fields({**CHURCH_CHAIN, "beta_schedule": "squaredcos_cap_v2"})
     assert cosine["diffusion"]["schedule"] == {"name": "cosine"}
 

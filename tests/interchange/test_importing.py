@@ -88,6 +88,12 @@ def test_another_architecture_is_refused_before_anything_is_written(tmp_path, ch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_attention_that_no_level_has_is_refused(tmp_path):
+    config = small_config(model={"attn_resolutions": (8, 32)})
+    with pytest.raises(UserError, match="sides of 16, 8, 4 pixels"):
+        importing.import_official("no such checkpoint", config, workdir=tmp_path / "run")
+
+
 def test_a_folder_that_holds_something_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="not an empty folder"):
@@ -113,7 +119,7 @@ def test_diffusers_config_is_derived_from_the_json(tmp_path, capsys):
     assert_bit_equal(state.ema_params, random_params(SMALL))
     assert state.step == 0
     said = capsys.readouterr().out
-    assert "--config=default" in said and "--config.model.ch=32" in said
+    assert "data and training fields are those of --config=default" in said
 
 
 @pytest.mark.parametrize("folder, base", [
@@ -146,7 +152,7 @@ def test_a_pickle_is_never_handed_to_another_loader(monkeypatch, ending, reads_i
                         lambda config, state=None, folder=None: seen.update(f=folder, s=state))
     state = older_names({k: lazy(v) for k, v in parameter_names.state_dict_from_params(
         random_params(SMALL), SMALL).items()})
-    model = Model(f"/x/diffusion_pytorch_model{ending}", state, {}, {}, "/x")
+    model = Model(f"/x/diffusion_pytorch_model{ending}", state, {}, {}, "/x", [])
     parity.peer_of_file(model)
     assert (seen["f"] == "/x") == reads_itself and (seen["s"] is None) == reads_itself
     assert reads_itself or "mid_block.attentions.0.to_q.weight" in seen["s"]

@@ -81,7 +81,7 @@ def test_round_trips_are_bit_equal():
         assert_bit_equal(theirs, there(ours, SMALL))
 
 
-def test_older_and_fused_attention_names_read_the_same():
+def test_older_fused_and_wrapped_names_read_the_same():
     params = random_params(SMALL)
     state = parameter_names.state_dict_from_params(params, SMALL)
     older = older_names(state)
@@ -95,6 +95,8 @@ def test_older_and_fused_attention_names_read_the_same():
             parts = [fused.pop(f"{module}.to_{part}.{leaf}") for part in "qkv"]
             fused[f"{module}.to_qkv.{leaf}"] = np.concatenate(parts)
     assert_bit_equal(params, parameter_names.params_from_state_dict(fused, SMALL))
+    wrapped = {f"module._orig_mod.{key}": value for key, value in older.items()}
+    assert_bit_equal(params, parameter_names.params_from_state_dict(wrapped, SMALL))
 
 
 def test_half_precision_is_widened_and_integers_are_refused():

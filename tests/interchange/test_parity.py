@@ -263,7 +263,7 @@ def test_every_step_of_the_released_chains(monkeypatch, variance, first):
         prediction = p_mean_variance(
             schedule, eps, x, jnp.full(1, t), predict=PARAMETERIZATIONS["eps"],
             variance=VARIANCES[variance], clip_denoised=True)
-        return ancestral_step(schedule, prediction, x, t, noise)
+        return ancestral_step(schedule, prediction, x, t, noise)[0]
 
     r = np.random.default_rng(0)
     kept = np.cumprod(1 - linear(1000))

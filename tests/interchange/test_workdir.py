@@ -33,11 +33,12 @@ def test_the_optimizers_state_is_filled(tmp_path):
     assert jax.tree.structure(fresh) == jax.tree.structure(want)
 
 
-def test_reads_back_as_a_training_state_bit_for_bit(tmp_path):
-    exp, wrote = write(tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+@pytest.mark.parametrize("name", ["run", "run [2e-4] *"])
+def test_reads_back_as_a_training_state_bit_for_bit(tmp_path, name):
+    exp, wrote = write(tmp_path / name)
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
         "checkpoints", "config.json", "import.json"]
-    store = checkpoints.Checkpoints(tmp_path / "run")
+    store = checkpoints.Checkpoints(tmp_path / name)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
                         experiment.build_training(exp).abstract_state)
@@ -47,8 +48,8 @@ def test_reads_back_as_a_training_state_bit_for_bit(tmp_path):
     assert_bit_equal(jax.tree.map(np.asarray, state.params), wrote.params)
     assert_bit_equal(jax.tree.map(np.asarray, state.ema_params), wrote.ema_params)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, wrote.opt_state)
-    assert checkpoints.read_config(tmp_path / "run") == to_json(small_config())
-    assert workdir.read_facts(tmp_path / "run") == {"origin": "x"}
+    assert checkpoints.read_config(tmp_path / name) == to_json(small_config())
+    assert workdir.read_facts(tmp_path / name) == {"origin": "x"}
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):

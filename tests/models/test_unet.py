@@ -119,3 +119,23 @@ def test_bad_input_is_refused():
         shapes(**{**SMALL, "image_size": 9})
     with pytest.raises(ValueError, match="groups"):
         shapes(**{**SMALL, "num_groups": 3})
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"ch": 0}, "ch=0"), ({"ch": 2}, "ch=2"), ({"ch": 8.5}, "ch=8.5"),
+    ({"ch_mult": (1, 0)}, "ch_mult"), ({"ch_mult": ()}, "empty"),
+    ({"num_groups": 0}, "num_groups=0"), ({"space_to_depth": 0}, "space_to_depth=0"),
+    ({"num_res_blocks": -1}, "num_res_blocks=-1"), ({"attn_resolutions": (0,)}, "attn_resolutions"),
+    ({"image_size": 0}, "image_size=0"),
+])
+def test_fields_that_describe_no_network_are_named(change, word):
+    with pytest.raises(ValueError, match=word):
+        UNet(**{**SMALL, **change}).check()
+
+
+def test_attention_at_a_resolution_that_no_level_has():
+    UNet(**SMALL).check_attention()
+    UNet(**{**SMALL, "attn_resolutions": ()}).check_attention()
+    UNet(**{**SMALL, "space_to_depth": 2, "attn_resolutions": (4, 2)}).check_attention()
+    with pytest.raises(ValueError, match=r"\(4, 16\): the levels have sides of 8, 4"):
+        UNet(**{**SMALL, "attn_resolutions": (4, 16)}).check_attention()

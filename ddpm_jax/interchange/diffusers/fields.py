@@ -34,7 +34,10 @@ _UP_TYPES = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 _UNET_READ = ("_class_name", "sample_size", "in_channels", "out_channels", "down_block_types",
               "up_block_types", "block_out_channels", "layers_per_block", "dropout",
               "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
-              "time_embedding_dim", "num_train_timesteps")
+              "time_embedding_dim", "num_train_timesteps",
+              # Bookkeeping of diffusers' EMAModel, whose folders are unet_ema/.
+              "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
+              "inv_gamma", "power", "collected_params")
 
 _SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
     "trained_betas": (None, (None,)),
@@ -43,10 +46,14 @@ _SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
     "steps_offset": (0, (0,)),
     "rescale_betas_zero_snr": (False, (False,)),
 }
-# Spacing matters to shortened chains only, the other two to thresholding.
+# Spacing matters to shortened chains only, the next two to thresholding; the last three are read by
+# no DDPMScheduler: of versions before 0.8, and of other schedulers that a file was converted from.
 _SCHEDULER_READ = ("_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                   "variance_type", "clip_sample", "prediction_type", "timestep_spacing",
-                   "dynamic_thresholding_ratio", "sample_max_value")
+                   "variance_type", "clip_sample", "prediction_type", "predict_epsilon",
+                   "timestep_spacing", "dynamic_thresholding_ratio", "sample_max_value",
+                   "tensor_format", "set_alpha_to_one", "skip_prk_steps")
+# Fields that every scheduler of diffusers trained in this way shares, whatever chain it samples by.
+_TRAINING_FIXED = {f: _SCHEDULER_FIXED[f] for f in ("trained_betas", "rescale_betas_zero_snr")}
 
 # Their beta law -> ours and which of their numbers it takes.
 _LAWS = {
@@ -61,6 +68,7 @@ _VARIANCES = {
     "fixed_large": {"variance": "fixed_large", "first_log_variance": "next"},
 }
 _PREDICTIONS = {"epsilon": "eps", "sample": "x_start"}
+_PREDICT_EPSILON = {True: "eps", False: "x_start"}
 
 
 def _refuse_unknown(config, known, where):
@@ -97,15 +105,16 @@ def _integer(config, field, default, where):
     return value
 
 
-def model_fields(config: Mapping, where="unet config") -> dict:
+def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
     """{'model': {...}, 'data': {...}} of our config from a UNet2DModel's config.json.
 
-    Raises UserError naming the first field that the paper's U-Net does not have.
+    image_size: where the file has none. Raises UserError naming the first field that the paper's
+    U-Net does not have.
     """
     _class(config, "UNet2DModel", where)
     _refuse_unknown(config, {*_UNET_FIXED, *_UNET_READ}, where)
     _refuse_other(config, _UNET_FIXED, where)
-    size = config.get("sample_size")
+    size = image_size if config.get("sample_size") is None else config["sample_size"]
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
     size = _integer({"sample_size": size}, "sample_size", None, where)
@@ -151,17 +160,33 @@ def chain_fields(config: Mapping, where="scheduler config") -> dict:
     _class(config, "DDPMScheduler", where)
     _refuse_unknown(config, {*_SCHEDULER_FIXED, *_SCHEDULER_READ}, where)
     _refuse_other(config, _SCHEDULER_FIXED, where)
+    return {
+        "diffusion": {**_training_fields(config, where),
+                      **_row(_VARIANCES, config, "variance_type", "fixed_small", where)},
+        "sampler": {"clip_denoised": bool(config.get("clip_sample", True)), "steps": 0},
+    }
+
+
+def shared_chain_fields(config: Mapping, where="scheduler config") -> dict:
+    """{'diffusion': {...}} from the config of any scheduler (DDIMScheduler, ...): timesteps, betas
+    and prediction, which belong to training. The variance is not among them.
+
+    Raises UserError as ``chain_fields``.
+    """
+    _refuse_other(config, _TRAINING_FIXED, where)
+    return {"diffusion": _training_fields(config, where)}
+
+
+def _training_fields(config, where):
     law, numbers = _row(_LAWS, config, "beta_schedule", "linear", where)
     defaults = {"beta_start": 0.0001, "beta_end": 0.02}
-    schedule = {"name": law, **{n: float(config.get(n, defaults[n])) for n in numbers}}
+    predict = _row(_PREDICTIONS, config, "prediction_type", "epsilon", where)
+    if config.get("predict_epsilon") is not None:  # before 0.11, in the place of prediction_type
+        predict = _PREDICT_EPSILON[bool(config["predict_epsilon"])]
     return {
-        "diffusion": {
-            "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
-            "schedule": schedule,
-            "predict": _row(_PREDICTIONS, config, "prediction_type", "epsilon", where),
-            **_row(_VARIANCES, config, "variance_type", "fixed_small", where),
-        },
-        "sampler": {"clip_denoised": bool(config.get("clip_sample", True)), "steps": 0},
+        "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
+        "schedule": {"name": law, **{n: float(config.get(n, defaults[n])) for n in numbers}},
+        "predict": predict,
     }
 
 
