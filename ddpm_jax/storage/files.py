@@ -149,19 +149,28 @@ def whole_file(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(buffer.getbuffer())
         return
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(4)}{PARTIAL}"
     try:
         with storage_errors(path, "write"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             os.replace(temporary, target)
             _sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync(descriptor):
+    """Flushes to the disk, where the file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _sync_folder(folder):

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, on disk and in a bucket."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -60,6 +61,24 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (_, temporary), replaced, folder = calls
     assert replaced == ("replace", temporary) and temporary.endswith(files.PARTIAL)
     assert folder == ("fsync", "folder")
+
+
+def test_a_disk_that_fails_to_flush_is_an_error_one_that_cannot_flush_is_not(tmp_path, monkeypatch):
+    for code in (errno.EINVAL, errno.EIO):
+        def fsync(descriptor, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)  # no file system here does either
+        with (contextlib.nullcontext() if code == errno.EINVAL
+              else pytest.raises(UserError, match="Input/output error")):
+            files.write_bytes(tmp_path / str(code), b"x")
+    assert files.listing(tmp_path) == [str(errno.EINVAL)]
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path):
+    for name in ("x" * 255, "\u00e4" * 127):
+        files.write_bytes(tmp_path / name, b"x")
+        assert files.read_bytes(tmp_path / name) == b"x"
 
 
 def test_an_error_of_the_caller_leaves_nothing_and_keeps_its_type(tmp_path):
