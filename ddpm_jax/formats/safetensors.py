@@ -67,10 +67,9 @@ def save_safetensors(arrays, path, metadata=None) -> None:
 
 
 def _settle(file):
-    """Makes what the library left under the file's name reproducible and safe.
+    """Makes what the library left under the file's name reproducible, and as readable as others.
 
-    It orders metadata at random, and it renames a file of its own, which is private and not
-    flushed to the disk, over the one that it is given.
+    It orders metadata at random, and it renames a private file of its own over the given one.
     """
     with open(file.name, "r+b") as written:
         length, = struct.unpack("<Q", written.read(8))
@@ -79,6 +78,4 @@ def _settle(file):
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         written.seek(8)
         written.write(text.ljust(length))
-        written.flush()
         os.fchmod(written.fileno(), os.fstat(file.fileno()).st_mode)
-        os.fsync(written.fileno())

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import pathlib
 import secrets
 import shutil
 
@@ -155,32 +156,29 @@ def whole_file(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 yield file
-                file.flush()
-                _sync(file.fileno())
+            _sync(temporary)
             os.replace(temporary, target)
-            _sync_folder(target.parent)
+            _sync_names(target.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync(descriptor):
-    """Flushes to the disk, where the file system can."""
+def _sync(path):
+    """Flushes a file, or the names in a folder, to the disk, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
+    finally:
+        os.close(descriptor)
 
 
-def _sync_folder(folder):
-    """Makes a rename in ``folder`` outlive a loss of power, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync_names(folder):
+    with contextlib.suppress(OSError):  # it may be one that cannot be listed
+        _sync(folder)
 
 
 def write_bytes(path, content: bytes) -> None:
@@ -231,8 +229,10 @@ def new_folder(out, advice="take another"):
         return
     with storage_errors(out, "write", advice), staging_folder(out) as staging:
         yield staging
+        for path in (*pathlib.Path(staging).rglob("*"), staging):
+            _sync(path)
         os.replace(staging, out)
-        _sync_folder(out.parent)
+        _sync_names(out.parent)
 
 
 @contextlib.contextmanager

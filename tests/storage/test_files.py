@@ -61,6 +61,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (_, temporary), replaced, folder = calls
     assert replaced == ("replace", temporary) and temporary.endswith(files.PARTIAL)
     assert folder == ("fsync", "folder")
+    calls.clear()
+    with files.new_folder(tmp_path / "folder/new") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner/y").write_bytes(b"new")
+    *inside, replaced, folder = calls
+    assert {name for _, name in inside} == {"inner", "y", staging.name}
+    assert replaced == ("replace", staging.name) and folder == ("fsync", "folder")
 
 
 def test_a_disk_that_fails_to_flush_is_an_error_one_that_cannot_flush_is_not(tmp_path, monkeypatch):
