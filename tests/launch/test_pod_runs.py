@@ -456,7 +456,7 @@ def test_sigterm_while_data_is_staged(tmp_path, fashion):
     process = subprocess.Popen([sys.executable, "-c", stuck], env=env, stderr=subprocess.PIPE,
                                text=True)
     deadline = time.time() + 60
-    while not list((tmp_path / "stages").rglob("*.download")):
+    while not list((tmp_path / "stages").rglob(".*array_record*.partial")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
