@@ -94,6 +94,17 @@ def claim_data(workdir, fingerprint: str, *, resumed: bool, write=True) -> None:
         write_json(path, {"train": fingerprint})
 
 
+def start_warning(workdir, decay: float, step: int) -> str:
+    """What to print where the averaged weights of ``step`` still hold more than 1 % of the first
+    ones, which are random but in an imported run; '' elsewhere."""
+    share = decay ** step
+    if share <= 0.01 or (resolve(workdir) / "import.json").exists():
+        return ""
+    return (f"warning: at step {step} the averaged weights hold {100 * share:.0f} % of the random "
+            f"start (ema.decay={decay}): use --noema, train longer, or train with a smaller "
+            "ema.decay")
+
+
 class _Literal(type(epath.Path("/"))):
     """A path whose brackets are no pattern. etils hands them to ``glob`` unescaped, and Orbax finds
     what it has to merge after a save by ``glob``."""
@@ -216,6 +227,11 @@ class Checkpoints:
         """Save, read and remove one number, so that a path that Orbax cannot write, as one that is
         not UTF-8, fails before the first step and not at the first save. Raises UserError."""
         path = self.folder.parent / "trial-save"
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--workdir={path.parent} is not UTF-8, which Orbax needs: take "
+                            "another name") from None
         with self._failures("a trial save"), self._ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, {"x": np.ones(1)}, force=True)
             checkpointer.wait_until_finished()

@@ -38,8 +38,8 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
             step, exp.abstract_params, ema=ema, runner=exp.runner)
     finally:
         store.close()
-    if ema:
-        _warn_of_the_start(folder, config.ema.decay, step)
+    if ema and (warning := checkpoints.start_warning(folder, config.ema.decay, step)):
+        say(warning)
     return exp, params, step, {"step": step, "weights": "ema" if ema else "raw",
                                "weights_sha256": _sha256(params)}
 
@@ -49,15 +49,6 @@ def _sha256(params) -> str:
     for leaf in jax.tree.leaves(fetch(params)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _warn_of_the_start(folder, decay, step):
-    """The average begins at the first weights, which are random but in an imported run."""
-    share = decay ** step
-    if share > 0.01 and not files.exists(folder / "import.json"):
-        say(f"warning: at step {step} the averaged weights hold {100 * share:.0f} % of the random "
-            f"start (ema.decay={decay}): use --noema, train longer, or train with a smaller "
-            "ema.decay")
 
 
 def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,

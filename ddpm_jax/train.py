@@ -292,6 +292,10 @@ def _grid_hook(run):
 
     def draw(step, carry):
         if _before_long_work(run, step):
+            warning = checkpoints.start_warning(
+                run.store.folder.parent, exp.config.ema.decay, step)
+            if warning:
+                say(warning)
             index = hosts.local_indices(exp.runner, 0, num)
             images = program(run.program.ema_params(carry), seed, index)
             run.writer.images(step, "samples", hosts.all_rows(exp.runner, images)[:num])
