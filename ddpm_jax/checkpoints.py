@@ -88,8 +88,8 @@ def claim_data(workdir, fingerprint: str, *, resumed: bool, write=True) -> None:
     if resumed and stored not in (None, fingerprint):
         raise UserError(
             f"--workdir={path.parent} was trained on other images (fingerprint {stored}; now "
-            f"{fingerprint}): give data.dir with the same images, or another --workdir; to go on "
-            f"with these, delete {path}")
+            f"{fingerprint}): give data.dir with the same images, or another --workdir; to "
+            f"train on these, delete {path}")
     if write and stored != fingerprint:
         write_json(path, {"train": fingerprint})
 
@@ -329,8 +329,8 @@ class Checkpoints:
             others = [s for s in self.steps() if s != step]
             raise UserError(
                 f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}; move the "
-                f"folder {step} away to go on from another (there are: {others or 'none'}), or see "
-                "'A checkpoint cannot be read' in launch/TROUBLESHOOTING.md") from error
+                f"folder {step} away to resume from another (there are: {others or 'none'}), or "
+                "see 'A checkpoint cannot be read' in launch/TROUBLESHOOTING.md") from error
         sys.unraisablehook = printed
 
 

@@ -106,7 +106,7 @@ class Writer:
         except (OSError, UserError) as error:
             if function not in self._warned:  # once, until it succeeds
                 self._warned.add(function)
-                log.warning("%s; training goes on", error)
+                log.warning("%s; the run continues", error)
             return False
         self._warned.discard(function)
         return True

@@ -75,7 +75,7 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
     lock = hosts.on_main_process(_claim, out, request, str(files.resolve(workdir)))
     try:
         if not _draw(exp, chain, params, out, num=num, seed=seed, batch=batch, stop=stop):
-            say(f"stopped; {out}/shards holds what is done; the same command goes on")
+            say(f"stopped; {out}/shards holds what is done; run the same command to resume")
             return False
         frames, columns = _progressive(exp, chain, params, seed)
         if hosts.is_main_process():

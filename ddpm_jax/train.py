@@ -153,7 +153,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
         last = config.train.steps
         if step >= last:
             say(f"{folder} is at step {step} of {last}: nothing to train "
-                "(raise --config.train.steps to go on)")
+                "(raise --config.train.steps to continue)")
             return True
         arguments = _feeder(exp, source, step, program.max_steps)
         say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "
@@ -177,8 +177,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
 
 
 def _open_folder(exp, folder, closing):
-    """-> (source, store, writer) of a run; ``closing`` ends the latter two. Nothing is written for
-    a config or data that do not fit."""
+    """-> (source, store, writer) of the run in ``folder``; ``closing`` ends the latter two."""
     config, is_main_process = exp.config, hosts.is_main_process()
     stored = to_json(config)
     changed = checkpoints.claim(folder, stored, write=is_main_process)
@@ -238,6 +237,7 @@ def _hooks(run) -> list[Hook]:
 
 def _save(run, step, carry):
     exp = run.training.experiment
+    run.watchdog.pause()  # the first save and the last are waited for
     if run.lock is not None:
         run.lock.check()
     run.store.save(step, exp.runner.to_global(run.program.state(carry)), run.stored,

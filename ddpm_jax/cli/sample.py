@@ -1,8 +1,8 @@
 """ddpm sample --workdir=DIR --num=N --out=DIR [--step --seed --batch_size --ema/--noema ...]
 
 Draw images from a trained run: samples.npz (arr_0: uint8 NHWC), grid.png, progressive.png.
-Image i depends on --seed and i alone, whatever the batch, the devices or the hosts. A command that
-was cut off goes on where it stopped.
+Image i depends on --seed and i alone, whatever the batch, the devices or the hosts. An interrupted
+command resumes where it stopped.
 """
 
 from ddpm_jax.cli import common

@@ -118,7 +118,7 @@ class Lock:
         """Raise UserError where another command took the lock, as after a suspended laptop."""
         if self._taken is not None:
             raise UserError(f"{self.path} was taken by {_describe(self._taken)} while this command "
-                            "did not run: it goes on, this one ends")
+                            "was suspended: this one ends")
 
     def release(self) -> None:
         self._stopped.set()

@@ -57,3 +57,5 @@ def test_nan_names_the_image_and_is_not_kept(tmp_path):
 def test_a_request_has_one_key():
     a = collect.key({"seed": 0, "weights": "ema"})
     assert a == collect.key({"weights": "ema", "seed": 0}) != collect.key({"seed": 1})
+    here, there = ({"workdir": path, "weights_sha256": "x"} for path in ("/a", "/b"))
+    assert collect.key(here) == collect.key(there) != collect.key(here | {"weights_sha256": "y"})
