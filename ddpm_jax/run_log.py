@@ -238,14 +238,15 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
 
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl, here or on a bucket; a last line cut short by a kill is left
-    out."""
-    records, lines = [], files.read_bytes(path).decode().splitlines()
+    out, and with a warning others that are damaged (by a loss of power, say)."""
+    records, lines = [], files.read_bytes(path).splitlines()
     for i, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records.append(record | {"step": record["step"]})
+        except (KeyError, TypeError, ValueError):
             if i + 1 < len(lines):
-                raise
+                log.warning("%s: line %d is damaged and left out", path, i + 1)
     return records
 
 

@@ -10,6 +10,7 @@ from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.experiment import build_model
+from ddpm_jax.formats import npy
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
@@ -122,9 +123,12 @@ def _adopt_older_shards(folder):
     """Versions before 0.2 wrote one array a shard, without a name for it."""
     for name in files.listing(folder):
         if name.endswith(".npy"):
-            with (folder / name).open("rb") as file:
-                files.write_npz(folder / collect.shard_name(int(name[:-4])),
-                                {"images": np.load(file, allow_pickle=False)})
+            try:
+                images = npy.read_npy(files.read_bytes(folder / name), name)
+            except UserError:
+                images = None  # cut short or damaged: drawn again
+            if images is not None:
+                files.write_npz(folder / collect.shard_name(int(name[:-4])), {"images": images})
             files.remove(folder / name)
 
 

@@ -185,10 +185,13 @@ def test_loss_curve(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_damage_before_the_last_line_is_not_hidden(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
-        run_log.read_metrics(tmp_path / "m")
+def test_damage_before_the_last_line_is_named_and_ends_no_run(tmp_path, caplog):
+    for damaged in (b'{"ste', bytes(40), b"\xff\xfe", b"[1]", b"7", b'{"loss": 1}'):
+        (tmp_path / "m").write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n{"st')
+        caplog.clear()
+        assert run_log.read_metrics(tmp_path / "m") == [{"step": 1}, {"step": 3}]
+        assert [r.getMessage() for r in caplog.records] == [
+            f"{tmp_path}/m: line 2 is damaged and left out"]
 
 
 class Screen(io.StringIO):

@@ -239,7 +239,9 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
         labels = info["class_names"] and np.load(
             io.BytesIO(read(files.join(root, f"{split}_labels.npy"))), allow_pickle=False)
         expected = (count, *info["image_shape"])
-    except (OSError, EOFError, KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged header, which numpy parses as Python, raises many types
         raise UserError(f"{root}: damaged ({error}); remove it and prepare it again") from error
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise UserError(f"{images_file}: {pixels.shape} does not fit {prepare.INFO}; remove {root} "

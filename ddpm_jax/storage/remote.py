@@ -72,7 +72,7 @@ class RemoteArray:
             version = np.lib.format.read_magic(head)
             self.shape, fortran, self.dtype = getattr(
                 np.lib.format, f"read_array_header_{version[0]}_{version[1]}")(head)
-        except (AttributeError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python
             raise UserError(f"{url}: not an array of numpy ({error}); prepare it again") from error
         if fortran or self.dtype != np.uint8:
             raise UserError(f"{url}: not the uint8 array that ddpm writes; prepare it again")

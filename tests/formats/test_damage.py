@@ -15,6 +15,7 @@ import safetensors.numpy
 from made_up_files import idx as idx_bytes
 from made_up_files import message, varint, write_lmdb, write_tfrecord
 
+from ddpm_jax.data import datasets, prepare
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import weights
 from ddpm_jax.formats import (
@@ -28,7 +29,7 @@ from ddpm_jax.formats import (
 from ddpm_jax.formats import (
     safetensors as our_safetensors,
 )
-from ddpm_jax.storage import files
+from ddpm_jax.storage import files, remote
 
 RNG = np.random.default_rng(0)
 FLOATS = RNG.standard_normal((3, 4)).astype(np.float32)
@@ -107,6 +108,17 @@ def read_records(path):
                 for place in tfrecord.tfrecord_offsets(path)]
 
 
+def write_store(path):
+    prepare.write_store(path.parents[1], "folder", {
+        "train": (len(IMAGES), range(len(IMAGES)), [0, 1], IMAGES.__getitem__)}, (4, 4, 3),
+        class_names=("a", "b"))
+
+
+def read_store(path):
+    source = datasets.open_source("folder", str(path.parents[1]), "train")
+    return [source.read(i) for i in range(len(source))], source.labels
+
+
 # name: (file that is damaged, write(path), read(path), whether a checksum covers all of it)
 FORMATS = {
     "safetensors": ("x.safetensors",
@@ -131,6 +143,11 @@ FORMATS = {
     "lmdb": ("data.mdb", lambda p: write_lmdb(p.parent, {f"{i:03}": bytes(500 * i)
                                                          for i in range(20)}),
              lambda p: list(lsun_lmdb.lmdb_items(p.parent)[1]), False),
+    "store's info": ("folder/info.json", write_store, read_store, False),
+    "store's images": ("folder/train_images.npy", write_store, read_store, False),
+    "store's labels": ("folder/train_labels.npy", write_store, read_store, False),
+    "array at an address": ("x.npy", lambda p: np.save(p, IMAGES),
+                            lambda p: remote.RemoteArray(f"file://{p}", 0).whole(), False),
     "npz": ("x.npz", write_npz, files.read_npz, False),
     "json": ("x.json", lambda p: files.write_json(p, {"a": [1, 2.5, "x"]}), files.read_json, False),
 }
