@@ -288,7 +288,7 @@ class Checkpoints:
         return _as_programs_take(read[item], runner), step
 
     def find(self, step: int | None) -> int:
-        """The checkpoint asked for, or the newest. Raises UserError where there is none."""
+        """The checkpoint of that step, or the newest. Raises UserError where there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.folder}: train first (`ddpm train "

@@ -19,7 +19,7 @@ class _Tolerant(io.FileIO):
 
 
 def keep_writable():
-    """Makes sys.stdout and sys.stderr drop what nobody can read; closed ones are /dev/null."""
+    """Makes sys.stdout and sys.stderr drop what cannot be written; closed ones are /dev/null."""
     for number in range(3):
         try:
             os.fstat(number)

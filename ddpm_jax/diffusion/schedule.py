@@ -13,7 +13,8 @@ import numpy as np
 class Schedule(NamedTuple):
     """Tables over t = 0 ... T-1, each float32 [T] (``timesteps`` int32 [T]).
 
-    ``timesteps[t]`` is what the network is told at step t; it differs from t on a respaced chain.
+    ``timesteps[t]`` is the timestep passed to the network at step t; it differs from t on a
+    respaced chain.
     """
 
     betas: jnp.ndarray
@@ -134,7 +135,7 @@ def tables64(betas, first_log_variance="next"):
 
 
 def make_schedule(betas, timesteps=None, *, first_log_variance="next"):
-    """Schedule from betas float64 [T]; ``timesteps`` int [T] is what the network is told.
+    """Schedule from betas float64 [T]; ``timesteps`` int [T] is passed to the network.
 
     ``first_log_variance`` is a row of FIRST_LOG_VARIANCE. Raises ValueError as ``tables64``.
     """

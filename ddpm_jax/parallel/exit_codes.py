@@ -59,7 +59,7 @@ def in_pod() -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because the other end is gone: the peer tells why, not we.
+    """Whether a collective failed because the other end is gone: the peer's log has the reason.
 
     JAX usually aborts by itself in this case; Gloo and NCCL sometimes raise first.
     """

@@ -48,7 +48,7 @@ TABLE_4 = (
     (100, 0.00000, 67.60125),
 )
 
-# What the paper says about speed on a TPU v3-8 (appendix B).
+# The paper's speed on a TPU v3-8 (appendix B).
 V3_8 = {32: {"steps_per_s": 21.0, "batch": 128, "sample_s": 17.0, "samples": 256},
         256: {"steps_per_s": 2.2, "batch": 64, "sample_s": 300.0, "samples": 128}}
 

@@ -58,7 +58,7 @@ def test_mse_of_the_true_noise_is_zero_and_of_zero_its_square():
     np.testing.assert_allclose(zero, (np.asarray(NOISE) ** 2).reshape(4, -1).mean(1), rtol=1e-6)
 
 
-def test_the_network_is_told_the_schedules_timesteps():
+def test_the_network_receives_the_schedule_s_timesteps():
     told = []
     schedule = make_schedule(linear(5), [0, 10, 20, 30, 40])
 
