@@ -44,7 +44,8 @@ def drawn(folder):
 
 @pytest.mark.parametrize("name, chosen", [("all", {}), ("raw", {"ema": False, "seed": 1})])
 def test_it_draws_the_same_images(unpacked, expected, tmp_path, name, chosen):
-    assert sampling.sample(unpacked / "run", tmp_path / "out", num=11, step=12, batch_size=8, **chosen)
+    assert sampling.sample(
+        unpacked / "run", tmp_path / "out", num=11, step=12, batch_size=8, **chosen)
     np.testing.assert_array_equal(drawn(tmp_path / "out"), expected[name])
 
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ddpm_jax import experiment
 from ddpm_jax.compilation import cache, report, timing
@@ -16,7 +15,7 @@ class Bench(NamedTuple):
     """config, called name; repeats: rounds at most; seconds: no more rounds after this long (but
     three); compare: a row of peers.PEERS; profile: new folder for a trace."""
 
-    config: ConfigDict
+    config: Any
     name: str
     repeats: int = 20
     seconds: float = 20.0
