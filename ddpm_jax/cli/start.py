@@ -8,7 +8,6 @@ import re
 import resource
 import sys
 import tempfile
-import traceback
 import warnings
 
 from ddpm_jax.errors import UserError
@@ -78,10 +77,12 @@ def _check_xla_flags() -> None:
 
 def backend_problem(error: BaseException) -> str | None:
     """One line for an error that JAX raised while it started its devices; None for any other."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not frames[-1].filename.endswith("jax/_src/xla_bridge.py"):
-        return None
     wanted = os.environ.get("JAX_PLATFORMS")
+    # An absent GPU with its plugin installed is a bare assertion of JAX that there is a backend.
+    no_backend = wanted and isinstance(error, AssertionError) and not error.args and getattr(
+        sys.modules.get("jax._src.xla_bridge"), "_default_backend", error) is None
+    if not no_backend and "Unable to initialize backend" not in str(error):
+        return None
     text = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
     return (f"{f'JAX_PLATFORMS={wanted}: ' if wanted else ''}{text or 'no such device here'}; set "
             "JAX_PLATFORMS to cpu, cuda or tpu as this machine has it, or unset it (ddpm doctor "

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from ddpm_jax.cli import start
@@ -29,12 +30,14 @@ def test_lines_about_an_absent_gpu_are_hidden_and_others_are_not(gpu, lines):
     assert done.stderr.count("another line\n") == 1 and done.stderr.endswith("after\n")
 
 
-def test_only_errors_of_starting_a_backend_are_explained():
-    assert start.backend_problem(RuntimeError("Unable to initialize backend")) is None
-    try:
-        raise AssertionError("elsewhere")
-    except AssertionError as error:
-        assert start.backend_problem(error) is None
+def test_only_errors_of_starting_a_backend_are_explained(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert start.backend_problem(RuntimeError("shapes differ")) is None
+    jax.devices()      # there is a backend: an assertion is about something else
+    assert start.backend_problem(AssertionError()) is None
+    found = start.backend_problem(RuntimeError(
+        "Unable to initialize backend 'x': no. (set JAX_PLATFORMS='' to automatically choose)"))
+    assert found.startswith("JAX_PLATFORMS=cpu: Unable to initialize backend 'x': no; set ")
 
 
 def test_flags_that_xla_knows_pass(monkeypatch):
