@@ -11,6 +11,7 @@ from ddpm_jax import checkpoints
 from ddpm_jax import sample as sampling
 from ddpm_jax.config import to_json
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import files
 from ddpm_jax.storage.lock import Lock
 
 
@@ -90,3 +91,14 @@ def test_sampling_refuses(straight, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         sample(straight, tmp_path / "full")
+
+
+def test_a_damaged_shard_of_an_older_version_is_drawn_again(tmp_path):
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    for k in range(2):
+        np.save(tmp_path / f"{k:05d}.npy", images)
+    (tmp_path / "00001.npy").write_bytes((tmp_path / "00001.npy").read_bytes()[:-1])
+    sampling._adopt_older_shards(files.resolve(tmp_path))
+    [shard] = tmp_path.iterdir()
+    with np.load(shard) as archive:
+        np.testing.assert_array_equal(archive["images"], images)
