@@ -10,6 +10,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 
 import numpy as np
 from etils import epath
@@ -138,17 +139,19 @@ def read_json(path):
 def whole_file(path):
     """Opens ``path`` for writing bytes; readers see the old file or the new one, whole.
 
-    Makes the folder. A library that needs a name writes to that of the file (local paths only).
-    An address gets its object at the end, from memory. UserError where it cannot be written;
-    then, and after any error inside, no trace is left.
+    Makes the folder. A library that needs a name writes to that of the file, which for an address
+    lies on this machine until it is sent. UserError where it cannot be written; then, and after any
+    error inside, no trace is left.
     """
     target = epath.Path(path)
     if is_remote(path):
-        buffer = io.BytesIO()
-        yield buffer
-        with storage_errors(path, "write"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(buffer.getbuffer())
+        with tempfile.TemporaryDirectory(prefix="ddpm_send_") as folder:
+            local = pathlib.Path(folder, "file")
+            with storage_errors(local, "write"), open(local, "xb") as file:
+                yield file
+            with storage_errors(path, "write"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(local.read_bytes())
         return
     temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(4)}{PARTIAL}"
     try:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats.safetensors import open_safetensors, save_safetensors
+from ddpm_jax.storage import files
 
 
 def arrays():
@@ -47,6 +48,13 @@ def test_equal_weights_give_equal_bytes_that_others_may_read(tmp_path):
     assert open_safetensors(tmp_path / "0")[1] == {k: str(v) for k, v in facts.items()}
     (tmp_path / "plain").touch()
     assert (tmp_path / "0").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # gcsfs leaves its session open
+def test_a_bucket_gets_the_same_bytes(tmp_path, storage):
+    save_safetensors(arrays(), f"{storage}/weights/x.safetensors", {"a": 1, "b": 2})
+    save_safetensors(arrays(), tmp_path / "x", {"a": 1, "b": 2})
+    assert files.read_bytes(f"{storage}/weights/x.safetensors") == (tmp_path / "x").read_bytes()
 
 
 def test_bfloat16_reads_as_float32(tmp_path):
