@@ -96,13 +96,15 @@ def _reason(path, error, advice) -> str:
 
 
 def exists(path) -> bool:
-    return epath.Path(path).exists()
+    with storage_errors(path, "read", advice=""):
+        return epath.Path(path).exists()
 
 
 def listing(folder) -> list:
     """Names in a folder, sorted; [] where there is none."""
-    folder = epath.Path(folder)
-    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    with storage_errors(folder, "list", advice=""):
+        folder = epath.Path(folder)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
 
 
 def read_bytes(path) -> bytes:
@@ -204,11 +206,12 @@ def write_npz(path, arrays: dict) -> None:
 
 def remove(path) -> None:
     """A file or folder with all in it; nothing where there is none."""
-    path = epath.Path(path)
-    if path.is_dir():
-        path.rmtree()
-    elif path.exists():
-        path.unlink()
+    with storage_errors(path, "remove", advice=""):
+        path = epath.Path(path)
+        if path.is_dir() and not os.path.islink(path):
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,21 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
         files.write_bytes(tmp_path / "file/x", b"")
     with pytest.raises(UserError, match="not a readable .npz"):
         files.read_npz(tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot read .*folder: Is a directory$"):
+        files.read_bytes(tmp_path / "folder")
+    with pytest.raises(UserError, match="cannot write .*folder: Is a directory; free space or"):
+        files.write_bytes(tmp_path / "folder", b"")
+
+
+def test_remove(tmp_path):
+    for name in ("kept/file", "gone/inner/file", "file"):
+        files.write_bytes(tmp_path / name, b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    for name in ("gone", "file", "link", "broken", "absent", "absent/too"):
+        files.remove(tmp_path / name)
+    assert files.listing(tmp_path) == ["kept"] and files.exists(tmp_path / "kept/file")
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # gcsfs leaves its session open
