@@ -105,7 +105,7 @@ def test_an_absent_field_counts_as_diffusers_own_default(field):
 
 @pytest.mark.parametrize("change", [
     {"variance_type": "learned_range"}, {"variance_type": "fixed_large_log"},
-    {"prediction_type": "v_prediction"}, {"beta_schedule": "sigmoid"}, {"thresholding": True},
+    {"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"thresholding": True},
     {"clip_sample_range": 2.0}, {"steps_offset": 1}, {"rescale_betas_zero_snr": True},
     {"trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 0}, {"a_new_field": 3},
 ])
@@ -123,6 +123,8 @@ def test_accepted_variants():
     assert found["diffusion"]["schedule"]["name"] == "quad"
     assert found["diffusion"]["predict"] == "x_start"
     assert found["sampler"]["clip_denoised"] is False
+    assert chain_fields({**CHURCH_CHAIN, "prediction_type": "v_prediction"})["diffusion"][
+        "predict"] == "v"
     assert chain_fields({**CHURCH_CHAIN, "tensor_format": "pt", "predict_epsilon": True}) == (
         chain_fields(CHURCH_CHAIN))
     old = chain_fields({**CHURCH_CHAIN, "predict_epsilon": False, "skip_prk_steps": True})
@@ -134,6 +136,7 @@ def test_accepted_variants():
 @pytest.mark.parametrize("sections, word", [
     ({"model": {"space_to_depth": 2}}, "space_to_depth=2"),
     ({"diffusion": {"variance": "learned", "loss": "kl"}}, "variance=learned"),
+    ({"diffusion": {"variance": "learned_range", "loss": "kl"}}, "learned_range"),
     ({"diffusion": {"predict": "x_prev"}}, "predict=x_prev"),
 ])
 def test_what_diffusers_does_not_have_is_refused_on_the_way_out(sections, word):
@@ -156,6 +159,14 @@ def test_exported_json_reads_back_as_the_same_config():
                     continue  # diffusers ties it to the variance: fixed_small has a floor there
                 value = list(value) if isinstance(value, tuple) else value
                 assert config[section][field] == value, (name, section, field)
+
+
+@pytest.mark.parametrize("ours, theirs", [(None, True), (True, True), (False, False)])
+def test_clipping_is_on_unless_it_is_turned_off(ours, theirs):
+    config = to_json(small_config(sampler={"clip_denoised": ours}))
+    chain = scheduler_config(config, [])
+    assert chain["clip_sample"] is theirs
+    assert (chain_fields(chain)["sampler"]["clip_denoised"] is not False) is theirs
 
 
 def test_laws_that_diffusers_lacks_are_written_out():

@@ -244,8 +244,9 @@ def test_fifty_steps_on_the_same_noise_give_the_same_images(tmp_path, monkeypatc
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("variance, first", [("fixed_large", "next"), ("fixed_small", "floor")])
-def test_every_step_of_the_released_chains(monkeypatch, variance, first):
+@pytest.mark.parametrize("variance, first, predict", [
+    ("fixed_large", "next", "eps"), ("fixed_small", "floor", "eps"), ("fixed_small", "floor", "v")])
+def test_every_step_of_the_released_chains(monkeypatch, variance, first, predict):
     """diffusers computes its tables in float32: 1e-4 of the image's range is what that costs."""
     lib = pytest.importorskip("diffusers")
     import torch
@@ -255,13 +256,14 @@ def test_every_step_of_the_released_chains(monkeypatch, variance, first):
     from ddpm_jax.diffusion.schedule import linear, make_schedule
 
     scheduler = lib.DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-                                  variance_type=variance, clip_sample=True)
+                                  variance_type=variance, clip_sample=True,
+                                  prediction_type={"eps": "epsilon", "v": "v_prediction"}[predict])
     schedule = make_schedule(linear(1000), first_log_variance=first)
 
     @jax.jit
-    def step(x, eps, t, noise):
+    def step(x, output, t, noise):
         prediction = p_mean_variance(
-            schedule, eps, x, jnp.full(1, t), predict=PARAMETERIZATIONS["eps"],
+            schedule, output, x, jnp.full(1, t), predict=PARAMETERIZATIONS[predict],
             variance=VARIANCES[variance], clip_denoised=True)
         return ancestral_step(schedule, prediction, x, t, noise)[0]
 
@@ -272,10 +274,11 @@ def test_every_step_of_the_released_chains(monkeypatch, variance, first):
         x_0, e, wrong, noise = r.uniform(-1, 1, (4, 1, 4, 4, 3))
         noise, e = 3 * noise, 2 * e
         x = np.float32(np.sqrt(kept[t]) * x_0 + np.sqrt(1 - kept[t]) * e)
-        eps, noise = np.float32(e + 0.2 * wrong), np.float32(noise)
+        target = {"eps": e, "v": np.sqrt(kept[t]) * e - np.sqrt(1 - kept[t]) * x_0}[predict]
+        output, noise = np.float32(target + 0.2 * wrong), np.float32(noise)
         feed_noise(monkeypatch, [noise])
-        theirs = scheduler.step(to_torch(eps), t, to_torch(x)).prev_sample
-        worst = max(worst, np.abs(from_torch(theirs) - np.asarray(step(x, eps, t, noise))).max())
+        theirs = scheduler.step(to_torch(output), t, to_torch(x)).prev_sample
+        worst = max(worst, np.abs(from_torch(theirs) - np.asarray(step(x, output, t, noise))).max())
     print(variance, "largest difference of a step:", worst)
     assert worst < 2e-4
     assert isinstance(theirs, torch.Tensor)

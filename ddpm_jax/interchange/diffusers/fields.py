@@ -67,7 +67,7 @@ _VARIANCES = {
     "fixed_small_log": {"variance": "fixed_small", "first_log_variance": "floor"},
     "fixed_large": {"variance": "fixed_large", "first_log_variance": "next"},
 }
-_PREDICTIONS = {"epsilon": "eps", "sample": "x_start"}
+_PREDICTIONS = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
 _PREDICT_EPSILON = {True: "eps", False: "x_start"}
 
 
@@ -163,7 +163,9 @@ def chain_fields(config: Mapping, where="scheduler config") -> dict:
     return {
         "diffusion": {**_training_fields(config, where),
                       **_row(_VARIANCES, config, "variance_type", "fixed_small", where)},
-        "sampler": {"clip_denoised": bool(config.get("clip_sample", True)), "steps": 0},
+        # None: clipped by the samplers that can.
+        "sampler": {"clip_denoised": None if config.get("clip_sample", True) else False,
+                    "steps": 0},
     }
 
 
@@ -199,8 +201,8 @@ def unet_config(model: UNet) -> dict:
         raise UserError(f"config.model.space_to_depth={model.space_to_depth}: UNet2DModel has no "
                         "space-to-depth; only 1 can be exported")
     if model.out_channels != model.in_channels:
-        raise UserError("config.diffusion.variance=learned: diffusers reads a learned variance "
-                        "differently (as a variance, not a log-variance); not exportable")
+        raise UserError("config.diffusion.variance=learned or learned_range: a network with two "
+                        "outputs cannot be exported (diffusers reads the second one differently)")
     attending = {s.size for s in model.stages()
                  if s.kind == "attention" and s.name.startswith("down_")}
     sizes = [model.image_size >> i for i in range(len(model.ch_mult))]
@@ -248,7 +250,7 @@ def scheduler_config(config: Mapping, betas) -> dict:
         "beta_schedule": theirs or "linear",
         "trained_betas": None if theirs else [float(b) for b in betas],
         "variance_type": diffusion["variance"],
-        "clip_sample": bool(config["sampler"]["clip_denoised"]),
+        "clip_sample": config["sampler"]["clip_denoised"] is not False,
         "prediction_type": predictions[diffusion["predict"]],
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
