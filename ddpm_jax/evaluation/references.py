@@ -5,11 +5,17 @@ import hashlib
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import moments
+from ddpm_jax.formats import lazy, npy
+from ddpm_jax.formats.torch_pickle import open_torch
 from ddpm_jax.storage import files
 
 TEXT = ("dataset", "split", "protocol", "weights_sha256", "images_sha256", "versions")
+NAMES = (("mu", "m"), ("sigma", "s"))      # of mean and covariance, in files of other tools too
+KNOWN = {"mu", "m", "sigma", "s", "pool_3", "n", "image_shape", "features", *TEXT}
 
 
 class Reference(NamedTuple):
@@ -54,13 +60,23 @@ def save(path, reference: Reference, *, overwrite: bool = False) -> None:
 
 
 def load(path) -> Reference:
-    """A file of `save`, or another tool's npz with mu and sigma (TTUR, EDM), without provenance."""
-    arrays = files.read_npz(path)
-    missing = {"mu", "sigma"} - arrays.keys()
+    """A file of `save`, or of another tool (TTUR, pytorch-fid, EDM, torch-fidelity; an .npz with
+    pool_3 features), without provenance. Nothing that is pickled in it is run."""
+    if epath.Path(path).is_dir():
+        raise UserError(f"--reference={path} is a folder: make statistics of its images once, "
+                        f"`ddpm reference --dataset=folder --data_dir={path} --out=FILE.npz`")
+    arrays = _read_npz(path) if str(path).endswith(".npz") else _read_pickle(path)
+    mu, sigma = (next((arrays[name] for name in names if name in arrays), None)
+                 for names in NAMES)
+    if mu is None and sigma is None and "pool_3" in arrays:
+        arrays = {"features": np.asarray(arrays["pool_3"], np.float32),
+                  "n": len(arrays["pool_3"])}
+        mu, sigma = moments.mean_and_cov(arrays["features"])
+    missing = [names[0] for names, a in zip(NAMES, (mu, sigma), strict=True) if a is None]
     if missing:
-        names = " and no ".join(sorted(missing))
-        raise UserError(f"{path} has no {names}: not reference statistics")
-    mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+        raise UserError(f"{path} has no {' and no '.join(missing)} (it has "
+                        f"{', '.join(map(str, arrays)) or 'nothing'}): not reference statistics")
+    mu, sigma = np.squeeze(np.asarray(mu, np.float64)), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit; expected [D] "
                         "and [D,D]")
@@ -71,6 +87,34 @@ def load(path) -> Reference:
         mu, sigma, int(arrays["n"]) if "n" in arrays else None, **facts,
         image_shape=tuple(map(int, arrays["image_shape"])) if "image_shape" in arrays else None,
         features=arrays.get("features"), path=str(path))
+
+
+def _read_npz(path) -> dict:
+    """The arrays that `load` takes; of the others the names (some tools store images beside)."""
+    try:
+        with files.on_disk(path) as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] if name in KNOWN else None for name in archive.files}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip or array raises nearly anything
+        raise UserError(f"{path} is not a readable .npz of plain arrays: {error}") from error
+
+
+def _read_pickle(path) -> dict:
+    """A mapping in a .npy, .pkl or .pt file; EDM2 has the statistics of FID below "fid"."""
+    content = files.read_bytes(path)
+    if content.startswith(b"\x93NUMPY"):
+        found = npy.read_npy(content, path)
+    else:
+        try:
+            found = npy.read_pickle(content, path)
+        except UserError:
+            if not content.startswith(b"PK"):
+                raise
+            found = {name: lazy.load(a) for name, a in open_torch(path, content).items()}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no mapping with mu and sigma: not reference statistics")
+    return found.get("fid", found)
 
 
 def differences(reference: Reference, **expected) -> list[str]:

@@ -3,8 +3,10 @@
 ``np.save`` of a dict writes a pickle of an array of one object; see restricted_pickle.
 """
 
+import contextlib
 import io
 import re
+import zipfile
 
 import numpy as np
 
@@ -53,23 +55,44 @@ def _plain(value):
     return value
 
 
+def _dict(file) -> dict:
+    value = _plain(restricted_pickle.load(file, _names(), _ADVICE))
+    if not isinstance(value, dict):
+        raise UserError(f"it holds a {type(value).__name__}, not a dict of arrays")
+    return value
+
+
+@contextlib.contextmanager
+def _problems(path, kind):
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path}: not a readable {kind} ({error})") from error
+
+
 def read_npy(content: bytes, path) -> np.ndarray | dict:
     """The array in the bytes of a .npy file, or the dict {name: array, number or text} in it.
 
     Raises UserError, naming ``path``, for a damaged file, code, or other objects.
     """
     file = io.BytesIO(content)
-    try:
+    with _problems(path, ".npy file"):
         version = np.lib.format.read_magic(file)
         read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
         _, _, dtype = read_header(file)
-        if not dtype.hasobject:
-            return np.load(io.BytesIO(content), allow_pickle=False)
-        value = _plain(restricted_pickle.load(file, _names(), _ADVICE))
-        if not isinstance(value, dict):
-            raise UserError(f"it holds a {type(value).__name__}, not a dict of arrays")
-        return value
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path}: not a readable .npy file ({error})") from error
+        if dtype.hasobject:
+            return _dict(file)
+        return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def read_pickle(content: bytes, path) -> dict:
+    """The dict of arrays in a pickle, or in a PyTorch zip of numpy's arrays; raises as above."""
+    file = io.BytesIO(content)
+    with _problems(path, "pickle of a dict"):
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(file) as archive:
+                name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+                file = io.BytesIO(archive.read(name))
+        return _dict(file)

@@ -113,6 +113,18 @@ def read_bytes(path) -> bytes:
         return epath.Path(path).read_bytes()
 
 
+def on_disk(path):
+    """The file, opened for reading; one at an address is copied to a temporary file."""
+    with storage_errors(path, "read", advice=""):
+        if not is_remote(path):
+            return open(path, "rb")
+        copy = tempfile.TemporaryFile()
+        with epath.Path(path).open("rb") as file:
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        return copy
+
+
 def read_npz(path) -> dict:
     """{name: array}; UserError where the file is no npz. Pickled objects are refused."""
     content = read_bytes(path)
