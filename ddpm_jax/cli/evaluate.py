@@ -22,6 +22,7 @@ from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import features, image_files
 from ddpm_jax.evaluation.evaluate import check_options, evaluate, evaluate_run
+from ddpm_jax.evaluation.metrics import options_read
 from ddpm_jax.evaluation.options import NN_QUERIES, REAL_BATCH, Options, StoppedError
 from ddpm_jax.evaluation.records import shown, write_results
 from ddpm_jax.evaluation.session import Session, Splits, session_of
@@ -34,6 +35,7 @@ from ddpm_jax.storage import files
 OPTIONS = ("protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
            "nodes", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
            "force", "keep_images", "crop")
+NOT_ALWAYS_READ = (*OPTIONS, "splits", "step", "ema", "dataset", "data_dir", "overwrite")
 
 
 def define_inception_flags(define):
@@ -48,8 +50,8 @@ def define_flags(define):
     define.workdir()
     define.weights()
     define_inception_flags(define)
-    define.path("samples", None, "evaluate these images instead: a folder of PNG, or an .npz with "
-                "arr_0 uint8 [N,H,W,C]")
+    define.path("samples", None, "evaluate these images instead: a folder of PNG (also of `ddpm "
+                "sample`), or an .npz or .npy with uint8 [N,H,W,C]")
     define.string("metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
     define.integer("num", None, "generated images; default: 50,000 for fid and is, 16 for nn "
                    "alone, else 5,000")
@@ -57,7 +59,8 @@ def define_flags(define):
     define.list("splits", None, "splits for bits/dim; default: train and test")
     define.string("quantise", None, "round, truncate or none: how the model's output becomes grey "
                   "levels; default: the protocol's")
-    define.path("reference", None, "statistics of real images, by `ddpm reference`")
+    define.path("reference", None, "statistics of real images, by `ddpm reference` or another "
+                "tool (mu and sigma)")
     define.string("dataset", None, "with --samples: real images for nn and offline")
     define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
     define.path("classifier_dir", None, "where the small classifiers are kept; default: the "
@@ -84,8 +87,20 @@ def _options(values) -> Options:
         **{name: getattr(values, name) for name in OPTIONS})
 
 
+def _refuse_unread(values, options):
+    """Raise UserError for a flag that has no effect on these metrics of a run or of images."""
+    read = options_read(options.metrics, of_model=not values.samples)
+    for name in NOT_ALWAYS_READ:
+        if values[name].present and name not in read:
+            raise UserError(
+                f"--{name} has no effect on --metrics={','.join(options.metrics)} of "
+                f"{'--samples' if values.samples else '--workdir'}; leave it out")
+
+
 def _of_samples(values, options, stop):
     images = image_files.open_images(values.samples)
+    for note in images.notes:
+        say(note)
     out = values.out or values.workdir
     session = Session(
         RUNNERS["jit"](jax.devices()), values.dataset and Splits(
@@ -103,7 +118,8 @@ def _of_samples(values, options, stop):
 def _of_run(values, options, stop):
     workdir = files.resolve(common.required(values, "workdir"))
     exp, params, step, facts = load_run(workdir, step=values.step, ema=values.ema)
-    session = session_of(exp, folder=f"{workdir}/evaluation/{step}", stop=stop, say=say)
+    session = session_of(exp, values.data_dir, folder=f"{workdir}/evaluation/{step}", stop=stop,
+                         say=say)
     model = features.Model(exp, params, facts | {"workdir": str(workdir)})
     records, pictures = evaluate_run(model, options, session)
     return step, records, pictures, values.out or str(workdir)
@@ -115,6 +131,7 @@ def main(values, words):
         raise UserError("--workdir=DIR (a run) or --samples=FOLDER_OR_NPZ is missing")
     options = _options(values)
     check_options(options, of_model=not values.samples)
+    _refuse_unread(values, options)
     stop, _ = common.join(values)
     try:
         step, records, pictures, out = (_of_samples if values.samples else _of_run)(

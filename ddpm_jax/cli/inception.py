@@ -27,6 +27,8 @@ def _convert(values, source, target):
 
 
 def _check(values, path=None):
+    if values["overwrite"].present:
+        raise UserError("--overwrite has no effect on inception check; leave it out")
     found = weights.load(weights.find(path), allow_unknown=values.allow_unknown_weights)
     error = weights.fingerprint_error(found)
     print(f"{found.path}: tensors sha256 {found.state_sha256}")

@@ -5,6 +5,7 @@ from ddpm_jax.evaluation import features, protocols, references
 from ddpm_jax.evaluation.inception import weights
 from ddpm_jax.evaluation.metrics import (
     COLLECTIVE,
+    FEATURES,
     METRICS,
     MODEL,
     REALS,
@@ -91,6 +92,21 @@ def load_weights(options: Options) -> weights.Weights:
     return found
 
 
+def _check_features(options, protocol, reference):
+    """Raises UserError where a metric compares with features that the reference lacks."""
+    for name in options.metrics:
+        if FEATURES not in METRICS[name].needs:
+            continue
+        if reference.features is None:
+            raise UserError(f"{name} needs the reference's features, and {reference.path} has "
+                            "none; make it with `ddpm reference --features=10000`")
+        least = METRICS[name].least(protocol)
+        if len(reference.features) < least:
+            raise UserError(f"{name} needs the features of {least} real images or more, and "
+                            f"{reference.path} has {len(reference.features)}; make it with `ddpm "
+                            "reference --features=10000`")
+
+
 def _load_reference(options, protocol, subject, inception, dataset, sources) -> tuple:
     """-> (Reference, warnings); sources: {split: Source} that are opened anyway."""
     if not options.reference:
@@ -98,6 +114,7 @@ def _load_reference(options, protocol, subject, inception, dataset, sources) -> 
                         "real images; make them once with `ddpm reference --dataset=NAME "
                         "--split=train --out=FILE`")
     reference = references.load(options.reference)
+    _check_features(options, protocol, reference)
     return reference, references.check(
         reference, force=options.force, protocol=protocols.describe(protocol),
         weights_sha256=inception.state_sha256, image_shape=subject.image_shape,
@@ -125,8 +142,9 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
     if any("inception" in row.parts for row in rows):
         inception = load_weights(options)
     if REFERENCE in needs:
+        dataset = None if session.sources is None else session.sources.name
         reference, warnings = _load_reference(
-            options, protocol, subject, inception, session.sources and session.sources.name,
+            options, protocol, subject, inception, dataset,
             session.sources if REALS in needs else {})
     for text in warnings:
         session.say(f"warning: {text}")
@@ -144,9 +162,10 @@ def evaluate(subject: features.Subject, options: Options, session: Session) -> t
     Raises StoppedError where a signal ended it, UserError before any image is sampled where
     something that a metric needs is missing.
     """
+    num = number_of_samples(subject, options, check_options(
+        options, of_model=subject.model is not None))
     context = make_context(subject, options, session)
     options = context.options
-    num = number_of_samples(subject, options, context.protocol)
     rows = [METRICS[name] for name in options.metrics]
     samples = _collect_samples(context, rows, num)
     values, pictures, records = {}, {}, []

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import moments, neighbours, scores, small_cnn
 from ddpm_jax.evaluation.frechet import frechet_distance
 
@@ -25,20 +24,13 @@ def fid(pool_3, reference) -> dict:
     return values
 
 
-def _reference_features(reference, metric):
-    if reference.features is None:
-        raise UserError(f"{metric} needs the reference's features, and {reference.path} has none; "
-                        "make it with `ddpm reference --features=10000`")
-    return reference.features
-
-
 def kid(pool_3, reference) -> dict:
-    return scores.kid(_reference_features(reference, "kid"), pool_3)
+    return scores.kid(reference.features, pool_3)
 
 
 def precision_recall(pool_3, reference) -> dict:
     """In pool_3 (ADM's choice), equal numbers on both sides, at most the features stored."""
-    real = _reference_features(reference, "pr")
+    real = reference.features
     n = min(len(real), len(pool_3))
     return scores.precision_recall(real[:n], pool_3[:n]) | {
         "precision_recall_n": n, "precision_recall_space": "pool_3"}

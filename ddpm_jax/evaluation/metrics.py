@@ -55,7 +55,8 @@ class Metric(NamedTuple):
     """parts: of `extract.PARTS`, taken of every sample (() where no sample is needed; SPACE: the
     best features at hand); needs: what must be there besides; num: samples by default; least: the
     fewest, by protocol; values: what the names of its main values begin with; along: whether these
-    are shown along the chain; implies: metrics of a model that belong to it."""
+    are shown along the chain; implies: metrics of a model that belong to it; options: those that
+    no other metric reads."""
     compute: Callable
     parts: tuple = ()
     needs: frozenset = frozenset()
@@ -64,9 +65,11 @@ class Metric(NamedTuple):
     values: tuple = ()
     along: bool = False
     implies: tuple = ()
+    options: tuple = ()
 
 
-REFERENCE, REALS, MODEL = "reference", "reals", "model"      # what a metric may need
+# What a metric may need: statistics of real images, their features too, the images, a model.
+REFERENCE, FEATURES, REALS, MODEL = "reference", "features", "reals", "model"
 COLLECTIVE = {REALS, MODEL}       # such a metric collects on all processes
 SPACE = "space"
 SPACES = ("inception", "classifier", "random")
@@ -230,17 +233,17 @@ def bits_per_dim(context, samples) -> Result:
 METRICS = {
     "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0, values=tuple(
         f"{name}_{{split}}" for name in ("bpd", "rate", "distortion", "prior", "rmse",
-                                         "eps_loss"))),
+                                         "eps_loss")), options=("bpd_num", "splits")),
     "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, values=("fid",),
                   along=True),
     "is": Metric(inception_score, ("inception",), num=REPORTED_NUM,
                  least=lambda protocol: scores.INCEPTION_SCORES[protocol.inception_score][1],
                  values=("{inception_score}",), along=True),
-    "kid": Metric(kid, ("inception",), frozenset({REFERENCE}), values=("kid",)),
-    "pr": Metric(precision_recall, ("inception",), frozenset({REFERENCE}),
+    "kid": Metric(kid, ("inception",), frozenset({REFERENCE, FEATURES}), values=("kid",)),
+    "pr": Metric(precision_recall, ("inception",), frozenset({REFERENCE, FEATURES}),
                  least=lambda protocol: scores.NEIGHBOURS + 1, values=("precision", "recall")),
     "nn": Metric(nearest_neighbours, ("images", SPACE), frozenset({REALS}), NN_QUERIES,
-                 least=lambda protocol: 1, values=("nn_",)),
+                 least=lambda protocol: 1, values=("nn_",), options=("crop",)),
     "offline": Metric(offline, _OFFLINE_PARTS, frozenset({REALS}), values=("FD-cnn", "FD-rand@"),
                       along=True, implies=("bpd",)),
 }
@@ -250,6 +253,24 @@ def with_implied(names) -> tuple:
     """These metrics and what they imply of a model."""
     implied = [name for metric in names for name in METRICS[metric].implies]
     return tuple(dict.fromkeys((*names, *implied)))
+
+
+def options_read(names, *, of_model: bool) -> set:
+    """The options, by the names of the flags, that these metrics read of a model or of images."""
+    rows = [METRICS[name] for name in (with_implied(names) if of_model else names)]
+    needs = frozenset().union(*(row.needs for row in rows))
+    parts = {part for row in rows for part in row.parts}
+    read = {name for row in rows for name in row.options} | {"batch_size", "protocol", "metrics"}
+    for names, used in ((("seed", "step", "ema"), of_model),
+                        (("sampler", "steps", "quantise"), of_model and parts),
+                        (("num", "keep_images"), parts),
+                        (("inception_weights", "allow_unknown_weights"), "inception" in parts),
+                        (("reference", "force"), REFERENCE in needs),
+                        (("classifier_dir",), parts & {"classifier", SPACE}),
+                        (("dataset",), REALS in needs and not of_model),
+                        (("data_dir",), REALS in needs)):
+        read |= set(names) if used else set()
+    return read
 
 
 def value_names(names, protocol, splits=("",)) -> tuple:

@@ -90,7 +90,7 @@ class Session:
         return found
 
 
-def session_of(exp, **fields) -> Session:
-    """The Session of an Experiment, with the data set of its config."""
+def session_of(exp, data_dir=None, **fields) -> Session:
+    """The Session of an Experiment, with the data set of its config (in ``data_dir``, if given)."""
     data = exp.config.data
-    return Session(exp.runner, Splits(data.name, data.dir, exp.image_shape), **fields)
+    return Session(exp.runner, Splits(data.name, data_dir or data.dir, exp.image_shape), **fields)

@@ -196,6 +196,21 @@ def test_a_disk_that_takes_no_more_is_one_message_and_no_number(classifiers, tmp
     (("--workdir=/absent", "--metrics=fid,x"), "--metrics=x is not known"),
     (("--workdir=/absent",), "no run here"),
     (("extra", "--workdir=/absent"), "unexpected argument 'extra'"),
+    (("--samples=x", "--metrics=fid", "--sampler=ddim"), "--sampler has no effect .* of --samples"),
+    (("--samples=x", "--metrics=fid", "--seed=1"), "--seed has no effect"),
+    (("--samples=x", "--metrics=fid", "--noema"), "--ema has no effect"),
+    (("--samples=x", "--metrics=fid", "--dataset=digits"), "--dataset has no effect"),
+    (("--samples=x", "--metrics=fid", "--quantise=round"), "--quantise has no effect"),
+    (("--workdir=x", "--metrics=bpd", "--num=5"), "--num has no effect on --metrics=bpd of --work"),
+    (("--workdir=x", "--metrics=bpd", "--reference=r.npz"), "--reference has no effect"),
+    (("--workdir=x", "--metrics=fid", "--splits=test"), "--splits has no effect"),
+    (("--workdir=x", "--metrics=fid", "--data_dir=d"), "--data_dir has no effect"),
+    (("--workdir=x", "--metrics=offline", "--dataset=digits"), "--dataset has no effect"),
+    (("--workdir=x", "--metrics=offline", "--crop=5"), "--crop has no effect"),
+    (("--workdir=x", "--metrics=nn", "--overwrite"), "--overwrite has no effect"),
+    (("--workdir=/absent", "--metrics=offline", "--bpd_num=5", "--splits=test", "--data_dir=d",
+      "--seed=1", "--num=9", "--sampler=ddim", "--steps=3", "--keep_images"), "no run here"),
+    (("--workdir=/absent", "--metrics=nn", "--crop=5", "--classifier_dir=c"), "no run here"),
 ])
 def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
     from ddpm_jax.cli import common, main

@@ -11,6 +11,7 @@ from ddpm_jax.evaluation.frechet import frechet_distance
 from ddpm_jax.evaluation.inception import network, weights
 from ddpm_jax.evaluation.make_reference import make_reference
 from ddpm_jax.evaluation.options import Options
+from ddpm_jax.evaluation.session import Session
 
 
 @pytest.mark.slow
@@ -66,7 +67,7 @@ def test_nan_stops_before_a_metric_is_written(tiny, tmp_path, monkeypatch):
                                   "Inception's weights are needed.*/absent"),
 ])
 def test_bad_options_are_one_line(changes, message, evaluate_images):
-    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images = np.zeros((12, 8, 8, 3), np.uint8)
     with pytest.raises(UserError, match=message):
         evaluate_images(images, Options()._replace(**changes))
 
@@ -75,6 +76,74 @@ def test_fid_without_a_reference_says_how_to_make_one(seeded_weights, evaluate_i
     options = Options(metrics=("fid",), inception_weights=str(seeded_weights))
     with pytest.raises(UserError, match="--reference=FILE is missing.*ddpm reference"):
         evaluate_images(np.zeros((2, 8, 8, 3), np.uint8), options)
+
+
+def small_reference(path, **arrays):
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048), **arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("metric, num, message", [
+    ("is", 9, "--num=9: is needs 10 images or more"), ("fid", 1, "fid needs 2"),
+    ("pr", 3, "pr needs 4"), ("kid", 1, "kid needs 2")])
+def test_too_few_images_are_refused_before_weights_are_read(metric, num, message, evaluate_images):
+    options = Options(metrics=(metric,), inception_weights="/absent")
+    with pytest.raises(UserError, match=message):
+        evaluate_images(np.zeros((num, 8, 8, 3), np.uint8), options)
+
+
+def test_a_reference_without_enough_features_is_refused_before(
+        seeded_weights, tmp_path, evaluate_images):
+    options = Options(metrics=("kid",), inception_weights=str(seeded_weights),
+                      reference=small_reference(tmp_path / "a.npz"))
+    images = np.zeros((12, 8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match="kid needs the reference's features.*--features=10000"):
+        evaluate_images(images, options)
+    few = small_reference(tmp_path / "b.npz", features=np.zeros((3, 2048), np.float32))
+    with pytest.raises(UserError, match="pr needs the features of 4 real images .* has 3"):
+        evaluate_images(images, options._replace(metrics=("pr",), reference=few))
+
+
+class CollectedError(Exception):
+    """The evaluation came as far as its first collection."""
+
+
+@pytest.mark.parametrize("metrics, opens", [
+    (("fid",), False), (("is",), False), (("bpd",), True), (("fid", "nn"), True)])
+def test_data_are_opened_only_for_metrics_of_real_images(
+        metrics, opens, tiny, seeded_weights, tmp_path, monkeypatch):
+    def collect(*args, **kwargs):
+        raise CollectedError
+
+    monkeypatch.setattr(Session, "collect", collect)
+    model, session = tiny(**{"data.name": "folder", "data.dir": str(tmp_path / "absent")})
+    options = Options(metrics=metrics, inception_weights=str(seeded_weights), force=True,
+                      reference=small_reference(tmp_path / "r.npz"))
+    with pytest.raises(UserError if opens else CollectedError):
+        evaluate_run(model, options, session)
+
+
+def test_every_listed_split_has_its_bits_per_dim(tiny, tmp_path):
+    from PIL import Image
+    for split in ("train", "test", "validation"):
+        folder = tmp_path / split / "a"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    fields = {"data.name": "folder", "data.dir": str(tmp_path)}
+    options = Options(metrics=("bpd",), splits=("validation",), batch_size=2)
+    model, session = tiny(**fields)
+    ((_, values, facts),), _ = evaluate_run(model, options, session)
+    assert values["bpd_validation"] > 0 and facts["images"]["validation"]["n"] == 3
+    assert "bpd_train" not in values and "bpd_test" not in values
+    with pytest.raises(UserError, match="--splits=val: folder has no split 'val'; it has train"):
+        evaluate_run(model, options._replace(splits=("val",)), session)
+    # A split that cannot be read is an error, also where it was not asked for by name.
+    for file in (tmp_path / "test" / "a").iterdir():
+        file.write_bytes(b"damaged")
+    model, session = tiny(**fields)
+    with pytest.raises(UserError, match="not a readable image"):
+        evaluate_run(model, options._replace(splits=None), session)
 
 
 def test_every_protocol_is_described_by_what_references_store():

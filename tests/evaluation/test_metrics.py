@@ -20,7 +20,8 @@ ROOT = ddpm_jax.__path__[0]
 def test_every_row_names_parts_and_needs_that_exist():
     for name, row in metrics.METRICS.items():
         assert set(row.parts) <= {*extract.PARTS, metrics.SPACE}, name
-        assert row.needs <= {metrics.REFERENCE, metrics.REALS, metrics.MODEL}, name
+        assert row.needs <= {metrics.REFERENCE, metrics.FEATURES, metrics.REALS,
+                             metrics.MODEL}, name
         assert set(row.implies) <= metrics.METRICS.keys() and (row.parts or not row.num), name
 
 
@@ -63,11 +64,14 @@ def project_files():
     return found
 
 
-@pytest.mark.parametrize("names", [
-    ("offline", "nn"), pytest.param(("fid",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names, words", [
+    (("offline", "nn"), ("--bpd_num=8", "--classifier_dir={tmp}")),
+    pytest.param(("fid",), ("--inception_weights={weights}", "--allow_unknown_weights",
+                            "--reference={tmp}/reference.npz", "--force"),
+                 marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("one_blas_thread")
 def test_no_file_is_entered_twice_on_the_way_to_a_number(
-        names, workdir, seeded_weights, tmp_path, monkeypatch):
+        names, words, workdir, seeded_weights, tmp_path, monkeypatch):
     """Walks the stack where a metric's function runs, and where rows come from the devices."""
     from ddpm_jax.cli import common, main
     monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
@@ -86,12 +90,10 @@ def test_no_file_is_entered_twice_on_the_way_to_a_number(
         monkeypatch.setitem(metrics.METRICS, name, row._replace(
             compute=watched(name, row.compute)))
     monkeypatch.setattr(hosts, "all_rows", watched("rows", hosts.all_rows))
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert main.main([
         "evaluate", f"--workdir={workdir}", f"--metrics={','.join(names)}", "--num=8",
-        "--bpd_num=8", f"--classifier_dir={tmp_path}", f"--inception_weights={seeded_weights}",
-        "--allow_unknown_weights", f"--reference={reference}", "--force"]) == 0
+        *(w.format(tmp=tmp_path, weights=seeded_weights) for w in words)]) == 0
     assert {*names, "rows"} <= seen.keys()
     for name, stacks in seen.items():
         for files in stacks:
