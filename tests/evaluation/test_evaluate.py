@@ -41,8 +41,8 @@ def test_reference_then_fid_is_the_formula_on_the_same_features(
     with pytest.raises(UserError, match="protocol is .*--force"):
         evaluate_images(fake, options._replace(protocol="monitor"))
     with pytest.raises(UserError, match=r"image_shape is \(8, 8, 3\)"):
-        evaluate_images(np.zeros((3, 16, 16, 3), np.uint8), options)
-    _, forced = evaluate_images(np.zeros((3, 16, 16, 3), np.uint8),
+        evaluate_images(np.zeros((12, 16, 16, 3), np.uint8), options)
+    _, forced = evaluate_images(np.zeros((12, 16, 16, 3), np.uint8),
                                 options._replace(metrics=("fid",), force=True))
     assert "forced: image_shape" in forced["warnings"][0]
     with pytest.raises(UserError, match="--num=11: there are only 10"):
