@@ -262,7 +262,7 @@ def options_read(names, *, of_model: bool) -> set:
     parts = {part for row in rows for part in row.parts}
     read = {name for row in rows for name in row.options} | {"batch_size", "protocol", "metrics"}
     for names, used in ((("seed", "step", "ema"), of_model),
-                        (("sampler", "steps", "quantise"), of_model and parts),
+                        (("sampler", "steps", "nodes", "quantise"), of_model and parts),
                         (("num", "keep_images"), parts),
                         (("inception_weights", "allow_unknown_weights"), "inception" in parts),
                         (("reference", "force"), REFERENCE in needs),
