@@ -1,9 +1,12 @@
 """Config files: load, check, store. Also what a resumed run may change."""
 
+import importlib.machinery
 import importlib.util
+import inspect
 import json
 import pathlib
 import traceback
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -46,40 +49,49 @@ def packaged_configs() -> list[str]:
     return sorted(p.stem for p in CONFIGS.glob("*.py") if not p.stem.startswith("_"))
 
 
-def config_path(name: str) -> str:
-    """A file's path as it is; the name of a packaged config ('cifar10') as that file's path.
+def config_path(name: str) -> tuple[str, str]:
+    """-> (file, argument for its get_config) of 'FILE', 'NAME', 'FILE:ARGUMENT' or 'NAME:ARGUMENT',
+    where NAME is a packaged config ('cifar10', whatever the current folder holds).
 
-    'NAME:ARG' hands ARG to the config. Raises UserError listing the packaged ones.
+    Raises UserError listing the packaged ones.
     """
-    file, colon, argument = name.partition(":")
-    if pathlib.Path(file).exists():
-        return name
-    packaged = CONFIGS / f"{pathlib.Path(file).stem}.py"
-    if file.count("/") <= (1 if file.startswith("configs/") else 0) and packaged.exists():
-        return f"{packaged}{colon}{argument}"
+    for file, argument in ((name, ""), name.rpartition(":")[::2]):
+        packaged = CONFIGS / f"{pathlib.Path(file).stem}.py"
+        if file in (packaged.stem, packaged.name) and packaged.exists():
+            return str(packaged), argument
+        if pathlib.Path(file).is_file():
+            return file, argument
+        if file == f"configs/{packaged.name}" and packaged.exists():
+            return str(packaged), argument
+    if pathlib.Path(name).is_dir():
+        raise UserError(f"--config={name} is a folder; a run's config is {name}/config.json")
     raise UserError(f"--config={name}: no such file, nor a packaged config; packaged: "
                     f"{', '.join(packaged_configs())}")
 
 
 def load_config(name: str) -> ConfigDict:
-    """The ConfigDict of a config file or packaged name (see ``config_path``), or of the config.json
-    of a run.
+    """The config of a Python file with ``get_config``, of a run's config.json, or a packaged one
+    (see ``config_path``).
 
     Raises UserError naming the line of the file for whatever goes wrong in it, and for a field that
     configs/default.py does not have.
     """
     if name.endswith(".json"):
-        return from_json(read_json(name))
-    path, _, argument = config_path(name).partition(":")
-    spec = importlib.util.spec_from_file_location("ddpm_config", path)
-    module = importlib.util.module_from_spec(spec)
+        config = from_json(read_json(name))
+        _check_fields(config, f"--config={name}")
+        return config
+    path, argument = config_path(name)
+    loader = importlib.machinery.SourceFileLoader("ddpm_config", path)
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader("ddpm_config", loader))
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"--config={name}: {_place(error, path)}{error}") from None
+    except Exception as error:  # the file is the user's: whatever it raises
+        raise UserError(f"--config={name}: {_place(error, path)}{error}; a config is a Python file "
+                        "with get_config(), or a run's config.json") from None
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config() returns {type(config).__name__}, not a "
                         "ConfigDict")
@@ -101,7 +113,49 @@ def _place(error, path) -> str:
              if frame.filename == path]
     if isinstance(error, SyntaxError):  # its message has file and line
         return "SyntaxError: "
-    return f"{path}, line {lines[-1]}: {type(error).__name__}: " if lines else f"{path}: "
+    place = f"{path}, line {lines[-1]}" if lines else path
+    return f"{place}: {type(error).__name__}: "
+
+
+def load_with_fields(name: str, fields) -> ConfigDict:
+    """``load_config``, locked, for a command line that then sets ``fields``: {'a.b': text}.
+
+    A beta schedule that is named there brings its own keywords, which may then be set. Raises
+    UserError for a field that does not exist, naming similar ones.
+    """
+    config = load_config(name)
+    schedule = config.diffusion.schedule
+    with config.unlocked():
+        use_schedule(config, fields.get("diffusion.schedule.name", schedule.name))
+    known = flatten(config.to_dict())
+    for field in fields:
+        if field not in known and not any(k.startswith(f"{field}.") for k in known):
+            near = did_you_mean(field, known, "--config.")
+            raise UserError(f"config has no field {field!r}{near}; the fields and their defaults "
+                            "are in configs/default.py")
+    return config.lock()
+
+
+def use_schedule(config: ConfigDict, name: str) -> None:
+    """Make ``name`` the beta schedule: its keywords are those given for it, else its defaults."""
+    law = row(BETAS, "diffusion.schedule.name", name)
+    old = config.diffusion.schedule.to_dict()
+    given = old if old["name"] == name else {}
+    config.diffusion.schedule = ConfigDict({"name": name} | _defaults(law) | given)
+
+
+def _defaults(function) -> dict:
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()
+            if p.default is not p.empty}
+
+
+def override(config: ConfigDict, fields: dict) -> None:
+    """Set fields, {'a.b': value}; a changed beta schedule takes its own keywords."""
+    name = fields.get("diffusion.schedule.name")
+    if name is not None and name != config.diffusion.schedule.name:
+        with config.unlocked():
+            use_schedule(config, name)
+    config.update_from_flattened_dict(fields)
 
 
 def to_json(config: ConfigDict) -> dict:
@@ -147,12 +201,22 @@ def flatten(config: dict, prefix="") -> dict:
 
 def differing_fields(old: dict, new: dict) -> list[str]:
     """Fields that a resume may not change and that differ, as 'field: old -> new'."""
-    old, new = flatten(old), flatten(new)
+    old, new = (flatten(_with_schedule_defaults(c)) for c in (old, new))
     return [
         f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
         for name in sorted({*old, *new})
         if old.get(name, None) != new.get(name, None) and not name.startswith(RESUME_MAY_CHANGE)
     ]
+
+
+def _with_schedule_defaults(config: dict) -> dict:
+    """A stored config with every keyword of its beta schedule, also those left to the default."""
+    diffusion = config.get("diffusion", {})
+    schedule = diffusion.get("schedule", {})
+    law = BETAS.get(schedule.get("name"))
+    if law is None:
+        return config
+    return config | {"diffusion": diffusion | {"schedule": _defaults(law) | schedule}}
 
 
 def row(registry: dict, field: str, name):
@@ -161,19 +225,95 @@ def row(registry: dict, field: str, name):
     return registry[name]
 
 
-def _at_least_1(config, *fields):
-    for field in fields:
-        value = config
-        for part in field.split("."):
-            value = value[part]
-        if value < 1:
-            raise UserError(f"config.{field}={value} must be at least 1")
+class Range(NamedTuple):
+    """Values from low to high, both included unless open. None, which leaves a choice, is one."""
+
+    low: float
+    high: float
+    whole: bool = True
+    open_low: bool = False
+    open_high: bool = False
+
+    def __str__(self):
+        if self.whole:
+            return f"a whole number in {self.low} ... {self.high}"
+        return (f"a number in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}"
+                f"{')' if self.open_high else ']'}")
+
+    def has(self, value) -> bool:
+        if value is None:
+            return True
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+
+def _real(low, high, open_low=False, open_high=False):
+    return Range(low, high, False, open_low, open_high)
+
+
+LARGEST, INT32 = 1e38, 2**31 - 1  # finite in float32
+# Every number of a config, by what reads it. Of tuples: each element.
+MODEL_RANGES = {
+    "seed": Range(0, 2**32 - 1),
+    "data.image_size": Range(1, 2**14),
+    "data.channels": Range(1, 2**10),
+    "data.threads": Range(1, 2**10),
+    "model.ch": Range(4, 2**14),
+    "model.ch_mult": Range(1, 2**10),
+    "model.num_res_blocks": Range(1, 2**10),
+    "model.attn_resolutions": Range(1, 2**14),
+    "model.dropout": _real(0, 1, open_high=True),
+    "model.num_groups": Range(1, 2**14),
+    "model.space_to_depth": Range(1, 2**14),
+    "diffusion.num_timesteps": Range(1, 10**6),
+    "diffusion.schedule.beta_start": _real(0, 1, open_low=True),
+    "diffusion.schedule.beta_end": _real(0, 1, open_low=True),
+    "diffusion.schedule.max_beta": _real(0, 1, open_low=True),
+    "diffusion.schedule.offset": _real(0, 1),
+    "sampler.steps": Range(0, 10**6),
+    "sampler.eta": _real(0, 1),
+    "sampler.batch_size": Range(1, 2**24),
+}
+TRAINING_RANGES = {
+    "train.steps": Range(1, INT32),
+    "train.batch_size": Range(1, 2**24),
+    "train.accumulation": Range(1, 2**24),
+    "train.steps_per_dispatch": Range(1, 2**20),
+    "train.log_every": Range(1, INT32),
+    "train.clip_norm": _real(0, LARGEST),
+    "train.clip_replicas": Range(1, 2**24),
+    "optimizer.learning_rate": _real(0, LARGEST),
+    "optimizer.warmup_steps": Range(0, INT32),
+    "optimizer.b1": _real(0, 1, open_high=True),
+    "optimizer.b2": _real(0, 1, open_high=True),
+    "optimizer.eps": _real(0, LARGEST, open_low=True),
+    "ema.decay": _real(0, 1, open_high=True),
+    "checkpoint.every": Range(1, INT32),
+    "checkpoint.keep": Range(1, INT32),
+    "checkpoint.keep_every": Range(0, INT32),
+    "eval.sample_every": Range(0, INT32),
+    "eval.sample_num": Range(1, INT32),
+    "eval.every": Range(0, INT32),
+    "eval.num": Range(1, INT32),
+    "eval.bpd_num": Range(1, INT32),
+}
+
+
+def _check_ranges(config, ranges):
+    fields = flatten(config.to_dict())
+    for field, allowed in ranges.items():
+        value = fields.get(field, ())  # a schedule has not every keyword
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not allowed.has(number):
+                raise UserError(f"config.{field}={value} must be {allowed}")
 
 
 def check_model(config: ConfigDict) -> None:
     """Raise UserError at the first field that cannot work in a model or its sampler."""
     diffusion = config.diffusion
-    _at_least_1(config, "diffusion.num_timesteps", "sampler.batch_size")
+    _check_ranges(config, MODEL_RANGES)
     row(DATASETS, "data.name", config.data.name)
     row(BETAS, "diffusion.schedule.name", diffusion.schedule.name)
     row(PARAMETERIZATIONS, "diffusion.predict", diffusion.predict)
@@ -182,8 +322,6 @@ def check_model(config: ConfigDict) -> None:
     sampler_row(config.sampler)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
     row(DTYPES, "model.dtype", config.model.dtype)
-    if not 0 <= config.model.dropout < 1:
-        raise UserError(f"config.model.dropout={config.model.dropout} must be in [0, 1)")
     if config.sampler.steps > diffusion.num_timesteps:
         raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
                         f"diffusion.num_timesteps={diffusion.num_timesteps}")
@@ -211,9 +349,7 @@ def check_training(config: ConfigDict, num_devices: int) -> None:
     """Raise UserError at the first field that cannot work in training on ``num_devices`` devices.
     """
     train, diffusion = config.train, config.diffusion
-    _at_least_1(config, "train.steps", "train.batch_size", "train.accumulation",
-                "train.steps_per_dispatch", "train.log_every", "checkpoint.every",
-                "checkpoint.keep")
+    _check_ranges(config, TRAINING_RANGES)
     row(LOSSES, "diffusion.loss", diffusion.loss)
     row(CLIP_SCOPES, "train.clip_scope", train.clip_scope)
     row(rng.GENERATORS, "train.random", train.random)

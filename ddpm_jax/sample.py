@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
-from ddpm_jax.config import from_json
+from ddpm_jax.config import from_json, override
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.experiment import build_model
@@ -31,7 +31,7 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
     if stored is None:
         raise UserError(f"--workdir={folder}: no run here (no config.json); train first")
     config = from_json(stored)
-    config.update_from_flattened_dict(overrides or {})
+    override(config, overrides or {})
     exp = build_model(config, devices)
     store = checkpoints.Checkpoints(folder, read_only=True)
     try:

@@ -18,7 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from ddpm_jax.compilation.cache import enable_compilation_cache
-from ddpm_jax.config import flatten, load_config, packaged_configs, to_json
+from ddpm_jax.config import (
+    flatten,
+    load_config,
+    load_with_fields,
+    packaged_configs,
+    to_json,
+)
 from ddpm_jax.diffusion.nodes import NODES
 from ddpm_jax.diffusion.sampling import SAMPLERS
 from ddpm_jax.errors import UserError, did_you_mean
@@ -33,24 +39,18 @@ class _PathParser(flags.ArgumentParser):
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """A config by `config.load_config`, locked: unknown fields are errors."""
+    """A config by `config.load_with_fields`, with the fields that the command line sets."""
 
     def __init__(self, words):
         self._words = words
 
     def parse(self, argument):
-        config = load_config(os.path.expanduser(argument))
-        known = flatten(to_json(config))
-        for word in self._words:
-            field = re.match(r"--?(?:no)?config\.([\w.]+)|", word)[1]
-            # A law's keywords are its own; ml_collections checks them against those that are there.
-            if field and not field.startswith("diffusion.schedule.") and not any(
-                    f"{name}.".startswith(f"{field}.") for name in known):
-                near = did_you_mean(field, known, "--config.")
-                raise UserError(f"config has no field {field!r}{near}; the fields and their "
-                                "defaults are in configs/default.py")
-        config.lock()
-        return config
+        fields = {}
+        for word, following in zip(self._words, [*self._words[1:], ""], strict=True):
+            match = re.match(r"--?(?:no)?config\.([\w.]+)(=?)(.*)", word, re.DOTALL)
+            if match:
+                fields[match[1]] = match[3] if match[2] else following
+        return load_with_fields(os.path.expanduser(argument), fields)
 
 
 class _ListFlag(flags.MultiFlag):

@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.config import flatten, load_config, override, to_json
 from ddpm_jax.configs import cifar10_table2
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.options import Options
@@ -74,8 +74,7 @@ def cell_config(request: Request, name: str):
         except ValueError:
             parsed = value
         try:
-            config.update_from_flattened_dict({field: tuple(parsed) if isinstance(parsed, list)
-                                               else parsed})
+            override(config, {field: tuple(parsed) if isinstance(parsed, list) else parsed})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"--set={text}: {error}") from None
     return config
