@@ -95,14 +95,14 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     Raises UserError naming the field that is unknown or impossible.
     """
     check_model(config)
+    runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
     data, model, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
     init_params = jax.jit(lambda: _init_params(model, config.seed))  # traced once for both uses
     return Experiment(
         config=config, image_shape=(data.image_size, data.image_size, data.channels),
-        schedule=schedule, betas=betas, model=model,
-        runner=RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices),
+        schedule=schedule, betas=betas, model=model, runner=runner,
         init_params=init_params, abstract_params=jax.eval_shape(init_params))
 
 

@@ -163,9 +163,9 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
         with contextlib.closing(_Log(exp, writer, watchdog, step)) as log, _reports(run) as report:
             watchdog.pause()
             outcome = fit(
-                carry, step=step, last=last, max_steps=program.max_steps, dispatch=program.step,
-                arguments=arguments, hooks=_hooks(run), on_dispatch=report, on_metrics=log,
-                should_stop=stop.requested, fetch=fetch, last_good=store.latest,
+                carry, step=step, last=last, program=program, arguments=arguments,
+                hooks=_hooks(run), on_dispatch=report, on_metrics=log, should_stop=stop.requested,
+                fetch=fetch, last_good=store.latest,
                 save=functools.partial(_save_at_end, run))
         watchdog.pause()
         store.wait()

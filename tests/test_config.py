@@ -164,7 +164,7 @@ def test_keywords_left_to_the_default_are_no_other_run():
     ("trian.steps", "train.steps"), ("steps", "train.steps"), ("model.attn_resolution",
      "model.attn_resolutions"), ("optimizer.lerning_rate", "optimizer.learning_rate")])
 def test_a_misspelt_field_names_a_similar_one(field, wanted):
-    with pytest.raises(UserError, match=f"no field '{field}' .did you mean --config.{wanted}"):
+    with pytest.raises(UserError, match=f"no field .{field}. .did you mean .*--config.{wanted}"):
         load_with_fields("cifar10", {field: "1"})
 
 

@@ -38,7 +38,7 @@ def test_every_shipped_config_builds_and_traces(name):
 
 @pytest.mark.parametrize("field, value, message", [
     ("data.name", "imagenet", "config.data.name='imagenet' is not known; known: digits"),
-    ("diffusion.predict", "v", "known: eps, x_start, x_prev"),
+    ("diffusion.predict", "w", "known: eps, x_start, x_prev"),
     ("diffusion.schedule.name", "log", "known: linear, quad"),
     ("parallel.runner", "gspmd", "known: jit, pmap, shard_map"),
     ("model.dtype", "float16", "known: float32, bfloat16"),

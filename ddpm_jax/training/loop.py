@@ -52,17 +52,18 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
 
 
 def fit(
-    state, *, step, last, max_steps, dispatch, arguments, hooks, on_metrics, should_stop, fetch,
+    state, *, step, last, program, arguments, hooks, on_metrics, should_stop, fetch,
     on_dispatch=lambda: None, last_good=lambda: None, save=lambda step, state: None,
 ) -> Outcome:
     """Run updates ``step`` ... ``last``-1.
 
-    dispatch(state, *arguments(n)) -> (state, metrics on device, each [>= n]) runs n <= max_steps
-    updates and returns before they are done; fetch(metrics) waits for them. The metrics of one
-    dispatch are read after the next is under way, but before any hook acts on the state they belong
-    to. on_dispatch() is called after each dispatch, on_metrics(step, {name: [n]}) with numpy.
-    should_stop(step) is called once a dispatch, and after hooks. save(step, state) is called where
-    a stop or an error, other than divergence, ends the loop; then the error is raised.
+    program.step(state, *arguments(n)) -> (state, metrics on device, each [>= n]) dispatches n <=
+    program.max_steps updates and returns before they are done; fetch(metrics) waits for them. The
+    metrics of one dispatch are read after the next is under way, but before any hook acts on the
+    state they belong to. on_dispatch() is called after each dispatch, on_metrics(step,
+    {name: [n]}) with numpy. should_stop(step) is called once a dispatch, and after hooks.
+    save(step, state) is called where a stop or an error, other than divergence, ends the loop; then
+    the error is raised.
     """
     cadences = [h.every for h in hooks]
     pending = None
@@ -75,8 +76,8 @@ def fit(
     stopped = False
     try:
         while step < last and not stopped:
-            n = min(max_steps, next_stop(step, last, cadences) - step)
-            state, metrics = dispatch(state, *arguments(n))
+            n = min(program.max_steps, next_stop(step, last, cadences) - step)
+            state, metrics = program.step(state, *arguments(n))
             on_dispatch()
             previous, pending = pending, (step, n, metrics)
             step += n

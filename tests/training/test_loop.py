@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,7 +42,8 @@ def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0, fails=None
 
     hooks = [Hook(every, lambda s, state, n=name: hook(n, s), last=True)
              for name, every in hooks]
-    out = fit(step, step=step, last=last, max_steps=most, dispatch=dispatch,
+    program = types.SimpleNamespace(max_steps=most, step=dispatch)
+    out = fit(step, step=step, last=last, program=program,
               arguments=arguments, hooks=hooks, on_metrics=on_metrics,
               save=lambda s, state: saved.append((s, state)),
               should_stop=lambda s: stop_at is not None and s >= stop_at,
