@@ -57,7 +57,8 @@ def test_a_moved_run_goes_on_and_another_run_does_not(straight, tmp_path):
         sample(tmp_path / "other", tmp_path / "a")
 
 
-def test_two_commands_do_not_share_a_folder(straight, tmp_path):
+def test_two_commands_do_not_share_a_folder(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_jax.storage.lock.GRACE_S", 0.0)
     lock = Lock(tmp_path / "a", "--out")
     with pytest.raises(UserError, match=f"--out=.*a is in use by process {os.getpid()} on"):
         sample(straight, tmp_path / "a")

@@ -115,7 +115,8 @@ def test_a_failed_start_leaves_the_folder_to_the_corrected_command(tmp_path, cap
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3]
 
 
-def test_two_commands_do_not_share_a_run(straight):
+def test_two_commands_do_not_share_a_run(straight, monkeypatch):
+    monkeypatch.setattr("ddpm_jax.storage.lock.GRACE_S", 0.0)
     lock = Lock(straight, "--workdir")
     with pytest.raises(UserError, match="--workdir=.* is in use by process"):
         train(straight)

@@ -1,11 +1,13 @@
 """One command at a time writes to a folder, local or at an address: a lock file with a heartbeat.
 
 The file names the host, the process and the command, and its counter goes up every BEAT_S seconds.
-A second command is refused while the first is alive. On the same machine that is known at once; a
-lock of another machine is watched for PATIENCE_S seconds, which needs no clocks that agree.
+A second command is refused while the first is alive, which has GRACE_S seconds to end. On the same
+machine its end is known at once; a lock of another machine is watched for PATIENCE_S seconds, which
+needs no clocks that agree.
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import secrets
@@ -19,6 +21,7 @@ from ddpm_jax.storage import files
 
 NAME = "lock.json"
 BEAT_S = 15.0
+GRACE_S = 10.0
 PATIENCE_S = 60.0
 
 
@@ -48,21 +51,28 @@ def _read(path) -> dict | None:
         return None  # cut short by a bucket's outage or removed in between
 
 
-def _is_alive(path, holder, wait) -> bool:
-    """Whether the process that wrote ``holder`` still runs."""
-    if holder.get("machine") == _machine():
-        return holder.get("started") is not None and _started(holder["pid"]) == holder["started"]
-    wait(f"{path} is held by {_describe(holder)}: looking for {PATIENCE_S:.0f} s whether it still "
-         "runs")
-    deadline = time.monotonic() + PATIENCE_S
+def _outlives(path, holder, say) -> bool:
+    """Whether the process that wrote ``holder`` still runs after a while: one that a supervisor
+    replaces may take some seconds to end."""
+    here = holder.get("machine") == _machine()
+
+    def ended():
+        started = holder.get("started")
+        return here and (started is None or _started(holder["pid"]) != started)
+
+    if ended():
+        return False
+    patience, beat_at = GRACE_S if here else PATIENCE_S, -math.inf
+    say(f"{path} is held by {_describe(holder)}: waiting up to {patience:.0f} s for it to end")
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, PATIENCE_S / 10))
+        time.sleep(min(1.0, PATIENCE_S / 20))
         now = _read(path)
-        if now is None:
+        if now is None or ended():
             return False
         if now != holder:
-            return True
-    return False
+            holder, beat_at = now, time.monotonic()
+    return here or time.monotonic() - beat_at < 2 * BEAT_S
 
 
 def _describe(holder) -> str:
@@ -86,7 +96,7 @@ class Lock:
         with files.storage_errors(folder, f"write to {flag}", advice):
             files.resolve(folder).mkdir(parents=True, exist_ok=True)
         holder = _read(self.path)
-        if holder is not None and _is_alive(self.path, holder, say):
+        if holder is not None and _outlives(self.path, holder, say):
             self._refuse(folder, flag, holder)
         self._beat()
         # Two that came at the same time both wrote: the later one is in the file.

@@ -258,13 +258,13 @@ def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninte
     process = start(tmp_path / "b", 2, 1, command(tmp_path / "two"))
     shards = tmp_path / "two" / "shards"
     deadline = time.time() + 100
-    while not list(shards.glob("*.npy")):
+    while not list(shards.glob("shard-*.npz")):
         assert process.poll() is None and time.time() < deadline, texts(tmp_path / "b")
         time.sleep(0.01)
     os.kill(children(process)[1], signal.SIGTERM)
     code = process.wait(60)
     assert code in (0, 42), texts(tmp_path / "b")  # 0: it was quicker
-    before = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.npy")}
+    before = {p.name: p.stat().st_mtime_ns for p in shards.glob("shard-*.npz")}
     if code == 42:
         # The signal may come after the last shard: then all is done, and the restart finds it so.
         assert before or (tmp_path / "two" / "samples.npz").exists()

@@ -23,7 +23,13 @@ def holder(folder):
     return process
 
 
-def test_a_live_command_is_named_and_a_killed_one_is_not_waited_for(tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
+    for name, seconds in (("BEAT_S", 0.2), ("GRACE_S", 0.5), ("PATIENCE_S", 1.0)):
+        monkeypatch.setattr(f"ddpm_jax.storage.lock.{name}", seconds)
+
+
+def test_a_live_command_is_named_and_a_killed_one_is_not_waited_for(tmp_path, quick):
     with holder(tmp_path) as process:
         with pytest.raises(UserError, match=f"--workdir=.* in use by process {process.pid} on"):
             Lock(tmp_path, "--workdir")
@@ -43,10 +49,13 @@ def test_the_process_number_may_belong_to_another_by_now(tmp_path):
     lock.release()
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr("ddpm_jax.storage.lock.BEAT_S", 0.1)
-    monkeypatch.setattr("ddpm_jax.storage.lock.PATIENCE_S", 1.0)
+def test_a_command_that_ends_within_the_grace_is_waited_for(tmp_path):
+    with holder(tmp_path) as process:
+        timer = threading.Timer(1.5, process.kill)
+        timer.start()
+        said = []
+        Lock(tmp_path, "--workdir", said.append).release()
+        assert "waiting up to 10 s" in said[0]
 
 
 def elsewhere(folder):
@@ -73,6 +82,7 @@ def test_another_machine_is_known_by_its_heartbeat(tmp_path, quick):
         Lock(tmp_path, "--workdir", said.append)
     stop.set()
     thread.join()
+    time.sleep(0.5)
     assert "held by process" in said[0] and "node7" in said[0]
     Lock(tmp_path, "--workdir").release()  # its heart has stopped
     assert files.listing(tmp_path) == []
