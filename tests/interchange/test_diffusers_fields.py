@@ -11,6 +11,7 @@ from ddpm_jax.interchange.diffusers.fields import (
     chain_fields,
     model_fields,
     scheduler_config,
+    shared_chain_fields,
     unet_config,
 )
 from ddpm_jax.models.unet import UNet
@@ -51,6 +52,20 @@ def test_released_configs_are_the_papers():
                 there = config[section][field]
                 there = dict(there) if field == "schedule" else there
                 assert there == value, (section, field)
+
+
+WEIRD = [None, "x", -1, 1.5, [], {}, [0], ["x"], [None], [128, "a", 256, 256], 1e30, float("nan")]
+
+
+@pytest.mark.parametrize("read, released", [
+    (model_fields, CIFAR10), (chain_fields, CIFAR10_CHAIN), (shared_chain_fields, CIFAR10_CHAIN)])
+def test_a_field_of_another_type_is_named(read, released):
+    for field in [*released, "dropout", "prediction_type", "attn_norm_num_groups", "thresholding"]:
+        for value in WEIRD:
+            try:
+                read({**released, field: value})
+            except UserError as error:
+                assert f"{field}=" in str(error), (field, value)
 
 
 def test_older_scheduler_class_and_model_class_are_refused():

@@ -93,7 +93,7 @@ def _class(config, expected, where):
 
 def _row(table, config, field, default, where):
     value = config.get(field, default)
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise UserError(f"{where}: {field}={value!r} is not supported (known: {', '.join(table)})")
     return table[value]
 
@@ -102,6 +102,20 @@ def _integer(config, field, default, where):
     value = config.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{where}: {field}={value!r} must be a positive whole number")
+    return value
+
+
+def _number(config, field, default, where):
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UserError(f"{where}: {field}={value!r} must be a number from 0 to 1")
+    return float(value)
+
+
+def _list(config, field, default, where):
+    value = config.get(field, default)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {field}={value!r} must be a list with an entry for each level")
     return value
 
 
@@ -118,8 +132,9 @@ def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
     size = _integer({"sample_size": size}, "sample_size", None, where)
-    widths = config.get("block_out_channels", [224, 448, 672, 896])
-    down = config.get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3)
+    widths = [_integer({"block_out_channels": width}, "block_out_channels", None, where)
+              for width in _list(config, "block_out_channels", [224, 448, 672, 896], where)]
+    down = _list(config, "down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, where)
     if any(w % widths[0] for w in widths):
         raise UserError(f"{where}: block_out_channels={widths} are no multiples of the first")
     if len(down) != len(widths):
@@ -144,7 +159,7 @@ def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
             "ch_mult": tuple(w // widths[0] for w in widths),
             "num_res_blocks": _integer(config, "layers_per_block", 2, where),
             "attn_resolutions": tuple(size >> i for i in attending),
-            "dropout": float(config.get("dropout", 0.0)),
+            "dropout": _number(config, "dropout", 0.0, where),
             "num_groups": groups,
             "space_to_depth": 1,
         },
@@ -181,13 +196,14 @@ def shared_chain_fields(config: Mapping, where="scheduler config") -> dict:
 
 def _training_fields(config, where):
     law, numbers = _row(_LAWS, config, "beta_schedule", "linear", where)
-    defaults = {"beta_start": 0.0001, "beta_end": 0.02}
+    betas = {n: _number(config, n, {"beta_start": 0.0001, "beta_end": 0.02}[n], where)
+             for n in numbers}
     predict = _row(_PREDICTIONS, config, "prediction_type", "epsilon", where)
     if config.get("predict_epsilon") is not None:  # before 0.11, in the place of prediction_type
         predict = _PREDICT_EPSILON[bool(config["predict_epsilon"])]
     return {
         "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
-        "schedule": {"name": law, **{n: float(config.get(n, defaults[n])) for n in numbers}},
+        "schedule": {"name": law, **betas},
         "predict": predict,
     }
 
