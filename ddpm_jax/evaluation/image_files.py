@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from ddpm_jax.data import images
+from ddpm_jax.data import folders, images
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats import npy_rows
 from ddpm_jax.storage import files
 
 PICTURES = ("grid.png", "progressive.png")      # of `ddpm sample`, beside its images
-LITTER = ("__MACOSX",)
 HASHED_BYTES = 1 << 24
 THREADS = 16
 
@@ -105,7 +104,7 @@ def _conversion(rows) -> str:
 
 
 def _is_hidden(name) -> bool:
-    return name.startswith(".") or name in LITTER
+    return name.startswith(".") or name.lower() in folders.LITTER
 
 
 def _walk(folder, prefix="") -> list[str]:
