@@ -3,6 +3,7 @@
 sklearn and tensorflow_datasets are imported where they are used: slow, and needed by few rows.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -117,6 +118,18 @@ def _not_prepared(name, folder):
                      f"--dir={folder}{DATASETS[name].prepare_hint}")
 
 
+@contextlib.contextmanager
+def _damage(where):
+    """Whatever numpy, TFDS and array_record raise of damaged files, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{where}: damaged ({reason}); remove it and prepare it again") from error
+
+
 def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version) -> Source:
     given = folder
     if files.is_remote(folder):
@@ -126,14 +139,16 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
         raise _not_prepared(name, given)
     import tensorflow_datasets as tfds
     where = str(found[-1].parent)
-    builder = tfds.builder_from_directory(where)
-    info, features = builder.info, builder.info.features
+    with _damage(where):
+        builder = tfds.builder_from_directory(where)
+        info, features = builder.info, builder.info.features
+        shape = features["image"].shape
     if info.file_format.value not in _RECORDS:
         raise UserError(f"{where} holds {info.file_format.value} files, which are not read; known: "
                         f"{', '.join(_RECORDS)}")
     _pick(info.splits, split, name)
-    size, fetch = _RECORDS[info.file_format.value](builder, split, where)
-    shape = features["image"].shape
+    with _damage(where):
+        size, fetch = _RECORDS[info.file_format.value](builder, split, where)
 
     def decode(i, data):
         record = f"{where}, record {i} of {split}"
@@ -231,7 +246,7 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
         return remote.read_bytes(path) if in_bucket else pathlib.Path(path).read_bytes()
 
     images_file = files.join(root, f"{split}_images.npy")
-    try:
+    with _damage(root):
         info = json.loads(read(info_file))
         count = _pick(info["splits"], split, name)
         pixels = (remote.RemoteArray(images_file, _KEPT_BYTES) if in_bucket
@@ -239,10 +254,6 @@ def _open_store(name, folder, split, image_size=None, channels=None) -> Source:
         labels = info["class_names"] and np.load(
             io.BytesIO(read(files.join(root, f"{split}_labels.npy"))), allow_pickle=False)
         expected = (count, *info["image_shape"])
-    except UserError:
-        raise
-    except Exception as error:  # a damaged header, which numpy parses as Python, raises many types
-        raise UserError(f"{root}: damaged ({error}); remove it and prepare it again") from error
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise UserError(f"{images_file}: {pixels.shape} does not fit {prepare.INFO}; remove {root} "
                         "and prepare it again")

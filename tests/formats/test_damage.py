@@ -15,7 +15,7 @@ import safetensors.numpy
 from made_up_files import idx as idx_bytes
 from made_up_files import message, varint, write_lmdb, write_tfrecord
 
-from ddpm_jax.data import datasets, prepare
+from ddpm_jax.data import datasets, prepare, prepare_tfds
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import weights
 from ddpm_jax.formats import (
@@ -119,6 +119,22 @@ def read_store(path):
     return [source.read(i) for i in range(len(source))], source.labels
 
 
+def write_tfds(path):
+    """Fashion-MNIST of two images, in FOLDER/fashion_mnist/VERSION."""
+    raw = path.parent / "raw"
+    raw.mkdir()
+    for stem in ("train", "t10k"):
+        for kind, array in (("images-idx3", np.zeros((2, 28, 28), np.uint8)),
+                            ("labels-idx1", np.arange(2, dtype=np.uint8))):
+            (raw / f"{stem}-{kind}-ubyte").write_bytes(idx_bytes(array))
+    prepare_tfds.idx_digits("fashion_mnist", path.parent, [str(raw)])
+
+
+def read_tfds(path):
+    source = datasets.open_source("fashion_mnist", str(path.parents[2]), "train")
+    return [source.read(i) for i in range(len(source))], source.labels
+
+
 # name: (file that is damaged, write(path), read(path), whether a checksum covers all of it)
 FORMATS = {
     "safetensors": ("x.safetensors",
@@ -146,6 +162,10 @@ FORMATS = {
     "store's info": ("folder/info.json", write_store, read_store, False),
     "store's images": ("folder/train_images.npy", write_store, read_store, False),
     "store's labels": ("folder/train_labels.npy", write_store, read_store, False),
+    "TFDS's info": ("dataset_info.json", write_tfds, read_tfds, False),
+    "TFDS's features": ("features.json", write_tfds, read_tfds, False),
+    "array record": ("fashion_mnist-train.array_record-00000-of-00001", write_tfds, read_tfds,
+                     False),
     "array at an address": ("x.npy", lambda p: np.save(p, IMAGES),
                             lambda p: remote.RemoteArray(f"file://{p}", 0).whole(), False),
     "npz": ("x.npz", write_npz, files.read_npz, False),
@@ -176,6 +196,7 @@ def test_damage_is_one_line_or_changes_nothing_that_has_a_checksum(tmp_path, nam
     file, write, read, covered = FORMATS[name]
     path = tmp_path / file
     write(path)
+    [path] = tmp_path.rglob(path.name)  # TFDS's lie in the folder of a version
     whole, refused = path.read_bytes(), 0
     try:
         expected = read(path)
