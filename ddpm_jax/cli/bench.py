@@ -36,7 +36,7 @@ def define_flags(define):
     define.path("out", None, "write the result as JSON into this new file")
     define.string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
     define.path("profile", None, "step, sample: new folder for a trace")
-    define.string("matrix", "small", "compile: small, absent, programs or a JSON file of "
+    define.path("matrix", "small", "compile: small, absent, programs or a JSON file of "
                   "lists by program, config, runner, dtype, level, topology, set")
     define.path("baseline", None, "compile: an older result to compare with")
     define.path("export", None, "compile: folder for a corpus of StableHLO modules")

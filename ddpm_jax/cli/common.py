@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from ddpm_jax.compilation.cache import enable_compilation_cache
 from ddpm_jax.config import (
+    config_path,
     flatten,
     load_config,
     load_with_fields,
@@ -85,8 +86,9 @@ class Definer:
 
     def list(self, name, default, text):
         """Words between commas, [1,2] is one of them; may be repeated."""
-        flags.DEFINE_flag(_ListFlag(flags.ArgumentParser(), flags.ArgumentSerializer(), name,
-                                    default, text), self.values)
+        flag = _ListFlag(flags.ArgumentParser(), flags.ArgumentSerializer(), name, default, text)
+        flag.help = text    # absl adds a line
+        flags.DEFINE_flag(flag, self.values)
 
     def config(self):
         config_flags.DEFINE_config_file(
@@ -151,8 +153,10 @@ def no_words(words) -> None:
 
 
 def config_name(values) -> str:
-    """The value of --config without folder and suffix."""
-    return pathlib.Path(values["config"].config_filename.partition(":")[0]).stem
+    """The value of --config without folder, suffix and argument; for a run's config.json the name
+    of the run's folder."""
+    file = pathlib.Path(config_path(os.path.expanduser(values["config"].config_filename))[0])
+    return file.resolve().parent.name if file.suffix == ".json" else file.stem
 
 
 def join(values, config=None):

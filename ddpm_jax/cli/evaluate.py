@@ -52,7 +52,7 @@ def define_flags(define):
     define_inception_flags(define)
     define.path("samples", None, "evaluate these images instead: a folder of PNG (also of `ddpm "
                 "sample`), or an .npz or .npy with uint8 [N,H,W,C]")
-    define.string("metrics", "bpd,offline", "comma list of bpd, fid, is, kid, pr, nn, offline")
+    define.list("metrics", ["bpd", "offline"], "comma list of bpd, fid, is, kid, pr, nn, offline")
     define.integer("num", None, "generated images; default: 50,000 for fid and is, 16 for nn "
                    "alone, else 5,000")
     define.integer("bpd_num", None, "real images for bits/dim; default: all")
@@ -82,7 +82,7 @@ def say(text):
 
 def _options(values) -> Options:
     return Options(
-        metrics=tuple(m.strip() for m in values.metrics.split(",") if m.strip()),
+        metrics=tuple(values.metrics),
         splits=values.splits and tuple(values.splits),
         **{name: getattr(values, name) for name in OPTIONS})
 

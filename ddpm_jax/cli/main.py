@@ -39,7 +39,8 @@ def _print_help(module, values) -> None:
     print((module.__doc__ or "").strip() + "\n\nflags:")
     for name in values:
         flag = values[name]
-        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = "" if value in (None, "") else f" (default: {value})"
         print(f"  --{name}: {flag.help}{default}")
 
 

@@ -34,6 +34,18 @@ def test_the_home_folder_in_paths(monkeypatch, tmp_path):
     assert parse("--workdir=gs://bucket/run").workdir == "gs://bucket/run"
 
 
+def test_names_of_configs(tmp_path):
+    run, odd = tmp_path / "run", tmp_path / "a:b"
+    run.mkdir()
+    odd.mkdir()
+    config = parse("--config=digits").config
+    (run / "config.json").write_text(config.to_json())
+    (odd / "mine.py").write_text("from ddpm_jax.configs.digits import get_config\n")
+    for value, name in ((f"{run}/config.json", "run"), (f"{odd}/mine.py", "mine"),
+                        ("cifar10_table2:mu_fixed_l", "cifar10_table2")):
+        assert common.config_name(parse(f"--config={value}")) == name
+
+
 def test_no_words():
     common.no_words([])
     with pytest.raises(UserError, match="unexpected argument 'x'"):
