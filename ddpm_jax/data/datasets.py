@@ -174,14 +174,24 @@ def _open_tfds(name, folder, split, image_size, channels, *, tfds_name, version)
 def _array_records(builder, split, where):
     """-> (number of records, fetch(rows, key) -> list)"""
     import tensorflow_datasets as tfds
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def open_records():
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    records = open_records()
 
     def fetch(rows, key):
-        try:
-            return [record[key] for record in records.__getitems__(rows)]
-        except Exception as error:  # array_record raises its own on damaged chunks
-            raise UserError(f"{where}: a record of {split} in {rows[0]}..{rows[-1]} cannot be read "
-                            f"({error}); prepare it again") from error
+        def read():
+            nonlocal records
+            try:
+                return [record[key] for record in records.__getitems__(rows)]
+            except Exception as error:  # array_record raises its own, for the disk and for damage
+                with contextlib.suppress(Exception):
+                    records = open_records()  # a stale handle stays stale
+                raise OSError(f"a record of {split} in {rows[0]}..{rows[-1]} ({error}; prepare it "
+                              "again if it is damaged)") from error
+
+        return images.retry(read, where)
 
     return len(records), fetch
 

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.data import prepare
+from ddpm_jax.data import images, prepare
 from ddpm_jax.data.datasets import DATASETS, open_source
 from ddpm_jax.errors import UserError
 
@@ -264,7 +265,7 @@ def cifar_files(per_file=4):
     return made, files
 
 
-def test_cifar10_from_its_tarball(tmp_path):
+def test_cifar10_from_its_tarball(tmp_path, monkeypatch):
     made, files = cifar_files()
     path = make_tar(tmp_path / "cifar-10-binary.tar.gz", files)
     run("cifar10", tmp_path / "out", [str(path)])
@@ -279,9 +280,24 @@ def test_cifar10_from_its_tarball(tmp_path):
     assert len(test) == 4 and test.class_names[3] == "class3"
     with pytest.raises(UserError, match="cifar10 has 3"):
         open_source("cifar10", tmp_path / "out", "train", channels=1)
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.01, 0.01))
     damage_pngs(tmp_path / "out/cifar10")
-    with pytest.raises(UserError, match="record"):
+    with pytest.raises(UserError, match="a record of train in .*prepare it again if it is damaged"):
         open_source("cifar10", tmp_path / "out", "train").array()
+
+
+def test_array_records_that_are_away_for_a_moment_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RETRY_WAITS", (0.05, 0.1, 0.2, 0.4, 0.8, 1.6))
+    path = make_tar(tmp_path / "cifar-10-binary.tar.gz", cifar_files()[1])
+    run("cifar10", tmp_path / "out", [str(path)])
+    source = open_source("cifar10", tmp_path / "out", "train")
+    expected = source.array()
+    source = open_source("cifar10", tmp_path / "out", "train")
+    away = (tmp_path / "out").rename(tmp_path / "away")
+    thread = threading.Timer(0.3, away.rename, (tmp_path / "out",))
+    thread.start()
+    np.testing.assert_array_equal(source[7], expected[7])
+    thread.join()
 
 
 def damage_pngs(folder):
