@@ -24,7 +24,7 @@ from ddpm_jax.evaluation import features, image_files
 from ddpm_jax.evaluation.evaluate import check_options, evaluate, evaluate_run
 from ddpm_jax.evaluation.metrics import options_read
 from ddpm_jax.evaluation.options import NN_QUERIES, REAL_BATCH, Options, StoppedError
-from ddpm_jax.evaluation.records import shown, write_results
+from ddpm_jax.evaluation.records import read_records, shown, write_results
 from ddpm_jax.evaluation.session import Session, Splits, session_of
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
@@ -132,6 +132,11 @@ def main(values, words):
     options = _options(values)
     check_options(options, of_model=not values.samples)
     _refuse_unread(values, options)
+    out = values.out or values.workdir
+    if out:
+        read_records(files.join(out, "evaluation.json"))      # damage shows before the work
+    elif values.keep_images:
+        raise UserError("--keep_images needs --out, the folder of samples.npz")
     stop, _ = common.join(values)
     try:
         step, records, pictures, out = (_of_samples if values.samples else _of_run)(

@@ -25,7 +25,7 @@ def define_flags(define):
     define_inception_flags(define)
     define.string("dataset", None, "a row of `ddpm data`")
     define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
-    define.string("split", "train", "train or test")
+    define.string("split", "train", "a split of the dataset")
     define.integer("image_size", None, "side of the images, where the dataset leaves a choice")
     define.integer("num", None, "first images of the split; default: all")
     define.integer("features", 10_000, "images whose features are kept, for kid and pr")
@@ -41,6 +41,8 @@ def main(values, words):
         raise UserError(f"--out={out}: a reference must end in .npz")
     if files.exists(out) and not values.overwrite:
         raise UserError(f"--out={out} exists; name another file or add --overwrite")
+    if values.features < 0:
+        raise UserError(f"--features={values.features} must be at least 0")
     options = Options(
         metrics=("is",), protocol=values.protocol, num=values.num, batch_size=values.batch_size,
         inception_weights=values.inception_weights,

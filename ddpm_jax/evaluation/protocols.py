@@ -36,14 +36,11 @@ class Protocol(NamedTuple):
     scale: str
     precision: str
     inception_score: str
-    text: str
 
 
 PROTOCOLS = {
-    "paper": Protocol("paper", "round", "tf1", "(x-128)/128", "highest", "is_openai10",
-                      "TTUR FID and OpenAI IS (Ho et al. 2020, appendix B)"),
-    "monitor": Protocol("monitor", "none", "tf1", "(x-128)/128", "fast", "is_tfgan1",
-                        "tfgan, as in the official training program; not for reporting"),
+    "paper": Protocol("paper", "round", "tf1", "(x-128)/128", "highest", "is_openai10"),
+    "monitor": Protocol("monitor", "none", "tf1", "(x-128)/128", "fast", "is_tfgan1"),
 }
 
 

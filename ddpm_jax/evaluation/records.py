@@ -2,8 +2,10 @@
 evaluation.html beside it."""
 
 import jax
+from etils import epath
 
 from ddpm_jax import run_log
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import html_report
 from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
@@ -15,9 +17,21 @@ def versions() -> dict:
     return hosts.versions() | {"device": device.device_kind, "devices": jax.device_count()}
 
 
-def write_records(path, step, protocol: str, records) -> dict:
-    """Adds to evaluation.json: {step: {protocol: {label: {values, provenance}}}}. -> all of it."""
+def read_records(path) -> dict:
+    """evaluation.json: {step: {protocol: {label: {values, provenance}}}}; {} where there is none.
+    Raises UserError where it is damaged or its folder is a file."""
+    folder = epath.Path(path).parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out={folder} is a file; name a folder")
     document = files.read_json(path) if files.exists(path) else {}
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not the JSON of an evaluation; move it away")
+    return document
+
+
+def write_records(path, step, protocol: str, records) -> dict:
+    """Adds to evaluation.json. -> all of it."""
+    document = read_records(path)
     at = document.setdefault(str(step), {}).setdefault(protocol, {})
     for label, values, provenance in records:
         old = at.get(label, {}).get("values", {})

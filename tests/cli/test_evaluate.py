@@ -189,6 +189,26 @@ def test_a_disk_that_takes_no_more_is_one_message_and_no_number(classifiers, tmp
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
+@pytest.mark.parametrize("content, message", [
+    ("{", "evaluation.json is not JSON"), ("[]", "is not the JSON of an evaluation"),
+    (None, "out is a file; name a folder")])
+def test_results_that_cannot_be_written_are_refused_before_the_work(content, message, tmp_path,
+                                                                   capsys):
+    from ddpm_jax.cli import main
+    out = tmp_path / "out"
+    if content is None:
+        out.write_text("x")
+    else:
+        out.mkdir()
+        (out / "evaluation.json").write_text(content)
+    words = ["evaluate", "--samples=/absent", "--metrics=is"]
+    assert main.main([*words, f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+    assert main.main([*words, "--keep_images"]) == 2
+    assert "--keep_images needs --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, message", [
     ((), "--workdir=DIR .* or --samples=FOLDER_OR_NPZ is missing"),
     (("--samples=x.npz",), "bpd is of a model"),

@@ -12,6 +12,7 @@ from ddpm_jax.cli import common, main
     (["--dataset=nothing", "--out={tmp}/x.npz"], "data.name 'nothing' is unknown"),
     (["--dataset=digits", "--split=valid", "--out={tmp}/x.npz"], "valid"),
     (["--dataset=digits", "--out={tmp}/x.npz", "--num=0"], "--num=0 must be at least 1"),
+    (["--dataset=digits", "--out={tmp}/x.npz", "--features=-1"], "--features=-1 must be"),
     (["--dataset=digits", "--out={tmp}/x.npz", "--protocol=best"], "--protocol=best"),
     (["--dataset=digits", "--out={tmp}/x.npz", "--inception_weights=/absent.npz"],
      "Looked for, in order: --inception_weights /absent.npz")])

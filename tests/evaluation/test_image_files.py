@@ -183,8 +183,8 @@ def test_images_beside_the_pictures_of_a_sampler(tmp_path):
 
 def test_what_systems_leave_in_folders_is_no_image(tmp_path):
     folder = write_folder(tmp_path / "png", pictures())
-    for name in ("._000.png", ".hidden/x.png", "__MACOSX/000.png", "@eaDir/000.png", ".ipynb_checkpoints/000.png",
-                 "Thumbs.db", ".DS_Store"):
+    for name in ("._000.png", ".hidden/x.png", "__MACOSX/000.png", "@eaDir/000.png",
+                 ".ipynb_checkpoints/000.png", "Thumbs.db", ".DS_Store"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"litter")
     found = image_files.open_images(folder)
