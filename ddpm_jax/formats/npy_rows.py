@@ -1,5 +1,6 @@
 """Arrays of .npy and .npz files on disk, their rows read when they are needed."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -41,7 +42,7 @@ def _rows(file, start, end) -> Rows:
     if fortran and len(shape) > 1:
         raise UserError("is stored in Fortran order; save it with np.ascontiguousarray")
     first, size = file.tell(), dtype.itemsize * math.prod(shape[1:])
-    if not shape or first + size * shape[0] > end:
+    if not shape or min(shape) < 0 or first + size * shape[0] > end:
         raise UserError(f"is cut short or damaged: {end - first:,} bytes for an array of shape "
                         f"{shape}")
 
@@ -56,18 +57,28 @@ def _rows(file, start, end) -> Rows:
     return Rows(tuple(shape), dtype, read)
 
 
+@contextlib.contextmanager
+def _problems(what):
+    """Whatever a damaged file raises, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # numpy parses a header as Python, which raises many types
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"is not a readable {what} ({reason})") from error
+
+
 def open_npy(file) -> Rows:
     """The array of a .npy file. file: binary, on disk. Raises UserError."""
-    try:
+    with _problems(".npy of numbers"):
         return _rows(file, 0, file.seek(0, os.SEEK_END))
-    except (ValueError, EOFError) as error:
-        raise UserError(f"is not a readable .npy of numbers ({error})") from error
 
 
 def open_npz(file, choose: Callable) -> Rows:
     """One array of an .npz file, its checksum verified; a compressed one is unpacked to a temporary
     file. file: binary, on disk; choose([names]) -> the name. Raises UserError."""
-    try:
+    with _problems(".npz of plain arrays"):
         with zipfile.ZipFile(file) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             info = archive.getinfo(f"{choose(names)}.npy")
@@ -84,5 +95,3 @@ def open_npz(file, choose: Callable) -> Rows:
         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
         start = info.header_offset + 30 + name + extra
         return _rows(file, start, start + info.file_size)
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError) as error:
-        raise UserError(f"is not a readable .npz of plain arrays ({error})") from error

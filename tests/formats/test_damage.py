@@ -22,6 +22,7 @@ from ddpm_jax.formats import (
     archives,
     idx,
     lsun_lmdb,
+    npy_rows,
     tf_checkpoint,
     tfrecord,
     torch_pickle,
@@ -98,6 +99,13 @@ def write_npz(path):
         np.savez(file, floats=FLOATS, longs=LONGS)
 
 
+def read_rows(path):
+    with open(path, "rb") as file:
+        rows = (npy_rows.open_npy(file) if path.suffix == ".npy"
+                else npy_rows.open_npz(file, lambda names: "floats"))
+        return rows.read(0, rows.shape[0])
+
+
 def all_of(lazies):
     return {name: lazy.read() for name, lazy in lazies.items()}
 
@@ -168,6 +176,8 @@ FORMATS = {
                      False),
     "array at an address": ("x.npy", lambda p: np.save(p, IMAGES),
                             lambda p: remote.RemoteArray(f"file://{p}", 0).whole(), False),
+    "rows of npz": ("x.npz", write_npz, read_rows, True),
+    "rows of npy": ("x.npy", lambda p: np.save(p, IMAGES), read_rows, False),
     "npz": ("x.npz", write_npz, files.read_npz, False),
     "json": ("x.json", lambda p: files.write_json(p, {"a": [1, 2.5, "x"]}), files.read_json, False),
 }
