@@ -51,6 +51,8 @@ def test_it_draws_the_same_images(unpacked, expected, tmp_path, name, chosen):
 
 def test_half_drawn_samples_are_finished(unpacked, expected):
     half = unpacked / "half"
+    with pytest.raises(UserError, match="another request .workdir: '/tmp/golden-84ae50c/run' -> "):
+        sampling.sample(unpacked / "run", half, num=11, step=12, batch_size=8)
     request = json.loads((half / "request.json").read_text())
     request["workdir"] = str(unpacked / "run")  # where it was drawn from, were it not moved
     (half / "request.json").write_text(json.dumps(request))
