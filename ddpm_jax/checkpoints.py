@@ -202,11 +202,14 @@ class Checkpoints:
                             "evaluated again") from None
 
     def scored(self, step: int, values: dict) -> None:
-        """Record the metrics of ``step``, the same on every process."""
+        """Record the metrics of ``step``, the same on every process. Where they cannot be written,
+        the next call writes them too."""
         self.scores[step] = dict(values)
-        if jax.process_index() == 0:
-            with self._failures(f"recording the metrics of step {step}"):
+        if hosts.is_main_process():
+            try:
                 write_json(self._score_file, self.scores, allow_nan=True)
+            except UserError as error:
+                logging.getLogger(__name__).warning("%s; the run continues", error)
 
     def save(self, step: int, state, config: dict, *, verify=False) -> None:
         """Start saving TrainState ``state`` (global arrays, not donated before ``wait`` returns).

@@ -93,6 +93,18 @@ def test_scores_outlive_the_process_and_may_be_nan(tmp_path):
         C.Checkpoints(tmp_path, best="bpd")
 
 
+def test_scores_that_cannot_be_written_end_nothing(tmp_path, caplog):
+    store = C.Checkpoints(tmp_path, best="bpd")
+    store.save(1, state(1), {})
+    (tmp_path / "scores.json").mkdir()
+    store.scored(1, {"bpd": 2.0})
+    assert "the run continues" in caplog.text
+    (tmp_path / "scores.json").rmdir()
+    store.scored(2, {"bpd": 1.0})
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {"1", "2"}
+    store.close()
+
+
 def test_another_device_count_reads_it(tmp_path):
     sharding = jax.sharding.NamedSharding(
         jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.sharding.PartitionSpec())
