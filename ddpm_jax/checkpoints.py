@@ -69,7 +69,8 @@ def claim(workdir, config: dict, *, write=True) -> list[str]:
     wrong = [] if old is None else differing_fields(old, config)
     if wrong and saved:
         raise UserError(f"--workdir={folder} belongs to a run with another config: "
-                        f"{'; '.join(wrong)}; take another --workdir, or the old values")
+                        f"{'; '.join(wrong)}; take the old values, or another --workdir, with "
+                        f"--init_from={folder} to continue from its weights")
     if old is None and saved:
         raise UserError(f"{folder} has checkpoints but no config.json: not a run of ddpm; take "
                         "another --workdir")

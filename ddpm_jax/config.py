@@ -31,6 +31,7 @@ CLIP_SCOPES = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _BLIND_TO_VARIANCE = {"mse"}
 
+SOURCE = "init_from"  # in config.json, the run of the first weights; no field of a config
 # What a resumed run may change; everything else belongs to the run and must stay.
 RESUME_MAY_CHANGE = (
     "train.steps",
@@ -167,7 +168,7 @@ def from_json(stored: dict) -> ConfigDict:
     """The ConfigDict that ``to_json`` stored; fields that are new since get their defaults."""
     config = load_config("default")
     with config.unlocked():
-        _merge(config, _tuples(stored))
+        _merge(config, _tuples({k: v for k, v in stored.items() if k != SOURCE}))
     return config
 
 
@@ -201,7 +202,7 @@ def flatten(config: dict, prefix="") -> dict:
 
 def differing_fields(old: dict, new: dict) -> list[str]:
     """Fields that a resume may not change and that differ, as 'field: old -> new'."""
-    old, new = (flatten(_with_schedule_defaults(c)) for c in (old, new))
+    old, new = (flatten(_with_schedule_defaults(c) | {SOURCE: {}}) for c in (old, new))
     return [
         f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
         for name in sorted({*old, *new})

@@ -19,10 +19,13 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import RUNNERS, Runner
 from ddpm_jax.training.gradients import mean_gradient
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.steps import TrainState, init_state, to_unit_range, train_step
+
+MOST_LEFT, PAPERS_LEFT = 0.01, 4e-5  # of x_0 at the last timestep: alpha_bar_T
 
 
 class Experiment(NamedTuple):
@@ -95,6 +98,7 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     Raises UserError naming the field that is unknown or impossible.
     """
     check_model(config)
+    hosts.pin_settings()
     runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
     data, model, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
@@ -146,6 +150,25 @@ def build_training(exp: Experiment) -> Training:
     return Training(
         experiment=exp, tx=tx, loss_fn=loss_fn, step=step,
         abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
+
+
+def schedule_warning(exp: Experiment) -> str | None:
+    """One line where so much of x_0 is left at the last timestep that sampling starts from a
+    distribution on which nothing was trained, with the betas that leave as little as 1000 steps."""
+    left = float(np.prod(1.0 - exp.betas))
+    if left <= MOST_LEFT:
+        return None
+    diffusion = exp.config.diffusion
+    keywords = {k: v for k, v in diffusion.schedule.items() if k in ("beta_start", "beta_end")}
+    factors = np.geomspace(1, 1 / max(keywords.values(), default=1), 2000)
+    law = BETAS[diffusion.schedule.name]
+    kept = [f for f in factors if keywords and np.prod(1.0 - law(
+        diffusion.num_timesteps, **{k: f * v for k, v in keywords.items()})) <= PAPERS_LEFT]
+    remedy = " and ".join(f"diffusion.schedule.{k}={kept[0] * v:.3g}" for k, v in keywords.items()
+                          ) if kept else "a larger diffusion.num_timesteps"
+    return (f"config.diffusion: at the last of {diffusion.num_timesteps} timesteps alpha_bar_T is "
+            f"{left:.2g} (the paper's: {PAPERS_LEFT:.0e}), but samples start from pure noise; "
+            f"{remedy} would keep the paper's")
 
 
 def _init_params(model, seed):

@@ -12,11 +12,18 @@ import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.compilation.cache import count_compilations
-from ddpm_jax.config import to_json
+from ddpm_jax.config import SOURCE, from_json, to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Training, build_model, build_training, check_new, new_state
+from ddpm_jax.experiment import (
+    Training,
+    build_model,
+    build_training,
+    check_new,
+    new_state,
+    schedule_warning,
+)
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
@@ -24,6 +31,15 @@ from ddpm_jax.storage import files
 from ddpm_jax.storage.lock import Lock
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import warmup
+
+
+class InitFrom(NamedTuple):
+    """Another run, of whose weights and average at ``step`` (None: the newest) a new one starts;
+    optimizer: of its moments too."""
+
+    workdir: str
+    step: int | None = None
+    optimizer: bool = False
 
 
 class _Run(NamedTuple):
@@ -83,12 +99,14 @@ def _feeder(exp, source, step, max_steps):
 class _Log:
     """Turns per-step metrics into lines of metrics.jsonl, the progress bar and heartbeats."""
 
-    def __init__(self, exp, writer, watchdog, start):
-        config = exp.config
-        self._watchdog = watchdog
+    def __init__(self, run, start):
+        config, source = run.training.experiment.config, run.stored.get(SOURCE)
+        # The warm-up counts the updates of this optimizer.
+        self._updates_before = source["step"] if source and not source["optimizer"] else 0
+        self._watchdog = run.watchdog
         self._every, self._batch = config.train.log_every, config.train.batch_size
         self._rate = warmup(config.optimizer.learning_rate, config.optimizer.warmup_steps)
-        self._writer, self._rows = writer, []
+        self._writer, self._rows = run.writer, []
         self._bar = run_log.progress(config.train.steps, start, images_per_step=self._batch)
         self._mark = (start, time.monotonic())
         self._done = start
@@ -108,7 +126,7 @@ class _Log:
         self._mark = (step, time.monotonic())
         self._writer.scalars(step, {
             **means,
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(self._rate(step - 1 - self._updates_before)),
             "images_per_second": (step - since) * self._batch / max(self._mark[1] - then, 1e-9),
         })
         self._rows = []
@@ -119,15 +137,16 @@ class _Log:
         self._bar.close()
 
 
-def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool:
+def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
+          init_from: InitFrom | None = None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
     stop: parallel.stop.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
     step) -> {name: number}, or None where a signal cut it short; called every config.eval.every
     steps, at a restart first for a step that is saved but not evaluated; check(experiment) raises
-    UserError before the first step for what would end it. -> False where a signal ended it early
-    (everything is saved). Raises UserError for what the user can mend; what was trained before an
-    error, other than divergence, is saved.
+    UserError before the first step for what would end it. A new run has the weights and the step of
+    init_from. -> False where a signal ended it early (everything is saved). Raises UserError for
+    what the user can mend; what was trained before an error, other than divergence, is saved.
     """
     exp = build_model(config)
     training, folder = build_training(exp), files.resolve(workdir)
@@ -138,12 +157,12 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
         lock = hosts.on_main_process(Lock, folder, "--workdir", say)
         if lock is not None:
             closing.callback(lock.release)
-        source, store, writer = _open_folder(exp, folder, closing)
+        stored = _stored(config, folder, init_from)
+        source, store, writer = _open_folder(exp, folder, stored, closing)
         if check is not None and config.eval.every:
             check(exp)
         program = programs.train_program(training, len(source) if config.data.resident else None)
-        run = _Run(training, program, to_json(config), lock, store, writer, stop, watchdog,
-                   evaluate)
+        run = _Run(training, program, stored, lock, store, writer, stop, watchdog, evaluate)
         step, carry = _newest(run, folder)
         writer.truncate_after(step)
         if _evaluation_is_due(run, step):
@@ -160,7 +179,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
             f"{exp.runner.num_devices} x {jax.devices()[0].device_kind} ({exp.runner.name}), "
             f"{sum(x.size for x in jax.tree.leaves(exp.abstract_params)):,} parameters, "
             f"steps {step:,} to {last:,} -> {folder}")
-        with contextlib.closing(_Log(exp, writer, watchdog, step)) as log, _reports(run) as report:
+        with contextlib.closing(_Log(run, step)) as log, _reports(run) as report:
             watchdog.pause()
             outcome = fit(
                 carry, step=step, last=last, program=program, arguments=arguments,
@@ -176,10 +195,58 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None) -> bool
         return not stopped
 
 
-def _open_folder(exp, folder, closing):
+def _stored(config, folder, init_from) -> dict:
+    """What config.json holds: the config, and where the first weights are from."""
+    old = (checkpoints.read_config(folder) or {}).get(SOURCE)
+    if files.listing(folder / "checkpoints"):
+        asked = init_from and [str(files.resolve(init_from.workdir)), init_from.step]
+        if asked and (old is None or asked[0] != old["workdir"]
+                      or asked[1] not in (None, old["step"])):
+            raise UserError(f"--init_from={init_from.workdir}: {folder} holds another run already; "
+                            "leave --init_from out to resume it, or take another --workdir")
+    elif init_from:
+        step = _open_other(init_from)[1]
+        old = init_from._replace(workdir=str(files.resolve(init_from.workdir)), step=step)._asdict()
+    else:
+        old = None
+    return to_json(config) | ({SOURCE: old} if old else {})
+
+
+def _open_other(init_from):
+    """-> (stored config, step) of the run to start from."""
+    folder = files.resolve(init_from.workdir)
+    stored = checkpoints.read_config(folder)
+    if stored is None:
+        raise UserError(f"--init_from={folder}: no run here (no config.json)")
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        return stored, store.find(init_from.step)
+
+
+def _from_other(run):
+    """-> (step, TrainState) of the run that config.json names."""
+    training, source = run.training, InitFrom(**run.stored[SOURCE])
+    exp = training.experiment
+    stored, step = _open_other(source)
+    other = build_model(from_json(stored), exp.runner.mesh.devices.flat)
+    if jax.tree.map(lambda x: x.shape, other.abstract_params) != jax.tree.map(
+            lambda x: x.shape, exp.abstract_params):
+        raise UserError(f"--init_from={source.workdir}: its network has other weights; "
+                        "config.model, data.image_size, data.channels and the channels of "
+                        "diffusion.variance must be those of that run")
+    folder = files.resolve(source.workdir)
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        if source.optimizer:
+            return step, store.restore(step, training.abstract_state, exp.runner)
+        params, ema_params = (store.restore_weights(
+            step, exp.abstract_params, ema=ema, runner=exp.runner)[0] for ema in (False, True))
+    state = new_state(training)
+    count = exp.runner.put("replicated", np.int32(step))
+    return step, state._replace(step=count, params=params, ema_params=ema_params)
+
+
+def _open_folder(exp, folder, stored, closing):
     """-> (source, store, writer) of the run in ``folder``; ``closing`` ends the latter two."""
     config, is_main_process = exp.config, hosts.is_main_process()
-    stored = to_json(config)
     changed = checkpoints.claim(folder, stored, write=is_main_process)
     if changed:
         say(f"{folder} has no checkpoint and takes the new config ({'; '.join(changed)})")
@@ -200,11 +267,19 @@ def _open_folder(exp, folder, closing):
 
 def _newest(run, folder):
     """-> (step, carry) of the newest checkpoint, or of a new state."""
-    step = run.store.latest()
+    step, training = run.store.latest(), run.training
     if step is None:
-        return 0, run.program.start(new_state(run.training))
+        warning = schedule_warning(training.experiment)
+        if warning:
+            say(f"warning: {warning}")
+        if SOURCE not in run.stored:
+            return 0, run.program.start(new_state(training))
+        step, state = _from_other(run)
+        run.store.save(step, training.experiment.runner.to_global(state), run.stored)
+        run.store.wait()
+        say(f"starting from step {step} of {run.stored[SOURCE]['workdir']}")
+        return step, run.program.start(state)
     say(f"resuming {folder} from step {step}")
-    training = run.training
     state = run.store.restore(step, training.abstract_state, training.experiment.runner)
     return step, run.program.start(state)
 

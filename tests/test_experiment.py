@@ -1,11 +1,13 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import from_json, load_config, packaged_configs, to_json
+from ddpm_jax.config import from_json, load_config, override, packaged_configs, to_json
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import build_model, build_training
+from ddpm_jax.experiment import build_model, build_training, schedule_warning
 from ddpm_jax.models import unet
 
 TABLE2 = ["mu_learned_l", "mu_fixed_l", "mu_fixed_simple", "eps_learned_l", "eps_fixed_l",
@@ -94,3 +96,39 @@ def test_a_mistake_inside_a_layer_shows_its_traceback(mistake, monkeypatch):
         build_model(load_config("digits"))
     assert not isinstance(caught.value, UserError)
     assert any(entry.name == "broken" for entry in caught.traceback)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg"),
+    ("jax_numpy_dtype_promotion", "strict"), ("jax_default_matmul_precision", "bfloat16"),
+    ("jax_random_seed_offset", 5)])
+def test_settings_of_jax_do_not_change_the_weights(setting, value):
+    config = load_config("digits")
+    want = jax.tree.map(np.asarray, build_model(config).init_params())
+    before = getattr(jax.config, setting)
+    try:
+        jax.config.update(setting, value)
+        got = build_model(config).init_params()
+    finally:
+        jax.config.update(setting, getattr(before, "value", before))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_chain_that_ends_before_noise_is_a_warning_with_betas_that_do():
+    config = load_config("cifar10")
+    assert schedule_warning(build_model(config)) is None
+    config.diffusion.num_timesteps = 100
+    warning = schedule_warning(build_model(config))
+    assert "alpha_bar_T is 0.36" in warning
+    for name, value in re.findall(r"diffusion.schedule.(\w+)=([\d.]+)", warning):
+        config.diffusion.schedule[name] = float(value)
+    assert config.diffusion.schedule.beta_end > 0.02
+    exp = build_model(config)
+    assert schedule_warning(exp) is None and np.prod(1 - exp.betas) < 1e-4
+    override(config, {"diffusion.schedule.name": "jsd"})
+    assert schedule_warning(build_model(config)) is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_shipped_config_ends_before_noise(name):
+    assert schedule_warning(build_model(load_config(name))) is None

@@ -9,6 +9,7 @@ from tiny_run import Stop, Watchdog, config, train
 
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax import train as training
+from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
 from ddpm_jax.storage.lock import Lock
@@ -222,3 +223,55 @@ def test_what_is_saved_before_an_evaluation_is_not_unsaved_during_it(tmp_path):
     c = config(**{"eval.every": 4, "checkpoint.every": 4})
     training.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=evaluate)
     assert seen == [(False, 4), (False, 8), (False, 12)]
+
+
+def saved(workdir, step):
+    exp = experiment.build_model(config())
+    store = checkpoints.Checkpoints(workdir, read_only=True)
+    state = store.restore(step, experiment.build_training(exp).abstract_state)
+    store.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def start_from(source, workdir, step=None, optimizer=False, **fields):
+    return training.train(config(**fields), workdir, stop=Stop(), watchdog=Watchdog(),
+                          init_from=training.InitFrom(str(source), step, optimizer))
+
+
+def test_a_new_run_starts_from_weights_and_average_of_another(straight, tmp_path, capsys):
+    fields = {"optimizer.learning_rate": 1e-2, "checkpoint.keep": 5, "train.batch_size": 16}
+    assert start_from(straight, tmp_path, 8, **fields)
+    assert f"starting from step 8 of {straight}" in capsys.readouterr().err
+    old, new = saved(straight, 8), saved(tmp_path, 8)
+    for part in ("step", "params", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(new, part), getattr(old, part))
+    assert new.opt_state[0].count == 0 and old.opt_state[0].count == 8
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["init_from"] == {"workdir": str(straight), "step": 8, "optimizer": False}
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [10, 12]
+    assert rows[0]["learning_rate"] == pytest.approx(1e-2 * 1 / 100)  # its second update
+    # Resumed with or without the flag; the source stays on record.
+    assert train(tmp_path, **fields, **{"train.steps": 14})
+    assert start_from(straight, tmp_path, None, **fields, **{"train.steps": 16})
+    assert json.loads((tmp_path / "config.json").read_text())["init_from"] == stored["init_from"]
+    assert from_json(stored).to_dict() == config(**fields).to_dict()
+
+
+def test_with_the_optimizer_it_is_the_same_run(straight, tmp_path):
+    assert start_from(straight, tmp_path, 8, True)
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
+
+
+def test_what_cannot_start_from_another_run(straight, tmp_path):
+    with pytest.raises(UserError, match="--init_from=.*nothing: no run here"):
+        start_from(tmp_path / "nothing", tmp_path / "a")
+    with pytest.raises(UserError, match="no such checkpoint .* there are 8, 12"):
+        start_from(straight, tmp_path / "b", 5)
+    with pytest.raises(UserError, match="its network has other weights; config.model"):
+        start_from(straight, tmp_path / "c", **{"model.ch": 8})
+    train(tmp_path / "d", **{"train.steps": 2})
+    with pytest.raises(UserError, match="holds another run already; leave --init_from out"):
+        start_from(straight, tmp_path / "d")
+    with pytest.raises(UserError, match=f"another config: .*--init_from={straight} to continue"):
+        train(straight, **{"optimizer.learning_rate": 1e-2})

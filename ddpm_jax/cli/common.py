@@ -162,6 +162,7 @@ def config_name(values) -> str:
 def join(values, config=None):
     """Cache, pod, agreement of the hosts: before anything touches a device. -> (stop, watchdog)"""
     cache = enable_compilation_cache()
+    pinned = hosts.pin_settings()
     pod.initialize(values)
     facts = {}
     if config is not None:
@@ -170,4 +171,7 @@ def join(values, config=None):
     hosts.check_same_everywhere(facts)
     if jax.process_index() == 0:
         print(f"compilation cache: {cache or 'off'}", file=sys.stderr)
+        if pinned:
+            print(f"ignored, because the numbers depend on it: {', '.join(pinned)}",
+                  file=sys.stderr)
     return stop.watch_for_stop(), watchdog.start_watchdog(values)

@@ -19,6 +19,11 @@ SETTINGS = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_c
             "jax_allow_f16_reductions", "jax_use_direct_linearize", "jax_disable_jit",
             "jax_debug_nans", "jax_debug_infs", "jax_enable_checks", "jax_optimization_level",
             "jax_use_shardy_partitioner")
+# What the numbers of a run depend on. The environment does not change it.
+PINNED = {"jax_threefry_partitionable": True, "jax_default_prng_impl": "threefry2x32",
+          "jax_enable_custom_prng": False, "jax_random_seed_offset": 0, "jax_enable_x64": False,
+          "jax_numpy_dtype_promotion": "standard", "jax_default_matmul_precision": None,
+          "jax_softmax_custom_jvp": False}
 # Flags that may differ: they are about one host, or about what it writes.
 LOCAL_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump", "--xla_gpu_cuda_data_dir")
 _checks = []  # one entry for every check_same_everywhere of this process
@@ -44,6 +49,17 @@ def settings() -> dict[str, str]:
                  if not word.startswith(LOCAL_FLAGS)]
         facts[name] = " ".join(sorted(words)) or "none"
     return facts
+
+
+def pin_settings() -> list[str]:
+    """Give JAX the settings in PINNED; -> those that the environment had changed."""
+    changed = []
+    for name, value in PINNED.items():
+        now = getattr(jax.config, name, value)
+        if getattr(now, "value", now) != value:  # an enumeration or the value itself
+            jax.config.update(name, value)
+            changed.append(name.upper())
+    return changed
 
 
 def check_same_everywhere(facts: dict[str, str], patience_s: int = 300):

@@ -47,7 +47,8 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
     kept = f"step {last_good}" if last_good is not None else "none"
     raise DivergedError(
         f"{name} is {value} at step {step + offset + 1}: training diverged; last good checkpoint: "
-        f"{kept}. Lower optimizer.learning_rate or use model.dtype=float32, then start again"
+        f"{kept}. Lower optimizer.learning_rate or use model.dtype=float32, in a new --workdir "
+        "with --init_from=RUN to continue from that checkpoint"
     )
 
 
