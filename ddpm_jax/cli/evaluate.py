@@ -14,7 +14,6 @@ depend on the number of devices or hosts.
 """
 
 import json
-import sys
 
 import jax
 
@@ -29,6 +28,7 @@ from ddpm_jax.evaluation.session import Session, Splits, session_of
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
 from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.run_log import say
 from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
@@ -73,11 +73,6 @@ def define_flags(define):
     define.bool("keep_images", False, "write the generated images to samples.npz")
     define.path("out", None, "folder for the results; default: --workdir")
     define.pod()
-
-
-def say(text):
-    if hosts.is_main_process():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _options(values) -> Options:

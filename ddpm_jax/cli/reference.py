@@ -9,7 +9,7 @@ cropped or left out.
 import jax
 
 from ddpm_jax.cli import common
-from ddpm_jax.cli.evaluate import define_inception_flags, say
+from ddpm_jax.cli.evaluate import define_inception_flags
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.evaluate import check_options
@@ -18,6 +18,7 @@ from ddpm_jax.evaluation.options import Options, StoppedError
 from ddpm_jax.evaluation.session import Session
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
 from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.run_log import say
 from ddpm_jax.storage import files
 
 

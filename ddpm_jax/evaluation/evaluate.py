@@ -21,6 +21,7 @@ from ddpm_jax.evaluation.metrics import (
 from ddpm_jax.evaluation.options import NN_QUERIES, Options
 from ddpm_jax.evaluation.session import Session
 from ddpm_jax.parallel import hosts
+from ddpm_jax.run_log import say
 
 # ---- checks, before anything is computed ----
 
@@ -87,8 +88,8 @@ def load_weights(options: Options) -> weights.Weights:
     """Inception's weights. Raises UserError where they are not found or not known."""
     found = weights.load(weights.find(options.inception_weights),
                          allow_unknown=options.allow_unknown_weights)
-    if found.source_sha256 not in weights.KNOWN_SOURCES and hosts.is_main_process():
-        print(f"Inception's weights {found.path} come from a source whose sha256 is not known")
+    if found.source_sha256 not in weights.KNOWN_SOURCES:
+        say(f"Inception's weights {found.path} come from a source whose sha256 is not known")
     return found
 
 
