@@ -165,10 +165,17 @@ def to_json(config: ConfigDict) -> dict:
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The ConfigDict that ``to_json`` stored; fields that are new since get their defaults."""
+    """The ConfigDict that ``to_json`` stored; fields that are new since get their defaults.
+
+    Raises UserError where it is no such config.
+    """
     config = load_config("default")
-    with config.unlocked():
-        _merge(config, _tuples({k: v for k, v in stored.items() if k != SOURCE}))
+    try:
+        with config.unlocked():
+            _merge(config, _tuples({k: v for k, v in stored.items() if k != SOURCE}))
+    except (AttributeError, TypeError, ValueError) as error:  # a value of another type
+        raise UserError(f"the stored config is damaged: {error}; restore it from a copy, or from "
+                        "the 'config' item of a checkpoint beside it") from error
     return config
 
 

@@ -18,6 +18,7 @@ from ddpm_jax.config import (
     config_path,
     differing_fields,
     flatten,
+    from_json,
     load_config,
     load_with_fields,
     override,
@@ -217,3 +218,10 @@ def test_a_number_works_or_is_refused_in_one_line(field, value):
             build_model(config, jax.devices()[:1])
         except UserError as error:
             assert "config." in str(error)
+
+
+@pytest.mark.parametrize("stored", [
+    [1], "text", {"train": {"clip_norm": []}}, {"model": {"ch": {}}}])
+def test_a_stored_config_that_is_none_is_one_line(stored):
+    with pytest.raises(UserError, match="the stored config is damaged"):
+        from_json(stored)
