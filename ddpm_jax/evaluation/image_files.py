@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def _of_folder(folder) -> Images:
         if size != scanned[0][2]:
             raise UserError(f"{folder}/{name} is {size[0]}x{size[1]}, {names[0]} is "
                             "{}x{}: all images must have one size".format(*scanned[0][2]))
-        digest.update(name.encode())
+        digest.update(os.fsencode(name))
         digest.update(content_digest)
     greys = sum(grey for _, grey, _ in scanned)
     channels = 1 if greys == len(names) else 3

@@ -1,6 +1,7 @@
 """Given images: PNG folders as people have them, and arrays of .npz and .npy files."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -190,6 +191,12 @@ def test_what_systems_leave_in_folders_is_no_image(tmp_path):
     found = image_files.open_images(folder)
     np.testing.assert_array_equal(all_of(found), pictures())
     assert found.notes[0].count(",") >= 2 and "3 files" in found.notes[0]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = write_folder(tmp_path / "png", pictures())
+    os.rename(folder / "001.png", os.fsencode(folder) + b"/001\xff.png")
+    np.testing.assert_array_equal(all_of(image_files.open_images(folder)), pictures())
 
 
 def test_nested_folders_are_read_and_mixtures_refused(tmp_path):
