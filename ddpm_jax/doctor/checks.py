@@ -48,15 +48,21 @@ def check_python() -> Finding:
 
 
 def check_settings() -> Finding:
-    """Variables of the environment that change numbers or the compiled program."""
-    names = [name.upper() for name in hosts.SETTINGS if name.upper() in os.environ]
-    found = [f"{name}={os.environ[name]}" for name in names]
+    """Variables of the environment about numbers or the compiled program: ignored, or in effect."""
+    given = {name: f"{name.upper()}={os.environ[name.upper()]}"
+             for name in hosts.SETTINGS if name.upper() in os.environ}
+    ignored = [text for name, text in given.items() if name in hosts.PINNED]
+    found = [text for name, text in given.items() if name not in hosts.PINNED]
     found += [f"{name}={flags}" for name, flags in hosts.settings().items()
               if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") and flags != "none"]
-    if not found:
-        return Finding("settings", True, "no JAX_* variable and no XLA flag changes the numbers")
-    return Finding("settings", None, f"{', '.join(found)}: can change the numbers; unset, or keep "
-                   "the same on all hosts and in all commands of a run")
+    parts = []
+    if found:
+        parts.append(f"{', '.join(found)} can change the numbers or the program: unset, or keep "
+                     "the same on all hosts and in all commands of a run")
+    if ignored:
+        parts.append(f"{', '.join(ignored)} ignored: the numbers depend on it")
+    return Finding("settings", None if parts else True, "; ".join(parts) or
+                   "no JAX_* variable and no XLA flag changes the numbers")
 
 
 def holders_of_tpu() -> list[int]:
