@@ -33,10 +33,10 @@ def get_config():
         diffusion=dict(
             num_timesteps=1000,
             schedule=dict(name="linear", beta_start=1e-4, beta_end=0.02),
-            predict="eps",        # eps, x_start, x_prev
-            variance="fixed_large",     # fixed_large, fixed_small, learned
+            predict="eps",        # eps, x_start, x_prev, v
+            variance="fixed_large",     # fixed_large, fixed_small, learned, learned_range
             first_log_variance="next",  # at t = 0: next (CIFAR-10 code), floor (256x256 code)
-            loss="mse",           # mse (L_simple), kl (a term of the variational bound)
+            loss="mse",           # mse (L_simple), kl (a term of the bound), hybrid (both)
         ),
         train=dict(
             steps=800_000,

@@ -29,7 +29,8 @@ CLIP_SCOPES = {
     "global": lambda train, shards: Clip(train.clip_norm, None),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_BLIND_TO_VARIANCE = {"mse"}
+# Channels of the network's output, over the image's, that each loss trains.
+_LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}}
 
 SOURCE = "init_from"  # in config.json, the run of the first weights; no field of a config
 # What a resumed run may change; everything else belongs to the run and must stay.
@@ -372,9 +373,11 @@ def check_training(config: ConfigDict, num_devices: int) -> None:
     if train.steps * train.batch_size >= 2**32:
         raise UserError(f"config.train.steps={train.steps} times train.batch_size="
                         f"{train.batch_size} reaches 2**32 images: lower one of them")
-    if VARIANCES[diffusion.variance].channels > 1 and diffusion.loss in _BLIND_TO_VARIANCE:
-        raise UserError(f"config.diffusion.loss={diffusion.loss} does not train a learned "
-                        "variance: use diffusion.loss=kl")
+    channels = VARIANCES[diffusion.variance].channels
+    if channels not in _LOSS_CHANNELS.get(diffusion.loss, {channels}):
+        fitting = [loss for loss, trained in _LOSS_CHANNELS.items() if channels in trained]
+        raise UserError(f"config.diffusion.loss={diffusion.loss} does not go with "
+                        f"diffusion.variance={diffusion.variance}; take {' or '.join(fitting)}")
 
 
 def _check_clip_replicas(train, num_devices):

@@ -79,9 +79,6 @@ PARAMETERIZATIONS = {
         x_start=lambda schedule, output, x_t, t: output,
         factor=lambda schedule, t: jnp.ones((t.shape[0], 1, 1, 1)),
     ),
-    # Salimans & Ho 2022, app. D: the one target that is defined at zero signal and at zero noise
-    "v": Parameterization(
-        target=_v, x_start=_start_from_v, factor=lambda schedule, t: snr(schedule, t) + 1.0),
     # the posterior mean of eq. 8; its raw output stays the mean (diffusion_utils_2.py:152)
     "x_prev": Parameterization(
         target=lambda schedule, x_start, x_t, t, noise: q_posterior(
@@ -91,6 +88,9 @@ PARAMETERIZATIONS = {
         factor=lambda schedule, t: jnp.square(extract(schedule.posterior_mean_coef1, t)),
         mean=lambda schedule, output, x_t, t: output,
     ),
+    # Salimans & Ho 2022, app. D: the one target that is defined at zero signal and at zero noise
+    "v": Parameterization(
+        target=_v, x_start=_start_from_v, factor=lambda schedule, t: snr(schedule, t) + 1.0),
 }
 
 
