@@ -54,7 +54,7 @@ def test_every_shipped_config_builds_and_traces(name):
     ("model.num_groups", 48, "cannot be cut into 48 groups"),
     ("sampler.steps", 1001, "is more than diffusion.num_timesteps"),
     ("diffusion.variance", "learned", "variance=learned; take kl or hybrid"),
-    ("diffusion.loss", "hybrid", "variance=fixed_small; take mse or kl"),
+    ("diffusion.loss", "hybrid", "variance=fixed_large; take mse or kl"),
     ("diffusion.schedule.beta_end", 1.5, r"must be a number in \(0, 1\]"),
 ])
 def test_bad_fields_are_named(field, value, message):
