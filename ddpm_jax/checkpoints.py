@@ -247,8 +247,10 @@ class Checkpoints:
         self.wait()
         self._verified = True
         args = self._ocp.args
+        read = None
         for item, tree in _items(state).items():
             like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+            del read  # before the next item is read
             with self._damage(step):
                 read = self._manager.restore(step, args=args.Composite(
                     **{item: args.StandardRestore(like)}))[item]

@@ -125,6 +125,8 @@ def _write(workdir, exp, state, say, *, origin, **facts):
     say(f"to sample: {_command('sample', workdir=folder, num=16, out='samples')}")
     config = files.join(folder, "config.json")
     say(f"to train on: {_command('train', config=config, workdir=folder)}")
+    new = _command("train", config=config, workdir=f"{folder}-2", init_from=folder)
+    say(f"with another rate, batch or data: {new} --config.FIELD=VALUE ...")
 
 
 def _command(name, **flags):
