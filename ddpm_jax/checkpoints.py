@@ -35,6 +35,8 @@ from ddpm_jax.storage.files import (
     write_json,
 )
 
+PART_BYTES = 128 << 20
+
 
 def read_config(workdir) -> dict | None:
     """The run's config, or None where the folder holds no run.
@@ -243,22 +245,28 @@ class Checkpoints:
         hosts.on_main_process(remove, path)
 
     def _verify(self, step, state):
-        """One item after the other, on the host: a second state need not fit beside the first."""
+        """Read the step back in parts of PART_BYTES, on the host: neither a device nor an import
+        has room for a second state."""
         self.wait()
         self._verified = True
-        args = self._ocp.args
-        read = None
+        args, handler = self._ocp.args, self._ocp.PyTreeCheckpointHandler()
+        as_numpy = self._ocp.RestoreArgs(restore_type=np.ndarray)
         for item, tree in _items(state).items():
-            like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
-            del read  # before the next item is read
-            with self._damage(step):
-                read = self._manager.restore(step, args=args.Composite(
-                    **{item: args.StandardRestore(like)}))[item]
-            if not jax.tree.all(jax.tree.map(_same, tree, read)):
-                raise UserError(
-                    f"checkpoint {step} in {self.folder} was written without an error, but its "
-                    f"{item} read back differently: the disk or its file system lost data; check "
-                    "it, and take another --workdir")
+            leaves, structure = jax.tree.flatten(tree)
+            part_of = np.cumsum([x.size * x.dtype.itemsize for x in leaves]) // PART_BYTES
+            for part in np.unique(part_of):
+                like = structure.unflatten([
+                    np.broadcast_to(np.zeros((), x.dtype), x.shape) if k == part else ...
+                    for x, k in zip(leaves, part_of, strict=True)])
+                with self._damage(step):
+                    read = handler.restore(self.folder / str(step) / item, args=args.PyTreeRestore(
+                        item=like, restore_args=jax.tree.map(lambda _: as_numpy, like)))
+                if not all(a is ... or _same(x, a)
+                           for x, a in zip(leaves, jax.tree.leaves(read), strict=True)):
+                    raise UserError(
+                        f"checkpoint {step} in {self.folder} was written without an error, but its "
+                        f"{item} read back differently: the disk or its file system lost data; "
+                        "check it, and take another --workdir")
 
     def wait(self) -> None:
         """Block until what was started is on disk."""

@@ -188,6 +188,19 @@ def test_what_is_saved_is_compared_bit_for_bit():
     assert not C._same(a, np.nextafter(a, np.float32(9)))
 
 
+def test_all_parts_of_a_state_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(C, "PART_BYTES", 40)  # several parts an item
+    compared = []
+    monkeypatch.setattr(C, "_same", lambda written, read, same=C._same: (
+        compared.append(written) or same(written, read)))
+    saved(tmp_path, [3]).close()
+    assert sorted(np.asarray(x).tobytes() for x in compared) == sorted(
+        np.asarray(x).tobytes() for x in jax.tree.leaves(C._items(state(3))))
+    monkeypatch.setattr(C, "_same", lambda written, read: np.asarray(written).ndim < 2)
+    with pytest.raises(UserError, match="params read back differently"):
+        saved(tmp_path / "other", [3])
+
+
 def test_the_data_of_an_unmerged_save_are_merged_as_the_page_describes(tmp_path, monkeypatch):
     saved(tmp_path, [3]).close()
     folder = tmp_path / "checkpoints" / "3"
