@@ -382,13 +382,13 @@ def check_training(config: ConfigDict, num_devices: int) -> None:
 
 def _check_clip_replicas(train, num_devices):
     shards = train.clip_replicas
-    if shards % num_devices or train.batch_size % shards:
+    if (shards % num_devices and num_devices % shards) or train.batch_size % shards:
         raise UserError(
-            f"config.train.clip_replicas={shards} must be a multiple of the {num_devices} "
-            f"devices and divide train.batch_size={train.batch_size}; or set "
-            "train.clip_scope=global")
+            f"config.train.clip_replicas={shards} must be a multiple or a divisor of the "
+            f"{num_devices} devices and divide train.batch_size={train.batch_size}; use another "
+            "number of devices, or in a new run train.clip_scope=global")
     if train.accumulation > 1 and (train.batch_size // shards) % max(
-        1, train.accumulation // (shards // num_devices)
+        1, train.accumulation // max(1, shards // num_devices)
     ):
         raise UserError(f"config.train.accumulation={train.accumulation} does not divide the "
                         f"{train.batch_size // shards} images of a clipped part evenly")

@@ -139,9 +139,10 @@ def build_training(exp: Experiment) -> Training:
 
     instances = runner.num_devices // runner.num_virtual_devices  # of the step, on devices
     shards = max(1, train.clip_replicas // instances)
+    clip = CLIP_SCOPES[train.clip_scope](train, shards)._replace(
+        devices=max(1, instances // train.clip_replicas))
     gradient = functools.partial(
-        mean_gradient, clip=CLIP_SCOPES[train.clip_scope](train, shards),
-        micro_batches=train.accumulation, axis_name=runner.axis_name,
+        mean_gradient, clip=clip, micro_batches=train.accumulation, axis_name=runner.axis_name,
         num_virtual_devices=runner.num_virtual_devices)
     step = functools.partial(
         train_step, loss_fn=loss_fn, gradient=gradient, tx=tx, ema_decay=config.ema.decay,

@@ -46,7 +46,7 @@ def test_every_shipped_config_builds_and_traces(name):
     ("model.dtype", "float16", "known: float32, bfloat16"),
     ("train.batch_size", 12, "is not divisible by 8"),
     ("train.accumulation", 3, r"not divisible by 24 \(8 devices x train.accumulation=3\)"),
-    ("train.clip_replicas", 12, "must be a multiple of the 8 devices"),
+    ("train.clip_replicas", 12, "must be a multiple or a divisor of the 8 devices"),
     ("train.batch_size", 0, "must be a whole number in 1 ... "),
     ("train.steps", 2**26, "reaches 2\\*\\*32 images"),
     ("model.dropout", 1.0, r"must be a number in \[0, 1\)"),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -15,10 +16,12 @@ class Clip(NamedTuple):
     """Where gradients are clipped. norm: largest allowed, 0 = off. shards: None clips the mean
     gradient of the whole batch; a number clips each of that many equal parts of what the function
     sees, before the mean, as the official code does on each TPU core (hojonathanho/diffusion,
-    tpu_utils.py:164, utils.py:166-177)."""
+    tpu_utils.py:164, utils.py:166-177). devices: over which such a part extends, where shards is 1;
+    neighbours on the axis."""
 
     norm: float
     shards: int | None
+    devices: int = 1
 
 
 def clip_by_norm(grads, clip_norm):
@@ -46,11 +49,12 @@ def mean_gradient(
     of the mean gradient, or the mean of the shards' norms.
     """
     gradient = jax.value_and_grad(loss_fn)
-    if clip.shards is not None and num_virtual_devices > 1:
-        shards = clip.shards // num_virtual_devices
-        local = functools.partial(mean_gradient, loss_fn, params, clip=clip._replace(shards=shards),
-                                  micro_batches=micro_batches)
-        results = jax.vmap(local)(_cut(batch, num_virtual_devices))
+    if clip.shards and min(clip.shards, num_virtual_devices) > 1:
+        parts = min(clip.shards, num_virtual_devices)
+        local = functools.partial(
+            mean_gradient, loss_fn, params, clip=clip._replace(shards=clip.shards // parts),
+            micro_batches=micro_batches, num_virtual_devices=num_virtual_devices // parts)
+        results = jax.vmap(local)(_cut(batch, parts))
         return jax.tree.map(lambda x: x.mean(axis=0), results)
     # A device with several shards takes one at a time already: that divides micro_batches.
     gradient = _accumulated(gradient, max(1, micro_batches // (clip.shards or 1)),
@@ -58,7 +62,11 @@ def mean_gradient(
     if clip.shards is None:
         return _clipped(clip, *_mean(gradient(params, *batch), axis_name))
     if clip.shards == 1:
-        return _mean(_clipped(clip, *gradient(params, *batch)), axis_name)
+        found = gradient(params, *batch)
+        if clip.devices > 1:
+            groups = np.arange(lax.axis_size(axis_name)).reshape(-1, clip.devices).tolist()
+            found = lax.pmean(found, axis_name, axis_index_groups=groups)
+        return _mean(_clipped(clip, *found), axis_name)
 
     def add(total, shard):
         return jax.tree.map(jnp.add, total, _clipped(clip, *gradient(params, *shard))), None

@@ -96,6 +96,16 @@ def test_replicas_are_clipped_alike_whatever_the_devices(runner, devices):
     assert optax.tree.norm(jax.tree.map(lambda a, b: a - b, plain[0], want[0])) > 1e-2
 
 
+@pytest.mark.parametrize("runner", list(RUNNERS))
+@pytest.mark.parametrize("replicas, micro_batches", [(4, 1), (2, 2), (1, 1)])
+def test_more_devices_than_replicas_clip_the_same_parts(runner, replicas, micro_batches):
+    """So a run that was clipped in 8 parts can be resumed on 16 devices."""
+    fields = (*PER_REPLICA, ("train.clip_replicas", replicas))
+    want = one_step("jit", 1, fields)
+    assert 0 < want[1]["clip_fraction"]
+    assert_same(one_step(runner, 8, (*fields, ("train.accumulation", micro_batches))), want)
+
+
 def test_accumulation_on_many_devices():
     fields = (("train.accumulation", 2),)
     for runner in ("jit", "shard_map"):
