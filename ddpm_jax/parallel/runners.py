@@ -144,8 +144,6 @@ def pmap_runner(devices) -> Runner:
     axes = {"replicated": None, "batch": 0, "steps": 0}
 
     def cut(placement, x):
-        if placement not in ("batch", "steps"):
-            return x
         axis = list(SPECS[placement]).index(AXIS)
         shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1:])
         return np.moveaxis(np.asarray(x).reshape(shape), axis, 0)
