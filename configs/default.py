@@ -41,7 +41,7 @@ def get_config():
         train=dict(
             steps=800_000,
             batch_size=128,       # global, of one update
-            accumulation=1,       # pieces that a device takes one after the other
+            accumulation=1,       # micro-batches that a device takes in turn
             steps_per_dispatch=50,
             log_every=100,
             clip_scope="per_replica",   # per_replica (what the paper ran), global
@@ -68,7 +68,7 @@ def get_config():
             sample_every=10_000,  # a grid of samples (0 = never)
             sample_num=64,
             every=0,              # metrics of ``metrics`` (0 = never)
-            metrics="offline",    # comma list, as of `ddpm evaluate --metrics`
+            metrics="offline",    # separated by commas, as `ddpm evaluate --metrics`
             num=2000,             # generated images
             bpd_num=1000,         # real images for bits/dim
             best="",              # keep the checkpoint with the lowest value of this metric too

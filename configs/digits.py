@@ -1,7 +1,7 @@
 """scikit-learn's 1,797 handwritten digits, 8x8 grey: the default that needs no download.
 
 Machine and minutes: see README. Not in the paper; T and the model are small so that two CPU cores
-train, sample and judge it within five minutes.
+train, sample and evaluate it within five minutes.
 """
 
 from ddpm_jax.configs import default

@@ -235,7 +235,7 @@ def row(registry: dict, field: str, name):
 
 
 class Range(NamedTuple):
-    """Values from low to high, both included unless open. None, which leaves a choice, is one."""
+    """Values from low to high, both included unless open. None (unset) is always allowed."""
 
     low: float
     high: float

@@ -154,8 +154,8 @@ def build_training(exp: Experiment) -> Training:
 
 
 def schedule_warning(exp: Experiment) -> str | None:
-    """One line where so much of x_0 is left at the last timestep that sampling starts from a
-    distribution on which nothing was trained, with the betas that leave as little as 1000 steps."""
+    """A warning where x_T keeps more than MOST_LEFT of x_0, so that sampling starts from a
+    distribution that training never saw, with betas that keep as little as the paper's; or None."""
     left = float(np.prod(1.0 - exp.betas))
     if left <= MOST_LEFT:
         return None

@@ -33,7 +33,7 @@ class Writer:
     """Records a run in the local ``folder``: metrics.jsonl, TensorBoard's events in tb/, grids of
     images in a folder each, loss.png. Does nothing where ``folder`` is None.
 
-    What cannot be written ends no run: one warning names the reason, and numbers stay in memory
+    A failed write does not end the run: one warning names the reason, and numbers stay in memory
     until a later call can write them. ``uploads()`` is called at the end.
     """
 
@@ -46,7 +46,7 @@ class Writer:
         self._warned = set()
 
     def scalars(self, step: int, values: dict) -> None:
-        """Numbers of a step; nan and inf are null in metrics.jsonl, which JSON has no words for."""
+        """Numbers of a step; nan and inf, which JSON lacks, are null in metrics.jsonl."""
         if self.folder is None:
             return
         from tensorboardX import summary

@@ -110,7 +110,7 @@ def _claim(out, request, workdir) -> Lock:
 
 
 def _check_request(out, old, request, workdir):
-    if "workdir" in old:  # versions before 0.2 identified the weights by it, step and ema
+    if "workdir" in old:  # older versions identified the weights by it, step and ema
         kept = {k: v for k, v in request.items() if not k.startswith("weights")}
         request = kept | {"workdir": workdir, "ema": request["weights"] == "ema"}
     wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
@@ -120,7 +120,7 @@ def _check_request(out, old, request, workdir):
 
 
 def _adopt_older_shards(folder):
-    """Versions before 0.2 wrote one array a shard, without a name for it."""
+    """Older versions wrote one array a shard, without a name for it."""
     for name in files.listing(folder):
         if name.endswith(".npy"):
             try:

@@ -1,7 +1,7 @@
 """ddpm train --config=FILE_OR_NAME --workdir=DIR [--config.any.field=value ...]
 
-Train a model. If DIR holds a run already, it goes on from its newest checkpoint, without asking.
-SIGTERM, Ctrl-C or a closed terminal saves and exits with 42; the same command goes on.
+Train a model. If DIR already holds a run, training resumes from its newest checkpoint.
+SIGTERM, Ctrl-C or a closed terminal saves and exits with 42; the same command resumes.
 
   ddpm train --config=digits --workdir=runs/digits
   ddpm train --config=cifar10 --workdir=runs/cifar10 --config.data.dir=/data

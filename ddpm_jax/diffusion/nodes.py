@@ -25,7 +25,7 @@ def quad(alphas_cumprod, num_steps):
 
 def logsnr(alphas_cumprod, num_steps):
     """Evenly spread in lambda = log(alpha / sigma), 0 and T-1 included (DPM-Solver, app. D), at the
-    nearest timesteps that differ."""
+    nearest distinct timesteps."""
     total = len(alphas_cumprod)
     if num_steps == 1:
         return np.array([total - 1])

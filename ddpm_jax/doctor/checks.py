@@ -25,7 +25,7 @@ from ddpm_jax.storage import files
 
 
 class Finding(NamedTuple):
-    """ok: True, False, or None for something to know that is no error."""
+    """ok: True, False, or None for a note that is not an error."""
 
     name: str
     ok: bool | None

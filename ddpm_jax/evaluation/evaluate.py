@@ -70,7 +70,8 @@ def number_of_samples(subject, options, protocol) -> int:
 
 
 def _check_sizes(options, protocol, sources):
-    """Real images are as few as samples: at least Metric.least of each split, or two halves."""
+    """Raise UserError where a split has fewer real images than Metric.least, or, where one split is
+    halved, than twice that."""
     for name in options.metrics:
         metric = METRICS[name]
         if REALS not in metric.needs or not metric.parts:

@@ -46,7 +46,7 @@ def image(picture, alt="", *, css="", least_width=320) -> str:
 
 
 def number(value) -> str:
-    """A value as a reader wants it: five significant digits."""
+    """A value as text, with five significant digits."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value)
     if isinstance(value, int):

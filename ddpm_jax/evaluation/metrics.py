@@ -54,9 +54,9 @@ class Result(NamedTuple):
 class Metric(NamedTuple):
     """compute(context, samples) -> Result.
 
-    parts: of `extract.PARTS`, taken of each sample, but "images" of the first NN_QUERIES alone;
-    SPACE stands for the best features at hand; () where no sample is needed. needs: what must be
-    there besides. num: samples by default; least: the fewest, by protocol. values: what the names
+    parts: of `extract.PARTS`, computed from each sample; "images" from the first NN_QUERIES alone.
+    SPACE stands for the best features available; () where no sample is needed. needs: what else
+    must be available. num: samples by default; least: the fewest, by protocol. values: what the names
     of its main values begin with; along: whether these are shown along the chain. implies: metrics
     of a model that belong to it. options: those that no other metric reads.
     """

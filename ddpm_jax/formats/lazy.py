@@ -1,4 +1,4 @@
-"""An array that is still in its file: known by shape and type, read only when asked for."""
+"""An array that is still in its file: known by shape and type, read only when needed."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""The network (flax.linen); knows nothing of diffusion."""
+"""The network (flax.linen), independent of diffusion."""

@@ -1,1 +1,1 @@
-"""Devices and processes; knows nothing of diffusion."""
+"""Devices and processes, independent of diffusion."""

@@ -2,7 +2,7 @@
 
 SLURM, Cloud TPU, GKE, Open MPI 4 and (with the package `kubernetes`) indexed Kubernetes jobs are
 read by JAX's detectors, but for what they leave out; all others are rows of LAUNCHERS. A process
-that is one of several never runs alone by itself: what is missing is a UserError.
+of a multi-process job never falls back to running alone: a missing part is a UserError.
 """
 
 import contextlib

@@ -40,7 +40,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
         (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_enum))
     enum("multihost", "auto", MULTIHOST,
          "auto: join the other processes that the environment names (DDPM_*, Cloud TPU, GKE, "
-         "SLURM, Open MPI, Kubernetes); off: run alone")
+         "SLURM, Open MPI, Kubernetes); off: run alone (env DDPM_MULTIHOST)")
     string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
     integer("coordinator_port", None,
             f"port of the coordinator (env JAX_COORDINATOR_PORT); default {DEFAULT_PORT}, on SLURM "
@@ -52,7 +52,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     integer("heartbeat", None, "seconds after which a silent process counts as dead and the others "
             "end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2)
     number("watchdog", 0.0, f"print all stacks and exit with {EXIT_HUNG} after this many seconds "
-           "without a step; 0: never", lower_bound=0.0)
+           "without a step; 0: never (env DDPM_WATCHDOG)", lower_bound=0.0)
 
 
 def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:

@@ -1,7 +1,8 @@
 """Signals: all processes of a pod save at the same step and exit with EXIT_RESTART.
 
-Heard are SIGTERM, the signals of a terminal (INT, HUP) and those by which batch systems warn (USR1,
-USR2, XCPU), unless they are ignored when the program starts (nohup, jobs in a shell's background).
+It handles SIGTERM, the signals of a terminal (INT, HUP) and those that batch systems send as a
+warning (USR1, USR2, XCPU), unless they are ignored when the program starts (nohup, background
+jobs).
 """
 
 import atexit

@@ -41,8 +41,8 @@ class Watchdog:
             if last is None:
                 faulthandler.cancel_dump_traceback_later()
                 continue
-            # Should the hung code hold the interpreter's lock, this thread stops too: then a
-            # thread of C prints the stacks and exits, with 1 because it knows no other code.
+            # If the hung code holds the interpreter's lock, this thread stops too: then
+            # faulthandler's C thread prints the stacks and exits, with 1, its only exit code.
             faulthandler.dump_traceback_later(2 * self._seconds + 1, exit=True,
                                               file=sys.__stderr__)
             if time.monotonic() - last <= self._seconds:

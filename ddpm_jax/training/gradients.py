@@ -13,11 +13,11 @@ METRICS = ("loss", "grad_norm", "clip_fraction")
 
 
 class Clip(NamedTuple):
-    """Where gradients are clipped. norm: largest allowed, 0 = off. shards: None clips the mean
-    gradient of the whole batch; a number clips each of that many equal parts of what the function
-    sees, before the mean, as the official code does on each TPU core (hojonathanho/diffusion,
-    tpu_utils.py:164, utils.py:166-177). devices: over which such a part extends, where shards is 1;
-    neighbours on the axis."""
+    """How gradients are clipped. norm: the largest allowed, 0 = off. shards: None clips the mean
+    gradient of the whole batch; a number cuts the local batch into that many equal parts and clips
+    the gradient of each before the mean, as the official code does on each TPU core
+    (hojonathanho/diffusion, tpu_utils.py:164, utils.py:166-177). devices: number of neighbouring
+    devices over which one part extends, where shards is 1."""
 
     norm: float
     shards: int | None

@@ -1,4 +1,4 @@
-"""The training loop: fetch, dispatch, hooks. It knows no diffusion, devices or files."""
+"""The training loop: fetch, dispatch, hooks. Independent of diffusion, devices and files."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class DivergedError(UserError):
 
 
 class Outcome(NamedTuple):
-    """state after ``step`` updates; stopped: a signal came before the last step."""
+    """state after ``step`` updates; stopped: a signal ended training before the last step."""
 
     state: Any
     step: int
