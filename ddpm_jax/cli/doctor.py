@@ -36,9 +36,9 @@ def main(values, words):
     if values.processes:
         return report(dry_run.dry_run(values.processes, values.devices))
     port = checks.check_port(
-        pod.option(values, "coordinator_port", "JAX_COORDINATOR_PORT", int, pod.DEFAULT_PORT),
-        pod.option(values, "coordinator", "DDPM_COORD", str, None),
-        pod.option(values, "process_id", "DDPM_PROC", int, 0))
+        pod.option(values, "coordinator_port", int, pod.DEFAULT_PORT, "JAX_COORDINATOR_PORT"),
+        pod.option(values, "coordinator", str, None, "DDPM_COORD"),
+        pod.option(values, "process_id", int, 0, "DDPM_PROC"))
     findings = [checks.check_python(), checks.check_settings(), *checks.check_lock(),
                 checks.check_disk(), port, checks.check_devices()]
     if values.workdir:
