@@ -56,9 +56,9 @@ class Metric(NamedTuple):
 
     parts: of `extract.PARTS`, computed from each sample; "images" from the first NN_QUERIES alone.
     SPACE stands for the best features available; () where no sample is needed. needs: what else
-    must be available. num: samples by default; least: the fewest, by protocol. values: what the names
-    of its main values begin with; along: whether these are shown along the chain. implies: metrics
-    of a model that belong to it. options: those that no other metric reads.
+    must be available. num: samples by default; least: the fewest, by protocol. values: prefixes
+    of the names of its main values; along: whether these are shown along the chain. implies:
+    metrics of a model that belong to it. options: those that no other metric reads.
     """
     compute: Callable
     parts: tuple = ()
