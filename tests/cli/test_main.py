@@ -1,12 +1,16 @@
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 from ddpm_jax.cli import main
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdir-84ae50c"
 
 
 def ddpm(*argv):
@@ -121,8 +125,9 @@ def in_a_pod(folder, *commands):
 @pytest.mark.multiprocess
 def test_bad_input_on_one_host_ends_the_pod(tmp_path):
     """With 2 and one line there; the other host's end says that it lost a peer."""
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/config.json").write_text('{"seed": 7}')
+    with tarfile.open(GOLDEN / "workdir.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "run").rename(tmp_path / "b")
     command = [sys.executable, "-m", "ddpm_jax", "train", "--config=digits"]
     codes, texts = in_a_pod(tmp_path, [*command, f"--workdir={tmp_path / 'a'}"],
                             [*command, f"--workdir={tmp_path / 'b'}"])

@@ -52,10 +52,15 @@ PROGRAM = ("import signal, sys, time\n"
            "print('ready', flush=True); time.sleep(50)")
 
 
-def start(tmp_path, wait=0, stdout=subprocess.DEVNULL, **options):
+# Hears SIGINT also where the tests were started in a shell's background, which ignores it.
+HEARING = [sys.executable, "-c", "import os, signal, sys\n"
+           "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"]
+
+
+def start(tmp_path, wait=0, stdout=subprocess.DEVNULL, before=()):
     process = subprocess.Popen(
-        [sys.executable, LOCAL, f"--logdir={tmp_path}", "--", sys.executable, "-c",
-         PROGRAM.replace("WAIT", str(wait))], stdout=stdout, stderr=subprocess.DEVNULL, **options)
+        [*before, sys.executable, LOCAL, f"--logdir={tmp_path}", "--", sys.executable, "-c",
+         PROGRAM.replace("WAIT", str(wait))], stdout=stdout, stderr=subprocess.DEVNULL)
     until(tmp_path, "ready")
     return process
 
@@ -70,15 +75,13 @@ def until(tmp_path, word):
 
 @pytest.mark.parametrize("number", local.SIGNALS, ids=lambda number: number.name)
 def test_signals_go_to_all(tmp_path, number):
-    process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT,
-                                                               signal.default_int_handler))
+    process = start(tmp_path, before=HEARING)
     process.send_signal(number)
     assert process.wait(30) == 42
 
 
 def test_second_ctrl_c_ends_all_at_once(tmp_path):
-    process = start(tmp_path, wait=40, preexec_fn=lambda: signal.signal(
-        signal.SIGINT, signal.default_int_handler))
+    process = start(tmp_path, wait=40, before=HEARING)
     process.send_signal(signal.SIGINT)
     until(tmp_path, "told")
     process.send_signal(signal.SIGINT)

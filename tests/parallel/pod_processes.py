@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +76,16 @@ def free_port():
 
 
 
+# Starts what follows with signals ignored, as nohup does. Between fork and exec of this process
+# Python code may not run: JAX has threads.
+IGNORING = """
+import os, signal, sys
+for number in sys.argv[1].split(","):
+    signal.signal(int(number), signal.SIG_IGN)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class Processes:
     """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one.
     env: variables of all, or of process i; None removes one."""
@@ -94,10 +103,10 @@ class Processes:
                  and not (count == 1 and k.startswith("DDPM_"))}
             file = open(pathlib.Path(folder) / f"{i}.log", "w+")
             self.files.append(file)
-            self.popen.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *flags, *words],
-                                               stdout=file, stderr=subprocess.STDOUT, env=e,
-                                               preexec_fn=lambda: [signal.signal(n, signal.SIG_IGN)
-                                                                   for n in ignored]))
+            before = [sys.executable, "-c", IGNORING, ",".join(str(int(n)) for n in ignored)]
+            self.popen.append(subprocess.Popen(
+                [*(before if ignored else ()), sys.executable, "-c", PROGRAM, *flags, *words],
+                stdout=file, stderr=subprocess.STDOUT, env=e))
 
     def __enter__(self):
         return self
