@@ -273,7 +273,7 @@ MODEL_RANGES = {
     "model.ch_mult": Range(1, 2**10),
     "model.num_res_blocks": Range(1, 2**10),
     "model.attn_resolutions": Range(1, 2**14),
-    "model.dropout": _real(0, 1, open_high=True),
+    "model.dropout": _real(0, 0.999),  # drawn from 16 bits
     "model.num_groups": Range(1, 2**14),
     "model.space_to_depth": Range(1, 2**14),
     "diffusion.num_timesteps": Range(1, 10**6),

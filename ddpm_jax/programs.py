@@ -149,7 +149,9 @@ def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> C
         raise UserError(f"sampler.steps={steps} is not in 1 ... diffusion.num_timesteps={total}")
     try:
         nodes = place(settings["nodes"] or method.nodes, alphas_cumprod, method.num_nodes(steps))
-        visits = method.visits(nodes[nodes < (below or total)])
+        visits = method.visits(nodes[nodes < (total if below is None else below)])
+        if not len(visits):
+            raise ValueError(f"no timestep under {below} is visited")
         sampler = method.make(alphas_cumprod[visits], **keywords)
     except ValueError as error:
         raise UserError(f"sampler.name={settings['name']}, sampler.steps={steps}: {error}"

@@ -49,7 +49,7 @@ def test_every_shipped_config_builds_and_traces(name):
     ("train.clip_replicas", 12, "must be a multiple or a divisor of the 8 devices"),
     ("train.batch_size", 0, "must be a whole number in 1 ... "),
     ("train.steps", 2**26, "reaches 2\\*\\*32 images"),
-    ("model.dropout", 1.0, r"must be a number in \[0, 1\)"),
+    ("model.dropout", 1.0, r"must be a number in \[0, 0.999\]"),
     ("data.image_size", 10, "not divisible by 8"),
     ("model.num_groups", 48, "cannot be cut into 48 groups"),
     ("sampler.steps", 1001, "is more than diffusion.num_timesteps"),

@@ -149,6 +149,7 @@ def test_a_chain_from_the_middle_has_its_own_plan():
     (dict(name="ddim", nodes="0,7"), "distinct timesteps of 0 ... 5"),
     (dict(name="ddim", nodes="evn"), "known: even, quad, logsnr"),
     (dict(name="pndm", steps=6), "four nodes"),
+    (dict(name="ddim", steps=2, nodes="trailing", below=2), "no timestep under 2 is visited"),
 ])
 def test_samplers_that_do_not_fit_are_one_line(fields, message):
     with pytest.raises(UserError, match=message):

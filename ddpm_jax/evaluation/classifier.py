@@ -130,7 +130,7 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
     short = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]
     path = files.join(folder or cache_folder(), f"cnn-{name}-{short}-{seed}.npz")
     stored = False
-    with contextlib.suppress(OSError):  # a home that may not be looked into
+    with contextlib.suppress(UserError):  # a home that may not be looked into
         stored = files.exists(path)
     if stored:
         arrays = files.read_npz(path)

@@ -126,13 +126,13 @@ def _held_out(context, parts, num) -> tuple[dict, dict]:
 
 
 class _Rows:
-    """The images of a Source as `neighbours` takes references: len() and slices."""
+    """The first images of a Source as `neighbours` takes references: len() and slices."""
 
-    def __init__(self, source):
-        self._source = source
+    def __init__(self, source, count=None):
+        self._source, self._count = source, len(source) if count is None else count
 
     def __len__(self):
-        return len(self._source)
+        return self._count
 
     def __getitem__(self, item):
         if isinstance(item, slice):
@@ -175,18 +175,24 @@ def offline(context, samples) -> Result:
 
 
 def nearest_neighbours(context, samples) -> Result:
-    """Nearest training images of the first samples, in pixels and in the best features at hand."""
+    """Nearest training images of the first samples, in pixels and in the best features at hand.
+
+    The held-out images beside them are of the test split; without one, the last training images,
+    which are then not among the references.
+    """
     sources = context.session.sources
-    held_split = "test" if "test" in sources else "train"
+    train, apart = sources["train"], "test" in sources
     space = make_extractor(context, (SPACE,)).names[0]
     real = _real(context, "train", (SPACE,))
-    held = _real(context, held_split, (SPACE,), NN_QUERIES)
+    held = _real(context, "test", (SPACE,), NN_QUERIES) if apart else {}
     if not hosts.is_main_process():
         return Result({})
+    count = len(train) - (0 if apart else min(NN_QUERIES, len(train) // 2))
+    held_images = _Rows(sources["test"])[:NN_QUERIES] if apart else _Rows(train)[count:]
+    held_features = held[space] if apart else real[space][count:]
     values, pictures = measures.nearest(
-        samples["images"], samples[space], _Rows(sources["train"]), real[space],
-        _Rows(sources[held_split])[:NN_QUERIES], held[space], queries=NN_QUERIES, k=NN_K,
-        crop=context.options.crop)
+        samples["images"], samples[space], _Rows(train, count), real[space][:count],
+        held_images, held_features, queries=NN_QUERIES, k=NN_K, crop=context.options.crop)
     return Result(values | {"nn_space": space},
                   {f"nearest_{name}": picture for name, picture in pictures.items()})
 

@@ -34,6 +34,30 @@ def test_a_metric_is_one_function_and_one_row(tiny, monkeypatch):
     assert 0 < values["brightness"] < 255 and facts["num"] == 8 and "8 images" in label
 
 
+class Splitless:
+    """As data.datasets.Source, of a data set with one split and no labels."""
+    name, split, fingerprint, labels, shape = "made-up", "train", "f", None, (8, 8, 1)
+
+    def __init__(self, images):
+        self._images = images
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, i):
+        return self._images[i]
+
+
+def test_without_a_test_split_the_held_out_images_are_no_references(tiny, monkeypatch):
+    """They would be their own nearest neighbours, at distance 0."""
+    model, session = tiny()
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
+    monkeypatch.setattr(session, "sources", {"train": Splitless(images)})
+    ((_, values, _),), _ = evaluate_run(model, Options(metrics=("nn",)), session)
+    assert values["nn_pixels_median_distance_held_out"] > 0
+    assert values["nn_features_median_distance_held_out"] > 0
+
+
 def _with(tiny, **options):
     model, session = tiny()
     return model, Options(**options), session
