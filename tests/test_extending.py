@@ -73,8 +73,8 @@ def ddpm(command):
 def trained(tmp_path_factory):
     """A run of the package as it is."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "digits.py").write_text(TINY)
-    run(ddpm("ddpm train --workdir=trained --config=digits.py"), folder, PACKAGE.parent)
+    (folder / "tiny.py").write_text(TINY)
+    run(ddpm("ddpm train --workdir=trained --config=tiny.py"), folder, PACKAGE.parent)
     return folder
 
 
@@ -93,5 +93,5 @@ def test_a_recipe_works(title, trained, tmp_path):
     if command.startswith("python "):
         words = [sys.executable, "-c", re.search(r'"(.*)"', command)[1]]
     else:
-        words = ddpm(command.replace("--config=digits", "--config=digits.py"))
+        words = ddpm(command.replace("--config=digits", "--config=tiny.py"))
     run(words, tmp_path / "work", root)
