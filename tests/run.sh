@@ -46,4 +46,5 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 "$venv/bin/ruff" check .
 bash tests/lowest.sh
-exec "$venv/bin/python" -m pytest -n 2 --dist worksteal -rs "$@"
+# Three workers on two cores: many of these tests wait for processes that they started.
+exec "$venv/bin/python" -m pytest -n 3 --dist worksteal -rs "$@"
