@@ -41,6 +41,19 @@ def test_a_run_goes_on_to_its_end(tmp_path, ending):
     assert saved(tmp_path / "run") == [20]
 
 
+# A terminal needs a fork; what JAX and Python warn of there does not matter, since exec follows.
+FORKING = [pytest.mark.filterwarnings(f"ignore:{text}:{kind}") for text, kind in (
+    (".*fork", "RuntimeWarning"), (".*fork", "DeprecationWarning"),
+    ("(?s).*_at_fork", "pytest.PytestUnraisableExceptionWarning"))]
+
+
+def forking(test):
+    for mark in FORKING:
+        test = mark(test)
+    return test
+
+
+@forking
 def test_a_closed_terminal_saves(tmp_path):
     run = tmp_path / "run"
     pid, terminal = pty.fork()
@@ -52,6 +65,7 @@ def test_a_closed_terminal_saves(tmp_path):
     assert len(saved(run)) == 1
 
 
+@forking
 @pytest.mark.slow
 def test_ctrl_c_saves_and_goes_on(tmp_path):
     run = tmp_path / "run"

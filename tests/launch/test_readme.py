@@ -56,5 +56,5 @@ def test_troubleshooting_quotes_messages_that_the_programs_print():
                  "watchdog: no step for", "restarts without a new checkpoint",
                  "another command runs under it",
                  "needs the role TPU Admin", "no quota for", "belongs to a run with another config",
-                 "must be a multiple of the"):
+                 "must be a multiple or a divisor of the"):
         assert ours in page and ours in sources, ours
