@@ -42,15 +42,9 @@ def test_a_run_goes_on_to_its_end(tmp_path, ending):
 
 
 # A terminal needs a fork; what JAX and Python warn of there does not matter, since exec follows.
-FORKING = [pytest.mark.filterwarnings(f"ignore:{text}:{kind}") for text, kind in (
-    (".*fork", "RuntimeWarning"), (".*fork", "DeprecationWarning"),
-    ("(?s).*_at_fork", "pytest.PytestUnraisableExceptionWarning"))]
-
-
-def forking(test):
-    for mark in FORKING:
-        test = mark(test)
-    return test
+forking = pytest.mark.filterwarnings(
+    "ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning",
+    "ignore:(?s).*_at_fork:pytest.PytestUnraisableExceptionWarning")
 
 
 @forking
