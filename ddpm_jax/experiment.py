@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import CLIP_SCOPES, DTYPES, check_model, check_training
+from ddpm_jax.config_checks import CLIP_SCOPES, DTYPES, check_model, check_training
 from ddpm_jax.diffusion.objective import LOSSES
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule

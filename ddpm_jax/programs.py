@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import SAMPLER_DEFAULTS, sampler_row
+from ddpm_jax.config_checks import SAMPLER_DEFAULTS, sampler_row
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
 from ddpm_jax.diffusion.nodes import place

@@ -10,11 +10,7 @@ import pytest
 
 from ddpm_jax.config import (
     CONFIGS,
-    MODEL_RANGES,
     RESUME_MAY_CHANGE,
-    TRAINING_RANGES,
-    check_model,
-    check_training,
     config_path,
     differing_fields,
     flatten,
@@ -25,6 +21,7 @@ from ddpm_jax.config import (
     packaged_configs,
     to_json,
 )
+from ddpm_jax.config_checks import MODEL_RANGES, TRAINING_RANGES, check_model, check_training
 from ddpm_jax.diffusion.schedule import BETAS
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model
