@@ -11,9 +11,11 @@ import numpy as np
 
 from ddpm_jax.config_checks import SAMPLER_DEFAULTS, sampler_row
 from ddpm_jax.data.feed import shuffled_index
+from ddpm_jax.diffusion.inpainting import Visits, inpaint_step
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
 from ddpm_jax.diffusion.nodes import place
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
+from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.sampling import Sampler, reverse_step
 from ddpm_jax.diffusion.schedule import Schedule, make_schedule, respace
 from ddpm_jax.errors import UserError
@@ -111,7 +113,7 @@ def _resident(experiment, num_examples, images, seed, step, i):
     return runner.constrain(rows.reshape(count, *experiment.image_shape))
 
 
-def _latents(key, index, image_shape):
+def _latents(key, index, image_shape, *_):
     return rng.image_noise(key, index, jnp.int32(-1), image_shape)
 
 
@@ -119,7 +121,7 @@ class Chain(NamedTuple):
     """A reverse process over one config's network. predict(params) -> predict_fn as
     ``diffusion.sampling`` takes it. choices: fields of config.sampler beside name and steps that
     are not left to the sampler; samples depend on them. noise(key, index int [B], t, image_shape)
-    and start(key, index, image_shape) -> x_T, both [B,H,W,C]."""
+    and start(key, index, image_shape, *extra) -> x_T, both [B,H,W,C]; extra: the program's."""
 
     schedule: Schedule
     predict: Callable
@@ -182,8 +184,8 @@ def _reverse_process(experiment, chain):
     step returns the predicted x_0 too. Image i depends on (seed, i) alone."""
     shape = experiment.image_shape
 
-    def start(seed, index, *_):
-        x_T = chain.start(rng.run_key(seed), index, shape)
+    def start(seed, index, *extra):
+        x_T = chain.start(rng.run_key(seed), index, shape, *extra)
         return x_T, chain.sampler.start(x_T)
 
     def step(params, carry, i, seed, index, *_):
@@ -228,6 +230,44 @@ def progressive_program(experiment: Experiment, chain: Chain, every: int):
         experiment.runner, start_keeping, step_keeping,
         lambda carry, *_: (to_uint8(carry[0][0]), to_uint8(carry[1])), chain.num_steps,
         args=("replicated", "replicated", "batch"),
+        prepare=functools.partial(cast_kernels, experiment))
+
+
+def edit_program(experiment: Experiment, chain: Chain):
+    """(params, seed, index int32 [B], images uint8 [B,H,W,C]) -> uint8 [B,H,W,C]: the images noised
+    to the first step of ``chain`` (``sampling_chain`` with below=), then decoded. B over all
+    devices; the noise of image i depends on (seed, i) alone. Compiled as ``loops.repeat`` does."""
+    def start(key, index, image_shape, images):
+        t = jnp.full(images.shape[0], chain.num_steps - 1)
+        return q_sample(chain.schedule, to_unit_range(images), t,
+                        _latents(key, index, image_shape))
+
+    return sample_program(experiment, chain._replace(start=start),
+                          lambda x_0, images: to_uint8(x_0), extra=("batch",))
+
+
+def inpaint_program(experiment: Experiment, chain: Chain, visits: Visits):
+    """(params, seed, index int32 [B], images uint8 [B,H,W,C], known bool [B,H,W,1]) -> uint8
+    [B,H,W,C]: the images with new pixels where ``known`` is False, the others bit for bit. The
+    chain's sampler must be one without memory. B over all devices; the noise of image i depends on
+    (seed, i) and the number of the visit alone. Compiled as ``loops.repeat`` does."""
+    shape, schedule = experiment.image_shape, chain.schedule
+
+    def start(seed, index, *_):
+        return chain.start(rng.run_key(seed), index, shape)
+
+    def step(params, x, i, seed, index, images, known):
+        key, predict = rng.run_key(seed), chain.predict(params)
+        return inpaint_step(
+            schedule, lambda x, t, noise: reverse_step(
+                chain.sampler, schedule, predict, lambda t: noise, x, t, ())[0],
+            x, Visits(*(jnp.asarray(table)[i] for table in visits)), to_unit_range(images),
+            known, [chain.noise(key, index, 3 * i + k, shape) for k in range(3)])
+
+    return repeat(
+        experiment.runner, start, step,
+        lambda x, seed, index, images, known: jnp.where(known, images, to_uint8(x)),
+        len(visits.t), args=("replicated", "replicated", "batch", "batch", "batch"),
         prepare=functools.partial(cast_kernels, experiment))
 
 

@@ -1,6 +1,8 @@
 """Draw images from a trained run, in resumable shards, and write pictures of them."""
 
+import contextlib
 import hashlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -61,22 +63,16 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
     where ``stop`` requested it. Raises UserError for a number out of range, a run that cannot be
     read, or an ``out`` with anything else in it.
     """
-    if num < 1:
-        raise UserError(f"--num={num} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
+    check_numbers(seed, num=num, batch_size=batch_size)
     exp, params, step, facts = load_run(workdir, step=step, ema=ema)
     chain = programs.sampling_chain(exp, name=sampler, steps=steps, nodes=nodes)
     batch = batch_size or exp.config.sampler.batch_size
-    if batch < 1:
-        raise UserError(f"--batch_size={batch} must be at least 1")
     out = files.resolve(out)
     request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
                            sampler=sampler or exp.config.sampler.name, **chain.choices)
-    lock = hosts.on_main_process(_claim, out, request, str(files.resolve(workdir)))
-    try:
-        if not _draw(exp, chain, params, out, num=num, seed=seed, batch=batch, stop=stop):
-            say(f"stopped; {out}/shards holds what is done; run the same command to resume")
+    with claimed(out, request, workdir):
+        if not draw(out, lambda: _producer(exp, chain, params, seed, batch), num=num, batch=batch,
+                    stop=stop):
             return False
         frames, columns = _progressive(exp, chain, params, seed)
         if hosts.is_main_process():
@@ -85,15 +81,32 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, s
             pictures.write_png(out / "progressive.png", pictures.tile(frames, columns))
             for i, image in enumerate(images if png else ()):
                 pictures.write_png(out / "png" / f"{i:06d}.png", image)
-    finally:
-        if lock is not None:
-            lock.release()
     say(f"{num} images: {out}/samples.npz, grid.png, progressive.png")
     return True
 
 
+def check_numbers(seed, **at_least_one) -> None:
+    """Raise UserError for a flag out of range; None is the default."""
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
+
+
+@contextlib.contextmanager
+def claimed(out, request, workdir):
+    """Around work in the folder ``out``, which is this request's alone (a dict, kept in it as
+    request.json). UserError where another request or command has it."""
+    lock = hosts.on_main_process(_claim, out, request, str(files.resolve(workdir)))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def _claim(out, request, workdir) -> Lock:
-    """Make the folder this request's. UserError where another request or command has it."""
     with files.storage_errors(out, "write to --out", "choose a folder that you may write to"):
         if not files.exists(out / "request.json") and set(files.listing(out)) - {LOCK_NAME}:
             raise UserError(f"--out={out} is not empty and holds no samples of ddpm; take another")
@@ -113,7 +126,8 @@ def _check_request(out, old, request, workdir):
     if "workdir" in old:  # older versions identified the weights by it, step and ema
         kept = {k: v for k, v in request.items() if not k.startswith("weights")}
         request = kept | {"workdir": workdir, "ema": request["weights"] == "ema"}
-    wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in request.items() if old.get(k) != v]
+    wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in ({"task": None} | request).items()
+             if old.get(k) != v]
     if wrong:
         raise UserError(f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
                         "another folder")
@@ -132,10 +146,26 @@ def _adopt_older_shards(folder):
             files.remove(folder / name)
 
 
-def _draw(exp, chain, params, out, *, num, seed, batch, stop) -> bool:
-    """Write samples.npz, unless it is there; False where ``stop`` requested it."""
+def draw(out, producer: Callable, *, num, batch, stop, name="sample") -> bool:
+    """Write samples.npz, unless it is there, with all rows of "images" of producer()(start, count)
+    as `collect.collect` takes it; False where ``stop`` requested it."""
     if hosts.broadcast_json(files.exists(out / "samples.npz")):
         return True
+    is_main = hosts.is_main_process()
+    bar = run_log.progress(num, name=name) if is_main else None
+    found = collect.collect(producer(), num=num, batch=batch, folder=out / "shards", stop=stop,
+                            progress=bar and bar.update)
+    if found is None:
+        say(f"stopped; {out}/shards holds what is done; run the same command to resume")
+        return False
+    if is_main:
+        bar.close()
+        files.write_npz(out / "samples.npz", {"arr_0": found["images"]})
+        files.remove(out / "shards")
+    return True
+
+
+def _producer(exp, chain, params, seed, batch):
     program = programs.sample_program(exp, chain)
 
     def produce(start, count):
@@ -144,17 +174,7 @@ def _draw(exp, chain, params, out, *, num, seed, batch, stop) -> bool:
         return {"images": hosts.all_rows(
             exp.runner, program(params, np.uint32(seed), index))[:count]}
 
-    is_main = hosts.is_main_process()
-    bar = run_log.progress(num, name="sample") if is_main else None
-    found = collect.collect(produce, num=num, batch=batch, folder=out / "shards", stop=stop,
-                            progress=bar and bar.update)
-    if found is None:
-        return False
-    if is_main:
-        bar.close()
-        files.write_npz(out / "samples.npz", {"arr_0": found["images"]})
-        files.remove(out / "shards")
-    return True
+    return produce
 
 
 def _progressive(exp, chain, params, seed, images=8, frames=10):

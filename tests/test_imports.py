@@ -29,6 +29,8 @@ ARROWS = {
     "evaluation": {"data", "experiment", "formats", "parallel", "programs", "run_log", "storage"},
     "sample": {"checkpoints", "config", "evaluation", "experiment", "formats", "parallel",
                "programs", "run_log", "storage"},
+    "edit": {"data", "diffusion", "experiment", "parallel", "programs", "run_log", "sample",
+             "storage"},
     "train": {"checkpoints", "compilation", "config", "data", "experiment", "parallel", "programs",
               "run_log", "storage", "training"},
     "benchmark": {"compilation", "data", "diffusion", "evaluation", "experiment", "interchange",
@@ -37,7 +39,7 @@ ARROWS = {
     "reproduction": {"compilation", "config", "data", "diffusion", "evaluation", "experiment",
                      "parallel", "programs", "run_log", "sample", "storage", "train", "training"},
     "cli": {"benchmark", "checkpoints", "compilation", "config", "data", "diffusion", "doctor",
-            "evaluation", "formats", "interchange", "parallel", "reproduction", "run_log",
+            "edit", "evaluation", "formats", "interchange", "parallel", "reproduction", "run_log",
             "sample", "storage", "train"},
     "__main__": {"cli"},
 }

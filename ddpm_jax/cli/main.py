@@ -14,6 +14,8 @@ from ddpm_jax.errors import UserError, did_you_mean
 SUBCOMMANDS = {
     "train": ("train", "train a model, or continue the run in --workdir"),
     "sample": ("sample", "draw images from a trained model"),
+    "inpaint": ("inpaint", "fill in masked pixels of images with a trained model"),
+    "edit": ("edit", "noise images part of the way and decode them"),
     "evaluate": ("evaluate", "FID, IS, KID, precision/recall, bits/dim of a model or of images"),
     "reference": ("reference", "statistics of a dataset's real images, for evaluate"),
     "reproduce": ("reproduce", "the paper's tables and figures: config, cost, band, verdict"),

@@ -5,7 +5,6 @@ import pytest
 
 from ddpm_jax.diffusion import inpainting as I
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
-from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.sampling import ancestral_step
 from ddpm_jax.diffusion.schedule import linear, make_schedule
 
@@ -23,8 +22,8 @@ def test_the_number_of_network_calls_is_the_paper_s():
     assert (np.diff(levels) < 0).sum() == 230
     np.testing.assert_array_equal(I.repaint_levels(5, 2, 1), [5, 4, 3, 2, 1, 0])
     np.testing.assert_array_equal(I.repaint_levels(4, 1, 2), [4, 3, 2, 3, 2, 1, 2, 1, 0, 1, 0])
-    for bad in ((0, 2), (2, 0)):
-        with pytest.raises(ValueError, match="at least 1"):
+    for bad, message in (((0, 2), "at least 1"), ((2, 0), "at least 1"), ((10, 2), "below the 10")):
+        with pytest.raises(ValueError, match=message):
             I.repaint_levels(10, *bad)
 
 
@@ -45,11 +44,17 @@ def fill(value, count, **jumps):
     mask = jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
     key = jax.random.key(0)
 
+    visits = I.repaint_visits(SCHEDULE, **jumps)
+
     def noise_fn(i):
         return jax.random.normal(jax.random.fold_in(key, i), known.shape)
 
-    run = jax.jit(lambda: I.inpaint_loop(SCHEDULE, denoise_step, noise_fn, noise_fn(10**6), known,
-                                         mask, I.repaint_levels(STEPS, **jumps)))
+    def visit(i, x):
+        at = I.Visits(*(jnp.asarray(table)[i] for table in visits))
+        noises = [noise_fn(3 * i + k) for k in range(3)]
+        return I.inpaint_step(SCHEDULE, denoise_step, x, at, known, mask, noises)
+
+    run = jax.jit(lambda: jax.lax.fori_loop(0, len(visits.t), visit, noise_fn(10**6)))
     return known, np.asarray(run())
 
 
@@ -65,14 +70,18 @@ def test_known_pixels_are_kept_bit_for_bit_and_the_rest_nears_the_conditional():
     assert off[0] > 0.2 and off[1] < 0.1 and off[2] < 0.03, off
 
 
-def test_going_up_one_level_is_q():
-    """Up from level n and q_sample to n + 1 have the same mean and variance."""
-    x_0 = jnp.full((20000, 1, 1, 1), 0.5)
-    first, second = (jax.random.normal(jax.random.key(k), x_0.shape) for k in (1, 2))
-    up = I.noise_up(SCHEDULE, q_sample(SCHEDULE, x_0, jnp.full(20000, 9), first), 10, second)
-    direct = q_sample(SCHEDULE, x_0, jnp.full(20000, 10), first)
-    assert float(abs(up.mean() - direct.mean())) < 0.02
-    assert float(abs(up.std() - direct.std())) < 0.01
+def test_between_two_network_calls_the_noise_is_that_of_q():
+    """x at the level reached, scaled and noised, has the mean and variance of q at the next."""
+    kept = np.concatenate([[1.0], np.cumprod(1 - np.asarray(SCHEDULE.betas, np.float64))])
+    visits = I.repaint_visits(SCHEDULE, 7, 3)
+    levels = I.repaint_levels(STEPS, 7, 3)
+    np.testing.assert_array_equal(visits.t, levels[1:][np.diff(levels) < 0])
+    reached = np.concatenate([[STEPS], visits.t[:-1]])
+    np.testing.assert_allclose(visits.scale**2 * kept[reached], kept[visits.t + 1], rtol=1e-6)
+    np.testing.assert_allclose(visits.scale**2 * (1 - kept[reached]) + visits.sigma**2,
+                               1 - kept[visits.t + 1], rtol=1e-5)
+    jumps = reached != visits.t + 1
+    assert jumps.sum() == 2 * 8 and (visits.sigma[~jumps] == 0).all()
 
 
 def test_the_known_part_lies_at_the_level_just_reached():
