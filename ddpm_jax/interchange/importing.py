@@ -31,15 +31,9 @@ def import_official(checkpoint, config, *, workdir, verify=True, say=print) -> p
     which nothing is left, for files that are damaged or do not fit the config.
     """
     check_free(workdir)
-    exp = experiment.build_model(config, jax.devices()[:1])
-    experiment.check_new(exp)
-    found = open_official(checkpoint)
+    exp, found, convert = _open_official(checkpoint, config, jax.devices()[:1])
     for note in found.notes:
         say(f"note: {note}")
-
-    def convert(part):
-        return _on_host(parameter_names.params_from_variables(part, exp.model))
-
     ema_params = convert(found.ema_params)
     result = _compare(exp, ema_params, verify, say)
     params = ema_params if found.params is found.ema_params else convert(found.params)
@@ -58,24 +52,48 @@ def import_diffusers(path, config=None, *, workdir, verify=True, say=print) -> p
     folder's name. verify, say, errors: as in ``import_official``.
     """
     check_free(workdir)
-    remote = path.startswith("hf://")
-    found = open_diffusers(fetch_from_hub(path) if remote else path, config)
+    exp, found, base = _open_diffusers(path, config, jax.devices()[:1])
     for note in found.notes:
         say(f"note: {note}")
-    base = None
-    if config is None:
-        base, config = base_config(path, found.fields["data"])
-    exp = experiment.build_model(_with_fields(config, found.fields), jax.devices()[:1])
     params = _on_host(parameter_names.params_from_state_dict(found.state_dict, exp.model))
     result = _compare(exp, params, verify, say, found)
     state = training_state(exp, 0, params, params)
     _write(workdir, exp, state, say, parity=str(result), optimizer=False, origin=path,
-           source=path if remote else os.path.abspath(path))
+           source=path if path.startswith("hf://") else os.path.abspath(path))
     say("diffusers folders hold one set of weights: it is used as the averaged and as the raw "
         "ones, at step 0")
     if base:
         say(f"data and training fields are those of --config={base}")
     return result
+
+
+def read_official(checkpoint, config, *, ema=True):
+    """-> (Experiment on all devices, averaged or raw params, step) of a checkpoint, without a run.
+    Errors: as in ``import_official``."""
+    exp, found, convert = _open_official(checkpoint, config)
+    return exp, convert(found.ema_params if ema else found.params), found.step
+
+
+def _open_official(checkpoint, config, devices=None):
+    exp = experiment.build_model(config, devices)
+    experiment.check_new(exp)
+    return exp, open_official(checkpoint), lambda part: _on_host(
+        parameter_names.params_from_variables(part, exp.model))
+
+
+def read_diffusers(path, config=None):
+    """-> (Experiment on all devices, params) of what ``import_diffusers`` reads, without a run."""
+    exp, found, _ = _open_diffusers(path, config)
+    return exp, _on_host(parameter_names.params_from_state_dict(found.state_dict, exp.model))
+
+
+def _open_diffusers(path, config, devices=None):
+    """-> (Experiment, diffusers.read.Model, name of the config that completes the files or None)"""
+    found = open_diffusers(fetch_from_hub(path) if path.startswith("hf://") else path, config)
+    base = None
+    if config is None:
+        base, config = base_config(path, found.fields["data"])
+    return experiment.build_model(_with_fields(config, found.fields), devices), found, base
 
 
 def base_config(path, data):
