@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ddpm_jax import config as configs
 from ddpm_jax import programs
@@ -46,7 +45,8 @@ class Run:
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self):
+        """The run's ConfigDict, frozen."""
         return self.experiment.config
 
     @property
@@ -147,8 +147,7 @@ def load(path, *, step=None, ema=True, config=None) -> Run:
     """
     path = os.path.expanduser(os.fspath(path))
     enable_compilation_cache()
-    if not isinstance(config, ConfigDict | None):
-        config = load_config(config)
+    config = _config(config)
     imported = next((read for is_one, read in _IMPORTS if is_one(path)), None)
     if imported is None:
         if config is not None:
@@ -195,15 +194,20 @@ _IMPORTS = ((_is_diffusers, _load_diffusers), (_is_official, _load_official))
 # ---- training ----
 
 
-def load_config(name, fields: dict | None = None) -> ConfigDict:
+def load_config(name, fields: dict | None = None):
     """A packaged config, a config file or a run's config.json, with ``fields`` changed:
-    {"train.steps": 500}. Raises UserError for a field or a value that a config cannot have."""
+    {"train.steps": 500}. -> ConfigDict. Raises UserError for a field or a value that no config can
+    have."""
     config = configs.load_with_fields(os.path.expanduser(os.fspath(name)), fields or {})
     try:
         configs.override(config, fields or {})
     except (TypeError, ValueError) as error:
         raise UserError(f"config {name}: {error}") from None
     return config
+
+
+def _config(given):
+    return load_config(given) if isinstance(given, str | os.PathLike) else given
 
 
 def train(config, workdir, *, init_from=None, init_optimizer=False) -> Run:
@@ -216,12 +220,10 @@ def train(config, workdir, *, init_from=None, init_optimizer=False) -> Run:
     UserError.
     """
     enable_compilation_cache()
-    if not isinstance(config, ConfigDict):
-        config = load_config(config)
     source = init_from and training.InitFrom(os.fspath(init_from), None, init_optimizer)
     with _interrupts() as stop:
         done = training.train(
-            config, workdir, stop=stop, watchdog=Watchdog(0.0),
+            _config(config), workdir, stop=stop, watchdog=Watchdog(0.0),
             evaluate=monitor.periodic(stop=stop), check=monitor.check, init_from=source)
     if not done:
         raise KeyboardInterrupt(f"{workdir} is saved; the same call resumes")
