@@ -2,6 +2,7 @@
 parser, cheap ones run, generated pages are fresh, the site builds."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -10,7 +11,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from tiny_run import FIELDS
 
 from ddpm_jax.cli import main
 
@@ -174,3 +177,42 @@ def test_the_image_builds(tmp_path):
         pytest.skip(f"{base} cannot be pulled here")
     subprocess.run([builder, "build", "--build-arg", "EXTRAS=gcs", "-t", "ddpm_jax:test", ROOT],
                    check=True)
+
+
+def test_the_python_of_the_readme_runs(straight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {"FIELDS": FIELDS}
+    exec(code.replace('"runs/digits"', repr(str(straight))).replace(
+        '{"train.steps": 500}', "FIELDS"), names)
+    assert names["images"].shape == names["eps"].shape == (16, 8, 8, 1)
+    assert names["bits"].shape == (16,) and (tmp_path / "runs/short/metrics.jsonl").exists()
+
+
+def notebook_cells():
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_tour_is_committed_with_its_outputs():
+    cells = notebook_cells()
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [kind for cell in cells for output in cell["outputs"]
+             for kind in output.get("data", {output["output_type"]: ""})]
+    assert kinds.count("image/png") >= 6 and "error" not in kinds
+    assert "/work" not in json.dumps(cells)
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path, monkeypatch):
+    """Its cells in turn, with the tiny run's fields; what they print and draw is not looked at."""
+    monkeypatch.chdir(tmp_path)
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    names = {}
+    for cell in notebook_cells():
+        exec("".join(cell["source"]), names)
+        if "fields" in names and "run" not in names:
+            names["fields"] |= FIELDS | {"train.log_every": 1}
+    assert names["bound"].terms.shape == (128, FIELDS["diffusion.num_timesteps"])
+    assert np.isfinite(names["total"]).all() and names["images"].shape == (40, 8, 8, 1)
