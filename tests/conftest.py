@@ -6,19 +6,22 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for tiny_run, bucket, ...
+
+from xla_flags import xla_flags  # noqa: E402
+
+for flag in xla_flags(8).split():
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 # Every test and every process that a test starts compiles the same tiny programs: share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR",
                       str(pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax_tests_{os.getuid()}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Without credentials gcsfs would ask for the kind of a bucket, and complain, at each call.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests already run side by side
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for tiny_run, bucket, ...
 
 import bucket  # noqa: E402
 import jax  # noqa: E402

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from xla_flags import xla_flags
 
 import ddpm_jax
 
@@ -59,7 +60,7 @@ def carry_out(recipe, root):
 
 
 def run(words, folder, root):
-    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
     return done.stdout + done.stderr

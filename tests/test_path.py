@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from xla_flags import xla_flags
 
 LONGEST = 10
 TINY = [
@@ -38,7 +39,7 @@ run()
 def test_few_frames_lie_between_the_command_and_the_loss(scope, tmp_path):
     """Closures count. As the paper trained: eight devices, each of them a replica."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+           "XLA_FLAGS": xla_flags(8)}
     done = subprocess.run(
         [sys.executable, "-c", WALK, "train", *TINY, f"--config.train.clip_scope={scope}",
          f"--workdir={tmp_path / scope}"], env=env, capture_output=True, text=True)

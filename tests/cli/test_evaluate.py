@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from xla_flags import xla_flags
 
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax.config import load_config, to_json
@@ -57,7 +58,7 @@ def free_port():
 def environment(devices):
     """For a process of its own with that many CPU devices."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            "XLA_FLAGS": xla_flags(devices)}
 
 
 def start(*words, devices=1, env=None):

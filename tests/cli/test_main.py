@@ -7,6 +7,7 @@ import sys
 import tarfile
 
 import pytest
+from xla_flags import xla_flags
 
 from ddpm_jax.cli import main
 
@@ -112,7 +113,7 @@ def in_a_pod(folder, *commands):
             running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={
                 **os.environ, "DDPM_COORD": f"127.0.0.1:{port}", "DDPM_PROC": str(i),
                 "DDPM_NPROC": str(len(commands)), "DDPM_HEARTBEAT": "5",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}))
+                "XLA_FLAGS": xla_flags(1)}))
     try:
         codes = [p.wait(150) for p in running]  # without leave() it takes 300 s and more
     finally:

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from xla_flags import xla_flags
 
 TINY = ("train.steps=4,train.steps_per_dispatch=4,train.log_every=2,train.batch_size=8,model.ch=8,"
         "model.ch_mult=[1],model.attn_resolutions=[],diffusion.num_timesteps=4,"
@@ -23,7 +24,8 @@ def ddpm(*words, expect=0, around=()):
     done = subprocess.run([*around, sys.executable, "-m", "ddpm_jax", "reproduce",
                            *map(str, words)],
                           env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1",
-                               "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=400)
+                               "XLA_FLAGS": xla_flags(1)},
+                          capture_output=True, text=True, timeout=400)
     assert done.returncode == expect, done.stderr[-3000:]
     return done.stdout
 

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from xla_flags import xla_flags
 
 HERE = pathlib.Path(__file__).parent
 SBATCH = HERE.parents[1] / "launch" / "slurm" / "train.sbatch"
@@ -87,7 +88,7 @@ def cluster(tmp_path):
     conf.write_text(CONF.format(d=d, host=socket.gethostname().split(".")[0], port=port,
                                 port1=port1, port2=port2, cpus=os.cpu_count()))
     env = {**os.environ, "SLURM_CONF": str(conf), "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+           "XLA_FLAGS": xla_flags(2)}
     daemons = [subprocess.Popen([shutil.which("slurmctld") or "/usr/sbin/slurmctld", "-D", "-f",
                                  conf], env=env, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)]

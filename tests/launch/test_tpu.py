@@ -14,6 +14,7 @@ import zipfile
 import pytest
 from cloud_tpu import __main__ as tpu
 from cloud_tpu import staging
+from xla_flags import xla_flags
 
 HERE = pathlib.Path(__file__).parent
 TPU = HERE.parents[1] / "launch" / "tpu.py"
@@ -112,7 +113,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
     monkeypatch.setenv("DDPM_NEED_MB", "1")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(2))
     monkeypatch.delenv("DDPM_HOME", raising=False)
     wheel = tiny_wheel(tmp_path)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from xla_flags import xla_flags
+
 # A stand-in for the loops: argv is a list of words, each does one thing.
 PROGRAM = '''
 import ctypes, os, signal, sys, time
@@ -96,7 +98,7 @@ class Processes:
         self.files, self.popen = [], []
         for i in range(count) if only is None else only:
             e = {**os.environ, "DDPM_COORD": f"127.0.0.1:{port}", "DDPM_NPROC": str(count),
-                 "DDPM_PROC": str(i), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                 "DDPM_PROC": str(i), "XLA_FLAGS": xla_flags(1),
                  "TF_CPP_MIN_LOG_LEVEL": "3"}
             e.update(env(i) if callable(env) else env)
             e = {k: v for k, v in e.items() if v is not None
