@@ -27,7 +27,7 @@ def test_taken_port_in_the_real_program():
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_dry_run_of_a_pod():
-    done = subprocess.run([sys.executable, "-m", "ddpm_jax", "doctor", "--processes=4",
+    done = subprocess.run([sys.executable, "-m", "ddpm_jax", "doctor", "--processes=2",
                            "--devices=2"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line.split(":")[0] for line in done.stdout.splitlines()]

@@ -52,9 +52,11 @@ PROGRAM = ("import signal, sys, time\n"
            "print('ready', flush=True); time.sleep(50)")
 
 
-# Hears SIGINT also where the tests were started in a shell's background, which ignores it.
+# Hears SIGINT also where the tests were started in a shell's background, which ignores it, and
+# SIGHUP where they were started by nohup.
 HEARING = [sys.executable, "-c", "import os, signal, sys\n"
-           "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"]
+           "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+           "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 def start(tmp_path, wait=0, stdout=subprocess.DEVNULL, before=()):

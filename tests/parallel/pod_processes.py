@@ -19,8 +19,9 @@ from ddpm_jax.parallel.hosts import check_same_everywhere
 from ddpm_jax.parallel.pod import define_flags, initialize
 from ddpm_jax.parallel.stop import watch_for_stop
 from ddpm_jax.parallel.watchdog import start_watchdog
-# What a shell starts in the background ignores SIGINT, and so do its children.
+# What a shell starts in the background ignores SIGINT, and what nohup starts ignores SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 define_flags()
 words = flags.FLAGS(["x", *sys.argv[1:]])[1:]
 pod = initialize()
