@@ -11,7 +11,8 @@ from xla_flags import xla_flags
 LONGEST = 10
 TINY = [
     "--config=digits", "--config.data.image_size=8", "--config.model.ch=4",
-    "--config.model.ch_mult=(1,)", "--config.model.attn_resolutions=(8,)",
+    "--config.model.ch_mult=(1,)", "--config.model.num_res_blocks=1",
+    "--config.model.attn_resolutions=(8,)",
     "--config.model.num_groups=2", "--config.train.batch_size=8", "--config.train.steps=1",
     "--config.diffusion.num_timesteps=4", "--config.eval.sample_every=0",
     "--config.train.clip_replicas=8"]

@@ -15,7 +15,7 @@ from ddpm_jax.parallel.runners import fetch
 def tiny(**fields):
     config = load_config("digits")
     config.data.image_size = 4
-    config.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2)
+    config.model.update(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
     config.train.update(batch_size=8, clip_replicas=8)
     config.diffusion.num_timesteps = 6
     config.update_from_flattened_dict(fields)

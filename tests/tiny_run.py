@@ -4,10 +4,11 @@ from ddpm_jax import train as training
 from ddpm_jax.config import load_config
 
 FIELDS = {
-    "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.attn_resolutions": (),
-    "model.num_groups": 2, "train.batch_size": 8, "train.clip_replicas": 8, "train.steps": 12,
-    "train.log_every": 2, "train.steps_per_dispatch": 5, "checkpoint.every": 4,
-    "diffusion.num_timesteps": 10, "eval.sample_every": 0,
+    "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.num_res_blocks": 1,
+    "model.attn_resolutions": (), "model.num_groups": 2,
+    "train.batch_size": 8, "train.clip_replicas": 8, "train.steps": 12, "train.log_every": 2,
+    "train.steps_per_dispatch": 5, "checkpoint.every": 4, "diffusion.num_timesteps": 10,
+    "eval.sample_every": 0,
 }
 
 

@@ -13,7 +13,7 @@ from ddpm_jax.errors import UserError
 
 def tiny(**changes):
     config = load_config("digits")
-    config.model.update(ch=8, ch_mult=(1, 2), num_groups=4, attn_resolutions=())
+    config.model.update(ch=8, ch_mult=(1, 2), num_res_blocks=1, num_groups=4, attn_resolutions=())
     config.diffusion.num_timesteps = 4
     config.train.update(batch_size=16, steps_per_dispatch=1, clip_scope="per_replica",
                         clip_replicas=8)

@@ -57,7 +57,8 @@ def test_features_are_a_share_of_sampling(tmp_path):
 @pytest.mark.slow
 def test_compile_matrix_baseline_and_corpus(tmp_path):
     matrix = {"config": ["digits"], "topology": ["cpu:1"], "runner": ["jit"], "set": [
-        "model.ch=8", "model.ch_mult=(1,)", "model.num_groups=4", "model.attn_resolutions=()",
+        "model.ch=8", "model.ch_mult=(1,)", "model.num_res_blocks=1", "model.num_groups=4",
+        "model.attn_resolutions=()",
         "train.clip_replicas=1", "train.steps_per_dispatch=1"]}
     (tmp_path / "m.json").write_text(json.dumps(matrix))
     words = ["compile", f"--matrix={tmp_path}/m.json"]

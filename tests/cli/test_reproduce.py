@@ -13,7 +13,7 @@ from PIL import Image
 from xla_flags import xla_flags
 
 TINY = ("train.steps=4,train.steps_per_dispatch=4,train.log_every=2,train.batch_size=8,model.ch=8,"
-        "model.ch_mult=[1],model.attn_resolutions=[],diffusion.num_timesteps=4,"
+        "model.ch_mult=[1],model.num_res_blocks=1,model.attn_resolutions=[],diffusion.num_timesteps=4,"
         "eval.sample_every=0,sampler.batch_size=24")
 
 

@@ -26,7 +26,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
 def config(runner, **fields):
     c = load_config("digits")
     c.data.image_size = 4
-    c.model.update(ch=4, ch_mult=(1,), attn_resolutions=(), num_groups=2, dropout=0.3)
+    c.model.update(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2,
+                   dropout=0.3)
     c.train.update(batch_size=16, clip_norm=0.0, clip_scope="global", clip_replicas=8,
                    steps_per_dispatch=1)
     c.data.flip = True
