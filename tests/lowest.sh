@@ -11,6 +11,6 @@ venv=${DDPM_VENV_LOWEST:-.venv-tests-lowest}
 make_venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check uv
 "$venv/bin/uv" pip install -q --python "$venv/bin/python" --resolution lowest-direct -e . \
-    'pytest>=8' 'hypothesis>=6.100' 'pytest-xdist>=3.6'
+    'pytest>=8' 'hypothesis>=6.100' 'pytest-xdist>=3.6' 'pytest-timeout>=2.3'
 "$venv/bin/python" -m pytest -n 2 tests/training tests/test_checkpoints.py \
     "tests/test_train.py::test_a_run_cut_off_and_continued_is_bit_equal" -W ignore

@@ -1,5 +1,6 @@
 """Real runs whose output nobody reads."""
 
+import contextlib
 import os
 import pathlib
 import pty
@@ -23,7 +24,7 @@ def saved(workdir):
 
 
 def wait_for_steps(workdir, count=5):
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     lines = workdir / "metrics.jsonl"
     while not (lines.exists() and lines.read_text().count("\n") >= count):
         assert time.time() < deadline
@@ -47,15 +48,27 @@ forking = pytest.mark.filterwarnings(
     "ignore:(?s).*_at_fork:pytest.PytestUnraisableExceptionWarning")
 
 
+@contextlib.contextmanager
+def run_in_a_terminal(workdir):
+    """(pid, terminal) of a training run without end, which does not outlive the test."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around the tests, ignores
+        os.execv(sys.executable, [*TRAIN, f"--workdir={workdir}", "--config.train.steps=1000000"])
+    try:
+        wait_for_steps(workdir)
+        yield pid, terminal
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @forking
 def test_a_closed_terminal_saves(tmp_path):
     run = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [*TRAIN, f"--workdir={run}", "--config.train.steps=1000000"])
-    wait_for_steps(run)
-    os.close(terminal)  # the kernel sends SIGHUP, and every write fails from now on
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    with run_in_a_terminal(run) as (pid, terminal):
+        os.close(terminal)  # the kernel sends SIGHUP, and every write fails from now on
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     assert len(saved(run)) == 1
 
 
@@ -63,19 +76,14 @@ def test_a_closed_terminal_saves(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_goes_on(tmp_path):
     run = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [*TRAIN, f"--workdir={run}", "--config.train.steps=1000000"])
-    wait_for_steps(run)
-    os.write(terminal, b"\x03")
-    text = b""
-    try:
-        while chunk := os.read(terminal, 65536):
-            text += chunk
-    except OSError:
-        pass
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    with run_in_a_terminal(run) as (pid, terminal):
+        os.write(terminal, b"\x03")
+        text = b""
+        with contextlib.suppress(OSError):
+            while chunk := os.read(terminal, 65536):
+                text += chunk
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     assert b"received SIGINT" in text and b"Traceback" not in text
     [step] = saved(run)
     more = subprocess.run([*TRAIN, f"--workdir={run}", f"--config.train.steps={step + 5}"],
