@@ -39,6 +39,26 @@ def train_step(exp, num_examples) -> Program:
         calls=config.train.steps, payload=4.0 * work.parameters)
 
 
+def unrolled(exp, num_examples) -> Program:
+    """config.train.steps_per_dispatch training steps one after the other instead of in a loop."""
+    config, work = exp.config, roofline.unet_work(exp.model)
+    resident = num_examples if config.data.resident else None
+    program = programs.train_program(experiment.build_training(_on_device(exp)), resident,
+                                     max_steps=1)
+    steps = config.train.steps_per_dispatch
+
+    def train_steps(carry, images, seed, one):
+        for _ in range(steps):
+            carry, metrics = program.step(carry, images, seed, one)
+        return carry, metrics
+
+    images = steps * config.train.batch_size
+    return Program(
+        jax.jit(train_steps, donate_argnums=0), program.arguments,
+        flops=images * work.train_flops, images=images,
+        calls=math.ceil(config.train.steps / steps), payload=4.0 * steps * work.parameters)
+
+
 def _on_device(exp):
     """The same with loops inside the program, as accelerators run it."""
     return exp._replace(runner=exp.runner._replace(loops_on_device=True))
@@ -103,8 +123,8 @@ def inception(exp, num_examples) -> Program:
                    calls=math.ceil(50_000 / batch))
 
 
-PROGRAMS = {"train_step": train_step, "sample": sample, "evaluate": evaluate,
-            "inception": inception}
+PROGRAMS = {"train_step": train_step, "unrolled": unrolled, "sample": sample,
+            "evaluate": evaluate, "inception": inception}
 
 
 def step_parts(config) -> dict[str, str]:
@@ -170,36 +190,3 @@ def _on_chip(machine, made, found) -> dict:
     parts["speed"] = [roofline.at_mfu(chip, devices=devices, flops=made.flops, steps=made.calls,
                                       mfu=mfu) for mfu in MFUS]
     return parts
-
-
-SWEEPS = {
-    "batch": ((16, 64, 256), lambda value: {"train.batch_size": value}),
-    "image size": ((16, 32, 64), lambda value: {"data.image_size": value}),
-    "width": ((64, 128, 256), lambda value: {"model.ch": value}),
-    "devices": ((1, 2, 8), lambda value: {"train.batch_size": 64 * value}),
-}
-
-
-def sweep(config, kind: str, name: str) -> list[dict]:
-    """Reports of the training step of `config`, called `name`, at the sizes of SWEEPS on machines
-    of `kind` (h100, v5e): 64 images a device where not swept, clipped by its global norm, one step
-    a dispatch. Each row has 'sweep': [axis, value]."""
-    joint = ":" if kind in ("h100", "cpu") else "-"
-    options = report.compiler_options(None if joint == ":" else "O0")
-    rows, seen = [], {}
-    for axis, (values, change) in SWEEPS.items():
-        for value in values:
-            mine = config.copy_and_resolve_references()
-            with mine.unlocked():
-                mine.update_from_flattened_dict({
-                    "train.batch_size": 64, "train.clip_scope": "global",
-                    "train.steps_per_dispatch": 1, **change(value)})
-            topology = f"{kind}{joint}{value if axis == 'devices' else 1}"
-            key = (topology, mine.to_json())
-            if key not in seen:
-                print(f"{axis} {value} on {topology}", flush=True)
-                seen[key] = measure(mine, topology=topology, program="train_step", options=options,
-                                    num_examples=50_000, name=name).report
-            rows.append({**seen[key], "sweep": [axis, value],
-                         "cell": f"{axis} {value} on {topology}"})
-    return rows

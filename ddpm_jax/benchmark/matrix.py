@@ -9,10 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import NamedTuple
 
-from ddpm_jax.compilation import report
+from ddpm_jax.benchmark import repeats
+from ddpm_jax.compilation import passes, report
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage.files import write_json
 
@@ -83,34 +83,69 @@ def command(cell: Cell, out: str) -> list[str]:
     return words + [f"--config.{setting}" for setting in cell.settings]
 
 
-def run_cell(cell: Cell, export: pathlib.Path | None = None) -> dict:
-    """Compile a cell with an empty persistent cache, and where the machine is this one's CPU again
-    with a full one. -> its report; 'warm' holds the second run's seconds, None for machines that
-    are absent (JAX cannot read their programs back). A cell that fails has 'error' only."""
+class _ProcessError(Exception):
+    """A process of a cell ended badly; the message is its last line."""
+
+
+def _process(cell: Cell, out: str, variables: dict) -> tuple[dict, str]:
+    """`ddpm compile` of a cell in a process of its own. -> (report, what it logged)."""
+    done = subprocess.run(command(cell, out), env={**os.environ, **variables},
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise _ProcessError(lines[-1] if lines else "no message")
+    return json.loads(pathlib.Path(out, "report.json").read_text()), done.stderr
+
+
+def _pass_times(cell: Cell, out: str, variables: dict) -> dict:
+    """One more compilation, with XLA's log of its passes: where the time goes, not how much."""
+    found, log = _process(cell, out, {**variables, **passes.VARIABLES})
+    rows = passes.read(log)
+    total = found["seconds"]["compile"]["wall_s"]
+    return {"compile_wall_s": total, "stages": passes.stages(log),
+            "passes": [{**p._asdict(), "share": p.seconds / total} for p in rows]}
+
+
+def run_cell(cell: Cell, export: pathlib.Path | None = None, *, repeat=1, with_passes=False):
+    """Compile a cell in ``repeat`` processes, each with an empty persistent cache and a hash seed
+    of its own, and where the machine is this one's CPU once more with the first one's full cache.
+
+    -> the report of the process with the fewest CPU seconds in XLA. 'warm': seconds of the run with
+    the full cache, None for machines that are absent (JAX cannot read their programs back), and
+    'warm_cache' whether it really was read ('hit'); 'repeats': see repeats.ranges; 'passes': as
+    `--passes` prints. A cell that fails has 'error' only."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        reports = []
-        for temperature in ("cold", "warm") if cell.topology.startswith("cpu") else ("cold",):
-            out = f"{folder}/{temperature}"
-            done = subprocess.run(command(cell, out), env=environment, capture_output=True,
-                                  text=True, check=False)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if line.strip()]
-                return {"cell": cell.name, "error": lines[-1] if lines else "no message"}
-            reports.append(json.loads(pathlib.Path(out, "report.json").read_text()))
+        def variables(number, cache):
+            return {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{cache}",
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "PYTHONHASHSEED": str(number)}
+
+        try:
+            reports = [_process(cell, f"{folder}/{n}", variables(n, n))[0] for n in range(repeat)]
+            warm = None
+            if cell.topology.startswith("cpu"):
+                warm, _ = _process(cell, f"{folder}/warm", variables(repeat, 0))
+            times = (_pass_times(cell, f"{folder}/passes", variables(0, "_passes"))
+                     if with_passes else None)
+        except _ProcessError as error:
+            return {"cell": cell.name, "error": str(error)}
         if export is not None:
-            _export(pathlib.Path(folder, "cold"), export, cell, reports[0])
-    warm = reports[1]["seconds"] if len(reports) > 1 else None
-    return {"cell": cell.name, **reports[0], "warm": warm}
+            _export(pathlib.Path(folder, "0"), export, cell, reports[0])
+    best = min(reports, key=lambda r: r["seconds"]["compile"]["cpu_s"])
+    return {"cell": cell.name, **best, "warm": warm and warm["seconds"],
+            **({"warm_cache": warm["cache"]} if warm else {}),
+            **({"repeats": repeats.ranges(reports)} if repeat > 1 else {}),
+            **({"passes": times} if times else {})}
 
 
-def run(cells: list[Cell], export=None) -> list[dict]:
-    """The reports of all cells, in order; export: folder of the corpus."""
+def run(cells: list[Cell], export=None, *, repeat=1, with_passes=False) -> list[dict]:
+    """The reports of all cells, in order, as ``run_cell`` makes them; export: folder of the corpus.
+    """
     rows = []
     for number, cell in enumerate(cells, 1):
         print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
-        rows.append(run_cell(cell, pathlib.Path(export) if export else None))
+        rows.append(run_cell(cell, pathlib.Path(export) if export else None, repeat=repeat,
+                             with_passes=with_passes))
     return rows
 
 
@@ -130,59 +165,6 @@ def _export(source: pathlib.Path, target: pathlib.Path, cell: Cell, found: dict)
                  "fingerprint": found["fingerprint"], "stablehlo": found["stablehlo"],
                  "compiler_options": found["compiler_options"], "versions": found["versions"]})
     write_json(manifest, rows, sort_keys=False)
-
-
-class Metric(NamedTuple):
-    """read(report) -> number or None; times, plus: a new value above old * times + plus is a
-    regression."""
-
-    read: Callable
-    times: float
-    plus: float = 0.0
-
-
-METRICS = {
-    "jaxpr equations": Metric(lambda r: r["jaxpr_equations"], 1.02),
-    "StableHLO operations": Metric(lambda r: r["stablehlo"]["instructions"], 1.02),
-    "HLO instructions": Metric(lambda r: r["hlo"]["instructions"], 1.03),
-    "kernels": Metric(lambda r: r["hlo"]["kernels"], 1.02),
-    "bytes moved": Metric(lambda r: r["hlo"]["bytes"], 1.02),
-    "copies": Metric(lambda r: r["hlo"]["copies"], 1.05, 4),
-    "transposes": Metric(lambda r: r["hlo"]["transposes"], 1.05, 4),
-    "collectives": Metric(
-        lambda r: sum(c["count"] for c in r["hlo"]["collectives"].values()), 1.0),
-    "collective bytes": Metric(
-        lambda r: sum(c["bytes"] for c in r["hlo"]["collectives"].values()), 1.01),
-    "peak memory": Metric(lambda r: r["memory"]["peak"], 1.03),
-    "executable bytes": Metric(lambda r: r["executable_bytes"], 1.1),
-    # Seconds differ between machines and hours: only a doubling counts.
-    "compile CPU seconds": Metric(lambda r: r["seconds"]["compile"]["cpu_s"], 2.0, 5),
-    "warm compile CPU seconds": Metric(
-        lambda r: r["warm"]["compile"]["cpu_s"] if r.get("warm") else None, 2.0, 2),
-}
-
-
-def regressions(new: list[dict], old: list[dict]) -> list[str]:
-    """One line for every metric of a cell that got worse than its limit, and for every cell that
-    fails now and did not before, or is gone."""
-    before = {r["cell"]: r for r in old}
-    now = {r["cell"]: r for r in new}
-    lines = [f"{cell}: not measured any more" for cell in before if cell not in now]
-    for cell, report_now in now.items():
-        report_old = before.get(cell)
-        if report_old is None or "error" in report_old:
-            continue
-        if "error" in report_now:
-            lines.append(f"{cell}: fails now ({report_now['error']})")
-            continue
-        for name, metric in METRICS.items():
-            a, b = metric.read(report_old), metric.read(report_now)
-            if a is None or b is None:
-                continue
-            limit = a * metric.times + metric.plus
-            if b > limit:
-                lines.append(f"{cell}: {name} {a:,.6g} -> {b:,.6g} (limit {limit:,.6g})")
-    return lines
 
 
 def read(file) -> list[dict]:

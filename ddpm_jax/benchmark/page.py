@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from ddpm_jax.benchmark import sweeps
 from ddpm_jax.compilation import report
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage.files import write_bytes
@@ -13,12 +14,11 @@ Written by `ddpm bench page` from the JSON in `{folder}`; do not edit. What was 
 [NOTES.md]({folder}/NOTES.md).
 
 Rows of `ddpm bench compile` and `ddpm compile` are the compiler's own figures for machines that
-need not be there: instructions, kernels, collectives and memory are exact for the versions named,
-bytes moved and roofline times are **estimated**. Rows of `ddpm bench step|sample|data|eval` are
-measured on the machine named.
+need not be there: instructions, kernels, collectives and memory are those of one compilation by the
+versions named (a GPU's compiler may decide otherwise in another process, xla #49047; `--repeat`
+shows it), bytes moved and roofline times are **estimated**. Rows of `ddpm bench
+step|sample|data|eval` are measured on the machine named.
 """
-SWEEPS = {"batch": "images a device", "image size": "pixels a side", "width": "channels (ch)",
-          "devices": "devices"}
 
 
 def _load(folder: pathlib.Path) -> dict[str, list[dict]]:
@@ -32,7 +32,7 @@ def _load(folder: pathlib.Path) -> dict[str, list[dict]]:
     return found
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
                      for row in rows)
@@ -57,7 +57,7 @@ def _compiled(rows: list[dict]) -> str:
             f"{r['stablehlo']['instructions']:,}", f"{h['instructions']:,}", f"{h['kernels']:,}",
             report.size(h["bytes"]), report.size(r["cost"]["bytes"]), reduces,
             report.size(r["memory"]["peak"]), f"{fit['free']:.0%}" if fit else "n/a"])
-    return _markdown(["program", "wall s", "compile CPU-s", "warm wall s", "StableHLO", "HLO",
+    return markdown(["program", "wall s", "compile CPU-s", "warm wall s", "StableHLO", "HLO",
                       "kernels", "moved (counted)", "moved (XLA)", "collectives", "peak memory",
                       "HBM free"], lines)
 
@@ -72,7 +72,7 @@ def _measured(rows: list[dict]) -> str:
             f"{s['median'] * 1e3:,.2f}", f"{s['low'] * 1e3:,.2f} to {s['high'] * 1e3:,.2f}",
             f"{r['images_per_s']:,.1f}", "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}",
             str(r.get("ratio", ""))])
-    return _markdown(["what", "by", "config", "machine", "median ms", "range", "images/s", "MFU",
+    return markdown(["what", "by", "config", "machine", "median ms", "range", "images/s", "MFU",
                       "ratio"], lines)
 
 
@@ -84,7 +84,7 @@ def _plots(rows: list[dict], folder: pathlib.Path, name: str) -> list[str]:
     from matplotlib import pyplot
 
     files = []
-    for axis, label in SWEEPS.items():
+    for axis, of_axis in sweeps.SWEEPS.items():
         mine = sorted((r for r in rows if r.get("sweep", [None])[0] == axis and "hlo" in r),
                       key=lambda r: r["sweep"][1])
         if len(mine) < 2:
@@ -93,12 +93,14 @@ def _plots(rows: list[dict], folder: pathlib.Path, name: str) -> list[str]:
         curves = {
             "bytes moved a device, GB": [r["hlo"]["bytes"] / 1e9 for r in mine],
             "peak memory a device, GB": [r["memory"]["peak"] / 1e9 for r in mine],
-            "roofline ms (estimated)": [r["roofline"]["seconds"] * 1e3 for r in mine],
+            **({"roofline ms (estimated)": [r["roofline"]["seconds"] * 1e3 for r in mine]}
+               if all("roofline" in r for r in mine) else
+               {"StableHLO operations": [r["stablehlo"]["instructions"] for r in mine]}),
             "compile CPU-seconds": [r["seconds"]["compile"]["cpu_s"] for r in mine]}
         figure, axes = pyplot.subplots(1, len(curves), figsize=(14, 3))
         for panel, (title, y) in zip(axes, curves.items(), strict=True):
             panel.plot(x, y, "o-")
-            panel.set(title=title, xlabel=label, ylim=(0, None))
+            panel.set(title=title, xlabel=of_axis.label, ylim=(0, None))
             panel.set_xscale("log", base=2)
             panel.set_xticks(x, [str(v) for v in x])
             panel.grid(alpha=0.3)
@@ -131,6 +133,10 @@ def write(folder, target) -> list[str]:
         if about.exists():
             text.append(about.read_text().strip() + "\n")
         text.append((_measured if "bench" in rows[0] else _compiled)(rows) + "\n")
+        head, lines = sweeps.table(rows)
+        if lines:
+            text.append(f"\nExponents b of a least-squares fit value = a x^b along each axis:\n\n"
+                        f"{markdown(head, lines)}\n")
         for file in _plots(rows, folder, name):
             text.append(f"\n![{file}]({folder.name}/{file})\n")
             written.append(str(folder / file))

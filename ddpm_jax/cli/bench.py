@@ -11,8 +11,13 @@ format.
   ddpm bench eval --config=cifar10                 Inception features, as a share of sampling
   ddpm bench statistics                            FID and IS from 50,000 features, host memory
   ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
+  ddpm bench compile --matrix=small --repeat=5 --passes   what differs between processes; which
+                                                   of XLA's passes take the time
   ddpm bench sweep --config=cifar10 --topology=h100 --out=sweep.json
                                                    cost as batch, image, width, devices grow
+  ddpm bench corpus                                five programs as files that compilers read
+  ddpm bench history --releases=all --python=python3.13   what those cost on each jaxlib
+  ddpm bench history --same=source --releases=all --python=python3.13   on each JAX
   ddpm bench page --results=benchmarks             BENCHMARKS.md and its plots from the JSON there
 
 Times are medians of rounds with the fastest and the slowest; MFU is n/a where the chip's peak is
@@ -21,10 +26,25 @@ not in the table. --baseline ends with 1 and names what got worse.
 
 import functools
 
-from ddpm_jax.benchmark import compiled, data, evaluation, matrix, page, sample, step
+from ddpm_jax.benchmark import (
+    compiled,
+    corpus,
+    data,
+    evaluation,
+    history,
+    history_page,
+    matrix,
+    outputs,
+    page,
+    repeats,
+    sample,
+    step,
+    sweeps,
+)
 from ddpm_jax.benchmark.bench import Bench
 from ddpm_jax.cli import common
 from ddpm_jax.compilation import report, timing
+from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files
 
@@ -40,9 +60,32 @@ def define_flags(define):
                   "lists by program, config, runner, dtype, level, topology, set")
     define.path("baseline", None, "compile: an older result to compare with")
     define.path("export", None, "compile: folder for a corpus of StableHLO modules")
-    define.string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: h100, v5e")
+    define.string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: cpu, h100, v5e")
+    define.list("axes", None, f"sweep: some of {', '.join(sweeps.SWEEPS)}; default: all")
     define.path("results", "benchmarks", "page: folder of JSON results")
     define.path("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
+    define.integer("repeat", None, "compile: processes a cell, default 1; history: compilations "
+                   "of each program on each release, default 3", lower_bound=1)
+    define.bool("passes", False, "compile: one more compilation with XLA's log of its passes")
+    define.path("github", None, "compile, history: also write JSON for github-action-benchmark")
+    define.path("corpus", "benchmarks/corpus", "corpus: folder to write; history: to read")
+    define.path("xla", None, "corpus: also write this new folder, as XLA's benchmarks take it")
+    _define_history(define)
+
+
+def _define_history(define):
+    define.enum("same", "bytes", list(history.KINDS), "history: bytes (the files of --corpus, "
+                "jaxlib alone) or source (this checkout, each JAX)")
+    define.string("releases", None, "history: 0.9.2,0.10.2 or all that the package index has for "
+                  "--python")
+    define.string("programs", None, "history: names of programs; default: all")
+    define.string("targets", "cpu", "history: cpu, h100, v5e; a program of the corpus is compiled "
+                  "for those of its own targets (manifest.json) that are named here")
+    define.path("rows", "benchmarks/history.jsonl", "history: file of rows; what is in it is not "
+                "made again; the page and its plots go beside it")
+    define.string("python", None, "history: interpreter of the environments; default: this one")
+    define.float("timeout", 900.0, "history: seconds of one compilation")
+    define.float("budget", float("inf"), "history: start no release after this many seconds")
 
 
 MEASURED = {"step": step.step, "sample": sample.sample, "data": data.data,
@@ -64,21 +107,52 @@ def _measure(what, values) -> int:
 
 def _compile(values) -> int:
     old = matrix.read(values.baseline) if values.baseline else None
-    rows = matrix.run(matrix.cells(values.matrix), values.export)
-    print("\n" + matrix.table(rows))
+    rows = matrix.run(matrix.cells(values.matrix), values.export, repeat=values.repeat or 1,
+                      with_passes=values.passes)
+    print("\n".join(["", matrix.table(rows), *repeats.notes(rows)]))
     _write(values.out, rows)
-    worse = matrix.regressions(rows, old) if old is not None else []
+    _write(values.github, outputs.github_action(rows))
+    worse = repeats.regressions(rows, old) if old is not None else []
     for line in worse:
         print(f"REGRESSION {line}")
+    missed = repeats.misses(rows)
+    for line in missed:
+        print(f"CACHE {line}")
     if old is not None and not worse:
         print(f"no regression against {values.baseline}")
-    return 1 if worse or any("error" in r for r in rows) else 0
+    return 1 if worse or missed or any("error" in r for r in rows) else 0
 
 
 def _sweep(values) -> int:
     config = common.required(values, "config")
     compiled.prepare_host()
-    _write(values.out, compiled.sweep(config, values.topology, common.config_name(values)))
+    rows = sweeps.sweep(config, values.topology, common.config_name(values), values.axes)
+    head, lines = sweeps.table(rows)
+    print("\n".join(["exponents b of value = a x^b:",
+                     *("  ".join(cell.ljust(16) for cell in line) for line in (head, *lines))]))
+    _write(values.out, rows)
+    return 0
+
+
+def _corpus(values) -> int:
+    report.check_folder(values.xla)
+    compiled.prepare_host()
+    print("\n".join(corpus.write(values.corpus, load_config)))
+    if values.xla:
+        print(f"{values.xla}: {', '.join(outputs.xla_folder(values.corpus, values.xla))}")
+    return 0
+
+
+def _history(values) -> int:
+    plan = history.plan(
+        values.same, spec=common.required(values, "releases"), programs=values.programs or "",
+        corpus_folder=values.corpus, targets=values.targets,
+        repetitions=3 if values.repeat is None else values.repeat, python=values.python,
+        timeout=values.timeout)
+    rows = history.run(plan, values.rows, seconds=values.budget)
+    if rows:
+        print(", ".join(history_page.write(values.rows)))
+    _write(values.github, outputs.github_action_of_history(rows, values.same))
     return 0
 
 
@@ -93,7 +167,8 @@ def _write(out, rows):
 
 
 COMMANDS = {**{what: functools.partial(_measure, what) for what in MEASURED},
-            "compile": _compile, "sweep": _sweep, "page": _page}
+            "compile": _compile, "sweep": _sweep, "corpus": _corpus, "history": _history,
+            "page": _page}
 
 
 def main(values, words):

@@ -22,8 +22,8 @@ def define_flags(define):
     define.config()
     define.string("topology", None, "the machine: v3-8, v5litepod-8, v5e-256, v5p:4x4x4, "
                   "v6e-8, v7x-8, h100:8, cpu:8; *2 behind it: two slices")
-    define.string("program", "train_step", "train_step, sample, evaluate (bits/dim) or "
-                  "inception (features)")
+    define.string("program", "train_step", "train_step, unrolled (train.steps_per_dispatch "
+                  "steps without a loop), sample, evaluate (bits/dim) or inception (features)")
     define.string("runner", None, "jit, pmap or shard_map; default: the config's")
     define.string("optimization_level", None, "O0 (quick), O1, O2, O3; default: XLA's own")
     define.multi_string("compiler_options", [], "an XLA option, key=value; may be repeated")

@@ -1,6 +1,7 @@
 """The persistent compilation cache, and a count of what was compiled and what it cost."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import threading
@@ -113,3 +114,33 @@ def without_compilation_cache():
     finally:
         jax.config.update("jax_enable_compilation_cache", was)
         compilation_cache.reset_cache()
+
+
+class _KeyParts(logging.Handler):
+    """Collects what jax._src.cache_key logs of each part of a key: {part: hash}."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.parts = {}
+
+    def emit(self, record):
+        if "hash of serialized" in record.msg and len(record.args) == 2:
+            name, digest = record.args
+            self.parts[name] = digest[:16]
+
+
+@contextlib.contextmanager
+def key_parts():
+    """A dict that holds, after a compilation inside that asked the persistent cache, the hash of
+    each part of its key by JAX's name of the part: computation, compile_options, ..."""
+    logger, handler = logging.getLogger("jax._src.cache_key"), _KeyParts()
+    was = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield handler.parts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(was[0])
+        logger.propagate = was[1]

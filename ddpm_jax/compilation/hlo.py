@@ -6,6 +6,7 @@ traffic: every operand and result of a kernel once, caches ignored.
 """
 
 import collections
+import hashlib
 import math
 import re
 from typing import NamedTuple
@@ -18,6 +19,9 @@ FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcas
 FREE_CALLS = frozenset({"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "xla.sdy.Sharding"})
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all",
                "collective-broadcast")
+# What differs between two compilations of one program without the program differing.
+ORIGIN = re.compile(r', (?:metadata=\{(?:[^{}"]|"[^"]*")*\}|stack_frame_id=\d+)')
+ORIGIN_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 
 
@@ -320,3 +324,21 @@ def stablehlo_opcodes(text: str) -> dict[str, int]:
         if match and match[1] not in ("func.func", "stablehlo.return"):
             counts[match[1]] += 1
     return dict(counts.most_common())
+
+
+def normalised(text: str) -> str:
+    """An optimised module's text without metadata, source tables and the module's own line, its
+    instructions and computations numbered in the order in which they appear."""
+    lines, table = [], False
+    for line in text.splitlines()[1:]:
+        table = line in ORIGIN_TABLES or (table and bool(line.strip()))
+        if not table:
+            lines.append(ORIGIN.sub("", line))
+    numbers: dict[str, str] = {}
+    return re.sub(r"%[\w.\-]+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"),
+                  "\n".join(lines))
+
+
+def fingerprint(text: str) -> str:
+    """16 hex digits of what ``normalised`` leaves: equal for equal optimised programs."""
+    return hashlib.sha256(normalised(text).encode()).hexdigest()[:16]

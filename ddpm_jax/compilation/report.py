@@ -21,7 +21,11 @@ from jax._src.lib.mlir.dialects import hlo as dialect
 from jax.experimental import serialize_executable
 
 from ddpm_jax.compilation import hlo
-from ddpm_jax.compilation.cache import without_compilation_cache
+from ddpm_jax.compilation.cache import (
+    count_compilations,
+    key_parts,
+    without_compilation_cache,
+)
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage.files import write_bytes
 
@@ -157,7 +161,8 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
     }
     cached = contextlib.nullcontext if programs_cache else without_compilation_cache
     try:
-        with cached(), _clock(seconds, "compile"):
+        with (cached(), key_parts() as key, count_compilations() as done,
+              _clock(seconds, "compile")):
             compiled = lowered.compile(compiler_options=dict(options or {}) or None)
     except Exception as error:  # XlaRuntimeError, ValueError: distinguished by their messages
         message = " ".join(str(error).split())
@@ -166,8 +171,11 @@ def compile_and_report(jitted, args, *, options=None, programs_cache=True) -> Co
         if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
             raise
         return Compiled({**report, "fits": False, "why": message[:600]}, lowered, None)
-    report |= {"hlo": hlo.summary(compiled.as_text()), "memory": memory(compiled),
-               "cost": cost(compiled), "executable_bytes": executable_bytes(compiled)}
+    optimized = compiled.as_text()
+    report |= {"hlo": hlo.summary(optimized), "memory": memory(compiled),
+               "cost": cost(compiled), "executable_bytes": executable_bytes(compiled),
+               "optimized": hlo.fingerprint(optimized), "cache_key": dict(key),
+               "cache": done[-1].cache if done else "off"}
     return Compiled(report, lowered, compiled)
 
 

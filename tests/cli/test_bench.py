@@ -14,7 +14,7 @@ def test_help_and_bad_input(tmp_path):
     assert "ddpm bench compile --matrix" in ddpm("--help").stdout
     done = ddpm("stp", "--config=digits")
     assert done.returncode == 2
-    known = "step|sample|data|eval|statistics|compile|sweep|page"
+    known = "step|sample|data|eval|statistics|compile|sweep|corpus|history|page"
     assert f"ddpm: error: expected ddpm bench {known}" in done.stderr
     (tmp_path / "there.json").write_text("[]")
     done = ddpm("data", "--config=digits", f"--out={tmp_path}/there.json")
@@ -62,10 +62,20 @@ def test_compile_matrix_baseline_and_corpus(tmp_path):
         "train.clip_replicas=1", "train.steps_per_dispatch=1"]}
     (tmp_path / "m.json").write_text(json.dumps(matrix))
     words = ["compile", f"--matrix={tmp_path}/m.json"]
-    first = ddpm(*words, f"--out={tmp_path}/a.json", f"--export={tmp_path}/corpus")
+    first = ddpm(*words, f"--out={tmp_path}/a.json", f"--export={tmp_path}/corpus", "--repeat=2",
+                 "--passes", f"--github={tmp_path}/github.json")
     assert first.returncode == 0, first.stdout + first.stderr
     [row] = json.loads((tmp_path / "a.json").read_text())
     assert row["warm"]["compile"]["cpu_s"] < row["seconds"]["compile"]["cpu_s"]
+    # Different hash seeds and cache folders: the same key, the same program; read back from it.
+    assert row["warm_cache"] == "hit" and row["repeats"]["cache_key"] == []
+    assert row["cache_key"]["computation"] and len(row["repeats"]["executables"]) == 1
+    assert "2 processes, 1 different executable;" in first.stdout
+    # The passes take a part of the compilation, each once and exclusively.
+    shares = {p["name"]: p["share"] for p in row["passes"]["passes"]}
+    assert {"algsimp", "fusion", "layout-assignment"} <= set(shares) and sum(shares.values()) < 1
+    github = json.loads((tmp_path / "github.json").read_text())
+    assert {"name", "unit", "value"} <= set(github[0]) and len(github) > 10
     [entry] = json.loads((tmp_path / "corpus/manifest.json").read_text())
     assert (tmp_path / "corpus" / entry["files"][0]).read_text().startswith("module")
     # A baseline that had fewer instructions: what is measured now must be called a regression.

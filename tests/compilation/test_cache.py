@@ -57,6 +57,22 @@ def test_a_compilation_without_the_cache(cache_settings, tmp_path, monkeypatch):
     assert compile(4) == ["miss"] and compile(3) == ["hit"]
 
 
+def test_the_parts_of_a_key(cache_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    cache.enable_compilation_cache(str(tmp_path / "xla"))
+
+    def parts(power):
+        with cache.key_parts() as found:
+            jax.jit(lambda x: x**power - 9.25).lower(jnp.ones(3)).compile()
+        return found
+
+    first, same, other = parts(3), parts(3), parts(4)
+    assert first == same and {"computation", "compile_options", "XLA flags"} <= set(first)
+    assert [name for name in first if first[name] != other[name]] == ["computation"]
+    with cache.without_compilation_cache():
+        assert parts(3) == {}
+
+
 def test_counting_sees_recompilation_and_only_that():
     step = jax.jit(lambda x: x * 2 + 1)
     step(jnp.ones(4))

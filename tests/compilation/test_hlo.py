@@ -134,3 +134,23 @@ def test_what_xla_prints_today_is_read():
     ops = hlo.stablehlo_opcodes(lowered.as_text())
     assert ops["stablehlo.while"] == 1 and ops["stablehlo.dot_general"] == 1
     assert "func.func" not in ops and "stablehlo.return" not in ops
+
+
+def test_the_fingerprint_is_of_the_program_and_not_of_its_names():
+    text = """HloModule jit_f, is_scheduled=true
+
+FileNames
+1 "/somewhere/f.py"
+
+ENTRY %main.1 (x.2: f32[4]) -> f32[4] {
+  %x.2 = f32[4]{0} parameter(0), metadata={op_name="x{0}"}
+  ROOT %add.3 = f32[4]{0} add(%x.2, %x.2), metadata={op_name="f" source_line=3}, stack_frame_id=4
+}
+"""
+    other = text.replace("jit_f", "jit_g").replace("%x.2", "%y.9").replace("add.3", "add.12")
+    other = other.replace("somewhere", "elsewhere").replace("source_line=3", "source_line=4")
+    assert hlo.fingerprint(text) == hlo.fingerprint(other.replace("stack_frame_id=4",
+                                                                  "stack_frame_id=5"))
+    assert "metadata" not in hlo.normalised(text) and "f.py" not in hlo.normalised(text)
+    assert hlo.fingerprint(text) != hlo.fingerprint(text.replace(" add(", " multiply("))
+    assert hlo.fingerprint(text) != hlo.fingerprint(text.replace("%x.2, %x.2)", "%x.2, %z.1)"))

@@ -1,0 +1,249 @@
+"""Compile one file with whatever jaxlib is installed and print what it cost as one line of JSON.
+
+  python replay.py PROGRAM.mlir.bc                      a portable StableHLO artifact, for this CPU
+  python replay.py PROGRAM.mlir.bc --target=h100 --plugin=.../xla_cuda_plugin.so --gpu=h100.txtpb
+  python replay.py PROGRAM.mlir.bc --target=v5e --plugin=.../libtpu.so
+  python replay.py PROGRAM.mlir.bc --timeout=600 --memory_gb=16
+
+It needs Python and jaxlib (0.4.34 ... 0.12) with what that imports, and neither JAX nor this
+package. The compiler runs in a process of its own: one that hangs, aborts or takes too much memory
+is a line too. 'outcome' is ok, error (an exception: 'message'), timeout or killed (by a signal:
+'message' names it). Seconds are wall and CPU of all the process's threads and children. With
+--optimized=FILE the optimised HLO is written too.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+OUTCOMES = ("ok", "error", "timeout", "killed")
+V5E = {"topology": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
+         "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}
+
+
+def _summary(text: str) -> dict:
+    """Counts and fingerprint of the optimised HLO, by this project's reader, one file."""
+    file = pathlib.Path(__file__).resolve().parent.parent / "compilation/hlo.py"
+    spec = importlib.util.spec_from_file_location("hlo", file)
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    found = reader.summary(text)
+    return {**{key: found[key] for key in ("instructions", "fusions", "kernels")},
+            "optimized": reader.fingerprint(text)}
+
+
+def _clock():
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF,
+                                                         resource.RUSAGE_CHILDREN))
+    return (time.perf_counter(),
+            own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime)
+
+
+def _since(start) -> dict:
+    wall, cpu = (b - a for a, b in zip(start, _clock(), strict=True))
+    return {"wall_s": round(wall, 4), "cpu_s": round(cpu, 4)}
+
+
+def _read(extension, content: bytes):
+    """The module in the form that the client of the same release compiles."""
+    try:
+        return extension.mlir.deserialize_portable_artifact(content)
+    except RuntimeError:  # since 0.11 or 0.12 it wants a context, and returns a module of it
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import chlo, stablehlo
+
+        with ir.Context() as context:
+            for dialect in (stablehlo, chlo):
+                dialect.register_dialect(context)
+            return extension.mlir.deserialize_portable_artifact(content)
+
+
+def _topology(client, arguments):
+    """The device description that an accelerator's compiler takes."""
+    if arguments.target == "v5e":
+        name, options = V5E["topology"], {"chips_per_host_bounds": V5E["chips_per_host_bounds"]}
+        platform_name = "tpu"
+    else:
+        name, platform_name = "h100:1", "cuda"
+        options = {"topology": "1x1x1",
+                   "target_config": pathlib.Path(arguments.gpu).read_text()}
+    api = client.load_pjrt_plugin_dynamically(platform_name, arguments.plugin)
+    if not client.pjrt_plugin_initialized(platform_name):
+        client.initialize_pjrt_plugin(platform_name)
+    if platform_name == "tpu":
+        return client.make_tfrt_tpu_c_api_device_topology(name, **options)
+    return client.make_c_api_device_topology(api, name, **options)
+
+
+def _compiler(arguments, client, extension):
+    """-> compile(module) -> executable, for the target."""
+    options = client.CompileOptions()
+    if arguments.target == "cpu":
+        cpu = client.make_cpu_client()
+        if not hasattr(cpu, "compile_and_load"):  # before 0.6.1
+            return lambda module: cpu.compile(module, options)
+        try:
+            devices = extension.DeviceList(tuple(cpu.local_devices()[:1]))
+            return lambda module: cpu.compile_and_load(module, devices, options)
+        except AttributeError:
+            return lambda module: cpu.compile_and_load(module, cpu.local_devices()[:1], options)
+    devices = _topology(client, arguments)._make_compile_only_devices()[:1]
+    backend = devices[0].client
+
+    def compile(module):
+        try:
+            return backend.compile(module, extension.DeviceList(tuple(devices)), options)
+        except TypeError:
+            return backend.compile(module, options)
+
+    return compile
+
+
+def _executable_bytes(executable, compiler_client):
+    for serialize in (lambda: executable.serialize(),
+                      lambda: compiler_client.serialize_executable(executable)):
+        try:
+            return len(serialize())
+        except Exception:  # each release raises a type of its own
+            continue
+    return None
+
+
+def _memory(executable) -> dict:
+    """XLA's own figures, bytes; None where a release has no such figure."""
+    try:
+        found = executable.get_compiled_memory_stats()
+    except Exception:  # not in every release or backend
+        found = None
+    kinds = {"peak": "peak_memory_in_bytes", "temp": "temp_size_in_bytes",
+             "argument": "argument_size_in_bytes", "output": "output_size_in_bytes"}
+    return {kind: getattr(found, name, None) for kind, name in kinds.items()}
+
+
+def _child(arguments) -> dict:
+    """Compile in this process."""
+    start = _clock()
+    import jaxlib
+    from jaxlib import xla_client as client
+
+    extension = getattr(client, "_xla")  # noqa: B009 - pybind's module, by its name in 0.4 and 0.12
+    row = {"jaxlib": jaxlib.version.__version__, "python": platform.python_version(),
+           "import": _since(start)}
+    content = pathlib.Path(arguments.file).read_bytes()
+    compile = _compiler(arguments, client, extension)
+    start = _clock()
+    module = _read(extension, content)
+    row["read"] = _since(start)
+    start = _clock()
+    executable = compile(module)
+    row["compile"] = _since(start)
+    text = "\n\n".join(m.to_string() for m in executable.hlo_modules())
+    if arguments.optimized:
+        pathlib.Path(arguments.optimized).write_text(text)
+    return {**row, "outcome": "ok", **_summary(text),
+            "executable_bytes": _executable_bytes(
+                executable, getattr(executable, "client", None)),
+            "memory": _memory(executable)}
+
+
+def _report(arguments) -> int:
+    """What the process of its own does: a row, or an exception as a row, into --child's file."""
+    if arguments.memory_gb:
+        limit = int(arguments.memory_gb * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        row = _child(arguments)
+    except Exception as error:  # of the compiler: it is the result
+        row = {"outcome": "error",
+               "message": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+    row["maxrss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pathlib.Path(arguments.child).write_text(json.dumps(row))
+    return 0
+
+
+def _cpu_model() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.processor()
+
+
+def measure(file, *, python=sys.executable, target="cpu", timeout=900.0, environment=None,
+            options=()) -> dict:
+    """Compile ``file`` in a process of ``python`` and return its row, whatever becomes of it.
+
+    environment: variables beside this process's, PYTHONPATH with a jaxlib; options: further flags.
+    """
+    file = pathlib.Path(file).resolve()
+    row = {"schema": 1, "file": file.name,
+           "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "target": target,
+           "machine": platform.machine(), "cpus": os.cpu_count(), "cpu": _cpu_model(),
+           "load": round(os.getloadavg()[0], 1),
+           "XLA_FLAGS": (environment or os.environ).get("XLA_FLAGS", "")}
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder, "row.json")
+        words = [str(python), __file__, str(file), f"--target={target}", f"--child={out}", *options]
+        start = _clock()
+        process = subprocess.Popen(
+            words, env={**os.environ, **QUIET, **(environment or {})}, cwd=folder,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=True)
+        try:
+            _, errors = process.communicate(timeout=timeout)
+            found = _ending(process.returncode, errors, out)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            found = {"outcome": "timeout", "message": f"killed after {timeout:g} s"}
+        return {**row, **found, "process": _since(start)}
+
+
+def _ending(code: int, errors: bytes, out: pathlib.Path) -> dict:
+    if code == 0 and out.exists():
+        return json.loads(out.read_text())
+    last = [line for line in errors.decode(errors="replace").splitlines() if line.strip()][-1:]
+    if code < 0:
+        name = signal.Signals(-code).name
+        return {"outcome": "killed", "message": " ".join([name, *last])[:300]}
+    return {"outcome": "error", "message": " ".join([f"exit status {code}", *last])[:300]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("--target", default="cpu", choices=("cpu", "h100", "v5e"))
+    parser.add_argument("--plugin", help="the accelerator's PJRT plugin, a shared library")
+    parser.add_argument("--gpu", help="h100: the description of the GPU, a target config")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds")
+    parser.add_argument("--memory_gb", type=float, help="limit of the process, GiB")
+    parser.add_argument("--optimized", help="write the optimised HLO to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return _report(arguments)
+    options = [f"--{name}={getattr(arguments, name)}" for name in
+               ("plugin", "gpu", "memory_gb", "optimized") if getattr(arguments, name)]
+    row = measure(arguments.file, target=arguments.target, timeout=arguments.timeout,
+                  options=options)
+    print(json.dumps(row))
+    return row["outcome"] != "ok"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

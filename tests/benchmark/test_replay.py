@@ -1,0 +1,66 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import pytest
+
+from ddpm_jax.benchmark import corpus, replay
+from ddpm_jax.compilation import hlo
+
+QUIET = {"XLA_FLAGS": ""}
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    def loop(x):
+        return jax.lax.fori_loop(0, 7, lambda i, x: jnp.sin(x @ x) + i, x)
+
+    return jax.jit(loop).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def file(lowered, tmp_path_factory):
+    path = tmp_path_factory.mktemp("replay") / "loop.mlir.bc"
+    path.write_bytes(corpus.artifact(lowered))
+    return path
+
+
+def test_a_row_of_a_program(file, lowered):
+    """By the script alone, without JAX in its process, and counted as `ddpm compile` does."""
+    done = subprocess.run([sys.executable, replay.__file__, str(file)], capture_output=True,
+                          text=True, check=True, env={**os.environ, **QUIET, "PYTHONPATH": ""})
+    row = json.loads(done.stdout)
+    assert row["outcome"] == "ok" and row["file"] == "loop.mlir.bc"
+    assert row["sha256"] == corpus.digest(file.read_bytes())
+    assert row["jaxlib"] == jaxlib.version.__version__
+    assert 0 < row["read"]["cpu_s"] < row["process"]["cpu_s"]
+    assert 0 < row["compile"]["cpu_s"] < row["process"]["cpu_s"]
+    text = lowered.compile().as_text()
+    found = hlo.summary(text)
+    assert {k: row[k] for k in ("instructions", "fusions", "kernels")} == {
+        k: found[k] for k in ("instructions", "fusions", "kernels")}
+    assert row["kernels"] >= 7
+    assert row["memory"]["argument"] == row["memory"]["output"] == 4 * 64
+    assert row["maxrss_bytes"] > 2**25 and row["executable_bytes"] > 1000
+
+
+def test_what_becomes_of_a_compiler_is_a_row(file, tmp_path):
+    damaged = tmp_path / "damaged.mlir.bc"
+    damaged.write_bytes(file.read_bytes()[:100])
+    row = replay.measure(damaged, environment=QUIET)
+    assert row["outcome"] == "error" and row["message"]
+    assert replay.measure(file, environment=QUIET, timeout=0.05)["outcome"] == "timeout"
+    # XLA aborts its process at a flag that it does not know.
+    row = replay.measure(file, environment={"XLA_FLAGS": "--no_such_flag"})
+    assert row["outcome"] == "killed" and row["message"].startswith("SIGABRT")
+    row = replay.measure(file, python="/bin/false", environment=QUIET)
+    assert row["outcome"] == "error" and "exit status 1" in row["message"]
+
+
+def test_a_limit_of_memory(file):
+    row = replay.measure(file, environment=QUIET, options=["--memory_gb=0.05"])
+    assert row["outcome"] in ("error", "killed")
