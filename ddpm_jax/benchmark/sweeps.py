@@ -81,21 +81,21 @@ def exponent(x: list[float], y: list[float]) -> float | None:
             / sum((a - mean_u)**2 for a in u))
 
 
-def exponents(rows: list[dict]) -> dict[str, dict[str, float | None]]:
-    """{axis: {what: exponent}} of the rows of a sweep that were compiled."""
+def exponents(rows: list[dict]) -> dict[str, dict]:
+    """{axis: {'values': [...], what: exponent}} of the rows of a sweep that were compiled."""
     found = {}
     for axis in SWEEPS:
         mine = [r for r in rows if r.get("sweep", [None])[0] == axis and "hlo" in r]
         if len(mine) > 1:
             x = [r["sweep"][1] for r in mine]
-            found[axis] = {what: exponent(x, [read(r) or 0 for r in mine])
-                           for what, read in GROWING.items()}
+            found[axis] = {"values": x, **{what: exponent(x, [read(r) or 0 for r in mine])
+                                           for what, read in GROWING.items()}}
     return found
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of ``exponents``, for a terminal or a page."""
-    lines = [[axis, ", ".join(str(v) for v in SWEEPS[axis].values),
+    lines = [[axis, ", ".join(map(str, found.pop("values"))),
               *("n/a" if b is None else f"{b:.2f}" for b in found.values())]
              for axis, found in exponents(rows).items()]
     return ["axis", "values", *GROWING], lines

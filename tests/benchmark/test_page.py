@@ -11,7 +11,9 @@ def compiled(batch):
         "about": {"program": "train_step", "config": "cifar10", "runner": "jit",
                   "dtype": "bfloat16", "topology": "v3-8"},
         "sweep": ["batch", batch], "jaxpr_equations": 1, "stablehlo": {"instructions": 20},
-        "seconds": {"compile": {"wall_s": 7.0, "cpu_s": 9.0}}, "cost": {"bytes": None},
+        "seconds": {stage: {"wall_s": 7.0, "cpu_s": cpu} for stage, cpu in (
+            ("trace", batch), ("lower", 1.0), ("compile", 9.0))},
+        "cost": {"bytes": None}, "executable_bytes": 10**6,
         "hlo": {"instructions": 49_029, "kernels": 30, "bytes": batch * 1e9, "collectives": {
             "all-reduce": {"count": 2, "bytes": 143e6}}},
         "memory": {"peak": 2e9}, "fit": {"free": 0.875}, "roofline": {"seconds": batch * 1e-3},
@@ -36,6 +38,7 @@ def test_the_page_is_made_of_the_results(tmp_path):
     assert (results / "sweep-batch.png").read_bytes().startswith(b"\x89PNG")
     assert "| 49,029 |" in text and "all-reduce 2 (143 MB)" in text and "88%" in text
     assert "What it is." in text and "a\\|b" in text and "sweep-batch.png" in text
+    assert "| batch | 1, 4 | 1.00 | 0.00 | 0.00 |" in text  # exponents
     assert "250.00" in text and "n/a" in text and "jax 0.10.2" in text
     # Deterministic: a second run changes nothing.
     page.write(results, tmp_path / "BENCHMARKS.md")
