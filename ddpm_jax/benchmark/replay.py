@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 
-OUTCOMES = ("ok", "error", "timeout", "killed")
 V5E = {"topology": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
          "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -201,13 +200,12 @@ def measure(file, *, python=sys.executable, target="cpu", timeout=900.0, environ
         start = _clock()
         process = subprocess.Popen(
             words, env={**os.environ, **QUIET, **(environment or {})}, cwd=folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True)
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             _, errors = process.communicate(timeout=timeout)
             found = _ending(process.returncode, errors, out)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.communicate()
             found = {"outcome": "timeout", "message": f"killed after {timeout:g} s"}
         return {**row, **found, "process": _since(start)}
