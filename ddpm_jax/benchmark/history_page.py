@@ -12,7 +12,7 @@ from ddpm_jax.storage.files import write_bytes
 # Reported by users, with the release that brought it: does the history see it?
 KNOWN = {"0.5.0": "jax #26145", "0.9.1": "xla #41173", "0.10.1": "tpu-inference #2949",
          "0.10.2": "jax #39103 (wrong results on CPUs)"}
-STEPS = 8
+STEPS, LEAST = 8, 1.1  # how many are listed, and the smallest factor that is one
 
 HEAD = """# What a training program costs to compile, release by release
 
@@ -24,8 +24,8 @@ process of its own.
 - **source**: the source of this project on each JAX that it supports: trace, lower, compile.
 - **ratio**: CPU seconds (of all threads) by those of the reference, {reference} on jaxlib
   {release}, which was compiled before and after each release; the least of the repetitions.
-- CPU seconds depend on the machine; ratios less so. A step between two releases that is smaller
-  than the spread of the reference is no step.
+- CPU seconds depend on the machine; ratios less so. Steps of less than {least:.0%} are not listed:
+  one repetition on a busy machine is no better than that. Releases without a row were not run yet.
 
 How to run one file, or this history: [for compiler people]({page}).
 """
@@ -124,7 +124,7 @@ def _table(by_release: dict[str, Point]) -> str:
 def _steps(found, rows) -> str:
     if not any(s for s in found.values()):
         return ""
-    every = steps(found)
+    every = [s for s in steps(found) if abs(math.log(s.times)) >= math.log(LEAST)]
     parts = [f"The reference's CPU seconds differed by a factor of {spread(rows):.2f} within the "
              "history."]
     for title, mine in (("More expensive", [s for s in every if s.times > 1][:STEPS]),
@@ -192,7 +192,8 @@ def write(rows_file, target=None) -> list[str]:
     rows_file = pathlib.Path(rows_file)
     rows = history.read(rows_file)
     target = pathlib.Path(target or rows_file.with_suffix(".md"))
-    text = [HEAD.format(rows=rows_file.name, corpus="corpus/", page="COMPILERS.md",
+    text = [HEAD.format(rows=rows_file.name, corpus="corpus/manifest.json",
+                        page="COMPILERS.md", least=LEAST - 1,
                         reference=history.REFERENCE_PROGRAM, release=history.REFERENCE_RELEASE)]
     written = [str(target)]
     text.append(f"How it was run: {_how(rows)}\n")
