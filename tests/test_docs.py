@@ -213,6 +213,6 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     for cell in notebook_cells():
         exec("".join(cell["source"]), names)
         if "fields" in names and "run" not in names:
-            names["fields"] |= FIELDS | {"train.log_every": 1}
+            names["fields"] = FIELDS
     assert names["bound"].terms.shape == (128, FIELDS["diffusion.num_timesteps"])
     assert np.isfinite(names["total"]).all() and names["images"].shape == (40, 8, 8, 1)
