@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tiny_run import FIELDS
 
+import ddpm_jax
 from ddpm_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -141,8 +142,9 @@ def test_the_configuration_page_is_that_of_the_default_config():
         flatten(to_json(load_config("default"))))
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_the_citation_names_this_version():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+    assert f"\nversion: {ddpm_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
