@@ -149,19 +149,47 @@ def read_json(path):
 # ---- writing ----
 
 
+class _Raw(io.FileIO):
+    """A new file; what cannot be written to it is a UserError naming ``path``."""
+
+    def __init__(self, local, path):
+        with storage_errors(path, "write"):
+            super().__init__(local, "xb")
+        self._path = path
+
+    def write(self, data):
+        with storage_errors(self._path, "write"):
+            return super().write(data)
+
+
+@contextlib.contextmanager
+def _new_file(local, path):
+    """`_Raw`, buffered, also where a library writes to its name. Other errors inside are left as
+    they are: they may be of a file that is read."""
+    try:
+        with io.BufferedWriter(_Raw(local, path)) as file:
+            yield file
+    except OSError as error:
+        if str(error.filename) == str(local) or error.errno in (
+                errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            with storage_errors(path, "write"):
+                raise
+        raise
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Opens ``path`` for writing bytes; readers see the old file or the new one, whole.
 
     Makes the folder. A library that needs a name writes to that of the file, which for an address
-    lies on this machine until it is sent. UserError where it cannot be written; then, and after any
-    error inside, no trace is left.
+    lies on this machine until it is sent. UserError where it cannot be written; errors of the
+    caller keep their type. After any error no trace is left.
     """
     target = epath.Path(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="ddpm_send_") as folder:
             local = pathlib.Path(folder, "file")
-            with storage_errors(local, "write"), open(local, "xb") as file:
+            with _new_file(local, local) as file:
                 yield file
             with storage_errors(path, "write"):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +199,9 @@ def whole_file(path):
     try:
         with storage_errors(path, "write"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                yield file
+        with _new_file(temporary, path) as file:
+            yield file
+        with storage_errors(path, "write"):
             _sync(temporary)
             os.replace(temporary, target)
             _sync_names(target.parent)

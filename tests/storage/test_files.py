@@ -33,6 +33,9 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path):
             files.write_bytes(tmp_path / "x", bytes(1001))
         with pytest.raises(UserError, match="cannot write .*y.npz: File too large"):
             files.write_npz(tmp_path / "y.npz", {"a": np.zeros(1000)})
+        with (pytest.raises(UserError, match="cannot write .*z: File too large"),
+              files.whole_file(tmp_path / "z") as file):       # as a library that needs a name
+            os.truncate(file.name, 1001)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert files.listing(tmp_path) == ["x"] and files.read_bytes(tmp_path / "x") == b"old"
@@ -89,7 +92,8 @@ def test_a_name_as_long_as_names_may_be(tmp_path):
 
 
 def test_an_error_of_the_caller_leaves_nothing_and_keeps_its_type(tmp_path):
-    for wrong in (KeyError("x"), KeyboardInterrupt()):
+    for wrong in (KeyError("x"), KeyboardInterrupt(), ConnectionResetError("by the peer"),
+                  FileNotFoundError(errno.ENOENT, "absent", "another file")):
         with pytest.raises(type(wrong)), files.whole_file(tmp_path / "x") as file:
             file.write(b"half")
             raise wrong
