@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import pathlib
+import shutil
 import sys
 import tempfile
 import threading
@@ -95,8 +96,8 @@ class Writer:
         self._close_board()
         if (self.folder / "metrics.jsonl").exists():
             self._attempt(plot_loss, self.folder / "metrics.jsonl", self.folder / "loss.png")
-        self._uploads()
         names = [n for n in ("metrics.jsonl", "loss.png", "samples") if (self.folder / n).exists()]
+        self._uploads()
         self.folder = None
         return names
 
@@ -178,9 +179,11 @@ def download(target: str) -> bytes | None:
 
 
 def _mirror(folder, workdir, every, put):
-    """Uploads what changed below `folder` every `every` seconds -> stop(), which does it finally.
+    """Uploads what changed below `folder` every `every` seconds -> stop(), which does it finally
+    and then removes the folder.
 
-    A failed upload is logged and tried again: losing sight of a run must not end it.
+    A failed upload is logged and tried again: losing sight of a run must not end it. After the last
+    one the folder stays.
     """
     done, stopped = {}, threading.Event()
 
@@ -198,6 +201,8 @@ def _mirror(folder, workdir, every, put):
             sync()
         except Exception as error:  # every storage library has its own
             log.warning("cannot upload metrics to %s (%s); they are in %s", workdir, error, folder)
+            return False
+        return True
 
     def loop():
         while not stopped.wait(every):
@@ -209,7 +214,8 @@ def _mirror(folder, workdir, every, put):
     def stop():
         stopped.set()
         thread.join()
-        attempt()
+        if attempt():
+            shutil.rmtree(folder, ignore_errors=True)
 
     return stop
 

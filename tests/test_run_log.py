@@ -1,6 +1,7 @@
 import io
 import json
 import resource
+import shutil
 import time
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_a_bucket_gets_everything_and_a_resume_continues_it():
         for step in steps:
             writer.scalars(step, {"loss": step})
         writer.images(step, "samples", np.zeros((2, 4, 4, 3), np.uint8))
-        writer.close()
+        folder = writer.folder
+        assert "metrics.jsonl" in writer.close() and not folder.exists()
     text = files["gs://b/run/metrics.jsonl"].decode()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
     assert "gs://b/run/samples/00000002.png" in files
@@ -164,6 +166,16 @@ def test_uploads_happen_at_a_cadence_and_survive_an_outage(caplog):
     assert b'"step": 1' in files["gs://b/run/metrics.jsonl"]  # before close()
     assert "bucket is away" in caplog.text and str(writer.folder) in caplog.text
     writer.close()
+
+
+def test_what_could_not_be_uploaded_stays():
+    files, put, get = store([OSError("bucket is away")] * 2)
+    writer = run_log.open_writer("gs://b/run", put=put, get=get)
+    writer.scalars(1, {"loss": 1})
+    folder = writer.folder
+    writer.close()
+    assert not files and (folder / "metrics.jsonl").exists()
+    shutil.rmtree(folder)
 
 
 def test_upload_through_epath(tmp_path):
