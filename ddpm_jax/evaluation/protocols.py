@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from ddpm_jax.training.steps import to_uint8
+
 
 def round_to_integer(x):
-    """[-1,1] -> [0,255], nearest integer, halves up: what most evaluations of images assume."""
-    return jnp.clip(jnp.floor(x * 127.5 + 128.0), 0, 255)
+    """[-1,1] -> [0,255], nearest integer, as samples are written."""
+    return to_uint8(x).astype(jnp.float32)
 
 
 def truncate(x):

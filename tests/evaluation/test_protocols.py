@@ -6,6 +6,7 @@ import pytest
 
 from ddpm_jax.evaluation import protocols, scores
 from ddpm_jax.evaluation.inception import network
+from ddpm_jax.training.steps import to_uint8
 
 LEVELS = np.arange(256)
 
@@ -22,6 +23,14 @@ def test_rules_differ_between_integers():
     np.testing.assert_array_equal(protocols.QUANTISE["round"](x), LEVELS[1:])
     np.testing.assert_array_equal(protocols.QUANTISE["truncate"](x), LEVELS[:-1])
     np.testing.assert_allclose(protocols.QUANTISE["none"](x), LEVELS[:-1] + 0.6, atol=1e-4)
+
+
+def test_rounding_is_that_of_the_samples_that_are_written():
+    """Beside the middle between two levels too, where two formulas round to different ones."""
+    middle = ((LEVELS[:-1] + 0.5) / 127.5 - 1).astype(np.float32)
+    x = np.concatenate([np.nextafter(middle, np.float32(k), dtype=np.float32) for k in (-2, 2)]
+                       + [middle])
+    np.testing.assert_array_equal(protocols.QUANTISE["round"](x), to_uint8(x))
 
 
 @pytest.mark.parametrize("name", protocols.QUANTISE)
