@@ -163,7 +163,7 @@ def _log(text):
 
 
 def _write(stream, text):
-    """Output that nobody reads ends no run: the log files have it."""
+    """A run goes on when its output has no reader: the log files have it."""
     try:
         stream.write(text)
         stream.flush()

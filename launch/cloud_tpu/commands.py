@@ -91,7 +91,7 @@ def _call(command):
 
 
 def write(stream, text: str):
-    """Output that nobody reads does not end a supervisor."""
+    """A supervisor goes on when its output has no reader."""
     try:
         stream.write(text)
         stream.flush()

@@ -1,4 +1,4 @@
-"""Real runs whose output nobody reads."""
+"""Real runs whose output has no reader."""
 
 import contextlib
 import os

@@ -64,7 +64,8 @@ def test_settings_that_change_numbers_are_shown(monkeypatch):
 
 
 def test_no_remedy_names_a_package_that_is_not_this_project():
-    """Nobody owns ddpm_jax on the package index: what is installed by that name is a stranger's."""
+    """The name ddpm_jax is not registered on the package index: what is installed by it is another
+    project's."""
     root = pathlib.Path(__file__).parents[2]
     files = [root / "README.md", *(root / "docs").rglob("*.md")] + [
         p for part in ("ddpm_jax", "launch") for p in (root / part).rglob("*")

@@ -90,12 +90,12 @@ def test_second_ctrl_c_ends_all_at_once(tmp_path):
     assert process.wait(10) == 130
 
 
-def test_output_that_nobody_reads_ends_nothing(tmp_path):
+def test_output_without_a_reader_ends_nothing(tmp_path):
     read, write = os.pipe()
     process = start(tmp_path, stdout=write)
     os.close(write)
     os.close(read)
-    process.send_signal(signal.SIGTERM)  # process 0 prints, and nobody is there
+    process.send_signal(signal.SIGTERM)  # process 0 prints, and there is no reader
     assert process.wait(150) == 42
 
 
