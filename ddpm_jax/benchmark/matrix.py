@@ -97,13 +97,11 @@ def _process(cell: Cell, out: str, variables: dict) -> tuple[dict, str]:
     return json.loads(pathlib.Path(out, "report.json").read_text()), done.stderr
 
 
-def _pass_times(cell: Cell, out: str, variables: dict) -> dict:
-    """One more compilation, with XLA's log of its passes: where the time goes, not how much."""
-    found, log = _process(cell, out, {**variables, **passes.VARIABLES})
-    rows = passes.read(log)
+def _pass_times(found: dict, log: str) -> dict:
+    """Where the time of a compilation went, by its log of XLA's passes."""
     total = found["seconds"]["compile"]["wall_s"]
     return {"compile_wall_s": total, "stages": passes.stages(log),
-            "passes": [{**p._asdict(), "share": p.seconds / total} for p in rows]}
+            "passes": [{**p._asdict(), "share": p.seconds / total} for p in passes.read(log)]}
 
 
 def run_cell(cell: Cell, export: pathlib.Path | None = None, *, repeat=1, with_passes=False):
@@ -115,18 +113,26 @@ def run_cell(cell: Cell, export: pathlib.Path | None = None, *, repeat=1, with_p
     'warm_cache' whether it really was read ('hit'); 'repeats': see repeats.ranges; 'passes': as
     `--passes` prints. A cell that fails has 'error' only."""
     with tempfile.TemporaryDirectory() as folder:
-        def variables(number, cache):
-            return {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{cache}",
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                    "PYTHONHASHSEED": str(number)}
+        cache = pathlib.Path(folder, "cache")  # one path for all: it is part of JAX's cache key
+
+        def process(name, seed, **log):
+            result = _process(cell, f"{folder}/{name}", {
+                **log, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONHASHSEED": str(seed),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
+            if cache.exists():
+                cache.rename(f"{cache}_{name}")
+            return result
 
         try:
-            reports = [_process(cell, f"{folder}/{n}", variables(n, n))[0] for n in range(repeat)]
-            warm = None
+            reports = [process(str(n), n)[0] for n in range(repeat)]
+            warm = times = None
             if cell.topology.startswith("cpu"):
-                warm, _ = _process(cell, f"{folder}/warm", variables(repeat, 0))
-            times = (_pass_times(cell, f"{folder}/passes", variables(0, "_passes"))
-                     if with_passes else None)
+                first = pathlib.Path(f"{cache}_0")
+                if first.exists():
+                    first.rename(cache)
+                warm, _ = process("warm", repeat)
+            if with_passes:
+                times = _pass_times(*process("passes", 0, **passes.VARIABLES))
         except _ProcessError as error:
             return {"cell": cell.name, "error": str(error)}
         if export is not None:
