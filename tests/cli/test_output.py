@@ -53,7 +53,8 @@ def run_in_a_terminal(workdir):
     """(pid, terminal) of a training run without end, which does not outlive the test."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around the tests, ignores
+        for number in (signal.SIGINT, signal.SIGHUP):  # which the shell around may ignore
+            signal.signal(number, signal.SIG_DFL)
         os.execv(sys.executable, [*TRAIN, f"--workdir={workdir}", "--config.train.steps=1000000"])
     try:
         wait_for_steps(workdir)
