@@ -1,4 +1,4 @@
-"""ddpm evaluate --workdir=DIR [--metrics=bpd,fid,is,kid,pr,nn,offline] [--num=50000] [...]
+"""ddpm evaluate --workdir=DIR [--metrics=bpd,offline] [--num=50000] [...]
    ddpm evaluate --samples=FOLDER_OR_NPZ --reference=FILE [--metrics=fid,is,kid,pr]
 
 Evaluates a run or given images and writes evaluation.json (keyed by checkpoint step and protocol,
@@ -21,10 +21,11 @@ from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import features, image_files
 from ddpm_jax.evaluation.evaluate import check_options, evaluate, evaluate_run
-from ddpm_jax.evaluation.metrics import options_read
+from ddpm_jax.evaluation.metrics import METRICS, options_read
 from ddpm_jax.evaluation.options import NN_QUERIES, REAL_BATCH, Options, StoppedError
-from ddpm_jax.evaluation.records import read_records, shown, write_results
+from ddpm_jax.evaluation.records import only_writer, read_records, shown, write_results
 from ddpm_jax.evaluation.session import Session, Splits, session_of
+from ddpm_jax.evaluation.subset import ORDER, subset
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
 from ddpm_jax.parallel.runners import RUNNERS
@@ -52,7 +53,7 @@ def define_flags(define):
     define_inception_flags(define)
     define.path("samples", None, "evaluate these images instead: a folder of PNG (also of `ddpm "
                 "sample`), or an .npz or .npy with uint8 [N,H,W,C]")
-    define.list("metrics", ["bpd", "offline"], "comma list of bpd, fid, is, kid, pr, nn, offline")
+    define.list("metrics", ["bpd", "offline"], f"comma list of {', '.join(METRICS)}")
     define.integer("num", None, "generated images; default: 50,000 for fid and is, 16 for nn "
                    "alone, else 5,000")
     define.integer("bpd_num", None, "real images for bits/dim; default: all")
@@ -93,6 +94,7 @@ def _refuse_unread(values, options):
 
 
 def _of_samples(values, options, stop):
+    """-> (key of the result, the evaluation, folder of the results), as `_of_run`."""
     images = image_files.open_images(values.samples)
     for note in images.notes:
         say(note)
@@ -101,13 +103,15 @@ def _of_samples(values, options, stop):
         RUNNERS["jit"](jax.devices()), values.dataset and Splits(
             values.dataset, values.data_dir, images.shape),
         folder=out and files.join(out, "evaluation"), stop=stop, say=say)
+    rows = subset(images.size, options.num)
     batch = options.batch_size or REAL_BATCH
     kept = images.size if options.keep_images else NN_QUERIES
     subject = features.Subject(
-        values.samples, features.of_images(session, images.read, batch, images_kept=kept),
-        {"samples": values.samples, "samples_sha256": images.identity}, images.size, batch,
-        images.shape)
-    return f"samples-{images.identity[:8]}", *evaluate(subject, options, session), out
+        values.samples, features.of_images(
+            session, lambda i: images.read(rows[i]), batch, images_kept=kept),
+        {"samples": values.samples, "samples_sha256": images.identity} | (
+            {"rows": ORDER} if len(rows) < images.size else {}), images.size, batch, images.shape)
+    return f"samples-{images.identity[:8]}", lambda: evaluate(subject, options, session), out
 
 
 def _of_run(values, options, stop):
@@ -116,8 +120,7 @@ def _of_run(values, options, stop):
     session = session_of(exp, values.data_dir, folder=f"{workdir}/evaluation/{step}", stop=stop,
                          say=say)
     model = features.Model(exp, params, facts | {"workdir": str(workdir)})
-    records, pictures = evaluate_run(model, options, session)
-    return step, records, pictures, values.out or str(workdir)
+    return step, lambda: evaluate_run(model, options, session), values.out or str(workdir)
 
 
 def main(values, words):
@@ -133,16 +136,17 @@ def main(values, words):
     elif values.keep_images:
         raise UserError("--keep_images needs --out, the folder of samples.npz")
     stop, _ = common.join(values)
+    step, work, out = (_of_samples if values.samples else _of_run)(values, options, stop)
     try:
-        step, records, pictures, out = (_of_samples if values.samples else _of_run)(
-            values, options, stop)
+        with only_writer(out, "--out" if values.out else "--workdir"):
+            records, pictures = work()
+            if out and hosts.is_main_process():
+                write_results(out, step, options.protocol, records, pictures,
+                              f"{values.samples or out}, step {step}")
     except StoppedError:
         say("stopped; finished shards are kept: the same command resumes")
         return EXIT_RESTART
     if hosts.is_main_process():
-        if out:
-            write_results(out, step, options.protocol, records, pictures,
-                          f"{values.samples or out}, step {step}")
         print(json.dumps(shown(step, options.protocol, records) if out else
                          {label: found for label, found, _ in records}, indent=1))
     return 0

@@ -2,7 +2,7 @@
 
 Statistics of a dataset's real images, made once, for `ddpm evaluate --reference`. The file carries
 the protocol (resize, scale, precision), the weights' sha256, the number and identity of the images,
-and the features of the first --features images for KID, precision and recall. No image is mirrored,
+and the features of --features images for KID, precision and recall. No image is mirrored,
 cropped or left out.
 """
 
@@ -28,7 +28,7 @@ def define_flags(define):
     define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
     define.string("split", "train", "a split of the dataset")
     define.integer("image_size", None, "side of the images, where the dataset leaves a choice")
-    define.integer("num", None, "first images of the split; default: all")
+    define.integer("num", None, "images of the split, in a fixed random order; default: all")
     define.integer("features", 10_000, "images whose features are kept, for kid and pr")
     define.integer("batch_size", None, "images at a time, all devices together")
     define.path("out", None, "the .npz to write")

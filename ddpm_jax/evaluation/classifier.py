@@ -18,6 +18,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import small_cnn
 from ddpm_jax.evaluation.options import OFFLINE_REALS
 from ddpm_jax.evaluation.progress import Progress
+from ddpm_jax.evaluation.subset import ORDER, subset
 from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
 
@@ -55,8 +56,10 @@ def _shifted(images, key):
         image, (o[0], o[1], 0), images.shape[1:]))(padded, offsets)
 
 
-def train_classifier(images, labels, seed: int, *, epochs: int | None = None, progress=None):
-    """-> (params, accuracy on the held-out fifth). images uint8 [N,H,W,C]; labels int [N].
+def train_classifier(images, labels, seed: int, *, classes: int | None = None,
+                     epochs: int | None = None, progress=None):
+    """-> (params, accuracy on the held-out fifth). images uint8 [N,H,W,C]; labels int [N]; classes:
+    default the largest label and one.
 
     Deterministic in its arguments on one kind of machine. AdamW with a cosine rate, small shifts.
     progress(steps done, of how many).
@@ -70,7 +73,7 @@ def train_classifier(images, labels, seed: int, *, epochs: int | None = None, pr
     batch = min(BATCH, len(kept))
     steps = len(kept) // batch
     epochs = default_epochs(len(kept)) if epochs is None else epochs
-    module = small_cnn.Classifier(int(labels.max()) + 1)
+    module = small_cnn.Classifier(classes or int(labels.max()) + 1)
     key = jax.random.key(seed)
     params = module.init(key, small_cnn.scaled(images[:1]))["params"]
     tx = optax.adamw(optax.cosine_onecycle_schedule(epochs * steps, 3e-3), weight_decay=1e-3)
@@ -119,8 +122,8 @@ def cache_folder(environ=None) -> str:
     return os.path.join(home, "ddpm_jax")
 
 
-def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed: int = 0,
-               say=lambda text: None) -> Stored:
+def train_once(name: str, fingerprint: str, images, labels, *, classes: int | None = None,
+               folder=None, seed: int = 0, say=lambda text: None) -> Stored:
     """The stored classifier of this data, trained and stored on first use.
 
     fingerprint names the data (`Source.fingerprint`); folder defaults to the user's cache. Share
@@ -137,7 +140,8 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
     else:
         say(f"training the small classifier of {name}, once")
         params, accuracy = train_classifier(
-            images, labels, seed, progress=Progress(say, f"classifier of {name}", "steps"))
+            images, labels, seed, classes=classes,
+            progress=Progress(say, f"classifier of {name}", "steps"))
         arrays = flatten_dict(params, sep="/") | {"accuracy": np.array(accuracy)}
         try:
             if path.startswith("~"):
@@ -152,19 +156,20 @@ def train_once(name: str, fingerprint: str, images, labels, *, folder=None, seed
 
 
 def shared(source, *, folder=None, say=lambda text: None) -> Stored | None:
-    """`train_once` of a Source's first images on process 0, the result on all; None where the
-    data have no labels."""
+    """`train_once` of a Source's images (at most TRAINING_IMAGES, by `subset`) on process 0, the
+    result on all; None where the data have no labels."""
     if source.labels is None:
         return None
-    stored = None
+    stored, classes = None, int(source.labels.max()) + 1
     if hosts.is_main_process():
-        n = min(len(source), TRAINING_IMAGES)
+        rows = subset(len(source), TRAINING_IMAGES)
+        fingerprint = source.fingerprint + (f" {ORDER}" if len(rows) < len(source) else "")
         stored = train_once(
-            source.name, source.fingerprint, read_rows(source.__getitem__, range(n)),
-            source.labels[:n], folder=folder, say=say)
+            source.name, fingerprint, read_rows(source.__getitem__, rows), source.labels[rows],
+            classes=classes, folder=folder, say=say)
     if jax.process_count() == 1:
         return stored
-    module = small_cnn.Classifier(int(source.labels.max()) + 1)
+    module = small_cnn.Classifier(classes)
     shapes = jax.eval_shape(lambda: module.init(
         jax.random.key(0), small_cnn.scaled(jnp.zeros((1, *source.shape), jnp.uint8))))["params"]
     params = stored.params if stored else jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)

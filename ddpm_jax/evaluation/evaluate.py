@@ -20,6 +20,7 @@ from ddpm_jax.evaluation.metrics import (
 )
 from ddpm_jax.evaluation.options import NN_QUERIES, Options
 from ddpm_jax.evaluation.session import Session
+from ddpm_jax.evaluation.subset import ORDER
 from ddpm_jax.parallel import hosts
 from ddpm_jax.run_log import say
 
@@ -220,7 +221,7 @@ def _provenance(context, num) -> dict:
     facts = context.subject.facts | {
         "num": num, "protocol": protocol.name, "quantise": protocol.quantise,
         "resize": protocol.resize, "scale": protocol.scale, "precision": protocol.precision,
-        "warnings": list(context.warnings)}
+        "warnings": list(context.warnings), "order": ORDER}
     if context.weights is not None:
         facts |= {"inception_sha256": context.weights.state_sha256,
                   "inception_source_sha256": context.weights.source_sha256}

@@ -149,17 +149,18 @@ def along_chain(session, model, options, batch, *, every, shown) -> Callable:
     return features
 
 
-def of_bound(session, model, source, seed, batch) -> Callable:
-    """-> produce: the variational bound of real images at all t (hojonathanho/diffusion,
-    diffusion_utils_2.py:313-337)."""
-    runner = session.runner
+def of_bound(session, model, source, seed, batch, chosen=None) -> Callable:
+    """-> produce: the variational bound at all t (hojonathanho/diffusion, diffusion_utils_2.py:
+    313-337) of the real images ``chosen`` (indices; None: all); the noise of image i depends on
+    (seed, i)."""
+    runner, chosen = session.runner, np.arange(len(source)) if chosen is None else chosen
     compiled = session.program(("bound",), lambda: programs.bound_program(model.exp))
 
     def produce(start, count):
-        mine = _local_index(runner, start, count, batch)
+        mine = chosen[_local_index(runner, start, count, batch)]
         out = compiled(model.params, np.uint32(seed),
                        runner.put("batch", read_rows(source.__getitem__, mine)),
-                       runner.put("batch", np.array(mine, np.int32)))
+                       runner.put("batch", mine.astype(np.int32)))
         rows = _rows(runner, out._asdict(), start, count, 0)
         return {"bpd": rows["total"], "prior": rows["prior"]} | {
             f"sum_{short}": rows[name].astype(np.float64).sum(0)

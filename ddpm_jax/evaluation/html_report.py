@@ -3,10 +3,12 @@
 import base64
 import html
 import json
+import re
 
 import numpy as np
 
 from ddpm_jax.evaluation.measures import rate_distortion
+from ddpm_jax.evaluation.metrics import value_prefixes
 from ddpm_jax.storage.pictures import encode_png
 
 STYLE = """
@@ -136,16 +138,18 @@ def picture_sections(pictures: dict) -> list[str]:
 
 
 def curve_sections(history: list[dict]) -> list[str]:
-    """The lines of metrics.jsonl -> the loss and whatever else was measured against the step."""
+    """The lines of metrics.jsonl -> the loss, and the values of METRICS, against the step."""
     names = sorted({k for line in history for k in line if k != "step"})
     lines = {n: [(h["step"], h[n]) for h in history
                  if isinstance(h.get(n), int | float)] for n in names}
     losses = {n: v for n, v in lines.items() if n.endswith("loss")}
-    measured = {n: v for n, v in lines.items()
-                if n.startswith(("bpd", "FD-")) and not n.endswith("std_error") and v}
+    measured = {}       # numbered values, as of the parts of the chain, are in one picture
+    for n, v in lines.items():
+        if n.startswith(value_prefixes()) and not n.endswith(("_std_error", "_std")) and v:
+            measured.setdefault(re.sub(r"_\d+$", "", n), {})[n] = v
     out = [section("Loss", curve(losses, x_label="step", y_label="loss", log_x=True, log_y=True))
            ] if any(losses.values()) else []
-    return out + [section(n, curve({n: v}, x_label="step", y_label=n)) for n, v in measured.items()]
+    return out + [section(n, curve(v, x_label="step", y_label=n)) for n, v in measured.items()]
 
 
 def evaluation_sections(document: dict) -> list[str]:

@@ -4,6 +4,7 @@ import numpy as np
 
 from ddpm_jax.evaluation import moments, neighbours, scores, small_cnn
 from ddpm_jax.evaluation.frechet import frechet_distance
+from ddpm_jax.evaluation.subset import subset
 
 DIMENSIONS = 2048
 BUCKETS = 10
@@ -28,11 +29,18 @@ def kid(pool_3, reference) -> dict:
     return scores.kid(reference.features, pool_3)
 
 
-def precision_recall(pool_3, reference) -> dict:
-    """In pool_3 (ADM's choice), equal numbers on both sides, at most the features stored."""
+def _equal(fake, real, n, given) -> tuple:
+    """n rows of each; given images may be sorted, samples of a model are not."""
+    return fake[subset(len(fake), n) if given else np.arange(n)], real[subset(len(real), n)]
+
+
+def precision_recall(pool_3, reference, *, given=False) -> dict:
+    """In pool_3 (ADM's choice), equal numbers on both sides, at most the features stored. given:
+    pool_3 is of given images, not of a model's samples."""
     real = reference.features
     n = min(len(real), len(pool_3))
-    return scores.precision_recall(real[:n], pool_3[:n]) | {
+    fake, real = _equal(pool_3, real, n, given)
+    return scores.precision_recall(real, fake) | {
         "precision_recall_n": n, "precision_recall_space": "pool_3"}
 
 
@@ -55,11 +63,12 @@ def nearest(images, features, real_images, real_features, held_images, held_feat
     return values, pictures
 
 
-def offline(fake: dict, real: dict, held: dict, *, classifier_key, accuracy, seed=0) -> dict:
+def offline(fake: dict, real: dict, held: dict, *, classifier_key, accuracy, seed=0,
+            given=False) -> dict:
     """Distances without downloaded weights, each beside that of held-out real images.
 
     fake, real, held: {'cnn', 'cnn_logits', 'random', 'channels'} arrays by image. Keys ending in
-    _equal_n and _real_vs_real share one n.
+    _equal_n and _real_vs_real share one n. given: as `precision_recall`.
     """
     n = min(len(fake["random"]), len(held["random"]))
     values = {"offline_n": len(fake["random"]), "offline_equal_n": n, "offline_note": OFFLINE_NOTE,
@@ -67,8 +76,9 @@ def offline(fake: dict, real: dict, held: dict, *, classifier_key, accuracy, see
     keys = {f"FD-rand@{seed}": "random"} | ({classifier_key: "cnn"} if classifier_key else {})
     for name, feature in keys.items():
         values[name] = small_cnn.distance(fake[feature], real[feature])
-        values[f"{name}_equal_n"] = small_cnn.distance(fake[feature][:n], real[feature])
-        values[f"{name}_real_vs_real"] = small_cnn.distance(held[feature][:n], real[feature])
+        ours, theirs = _equal(fake[feature], held[feature], n, given)
+        values[f"{name}_equal_n"] = small_cnn.distance(ours, real[feature])
+        values[f"{name}_real_vs_real"] = small_cnn.distance(theirs, real[feature])
     if classifier_key:
         values["cnn_accuracy"] = accuracy
         for name, arrays in (("samples", fake), ("reals", held)):

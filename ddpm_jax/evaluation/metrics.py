@@ -7,6 +7,8 @@ returns a Result. Its numbers come from `measures`, `scores` and `neighbours`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import extract, features, measures, protocols, scores, small_cnn
@@ -23,6 +25,7 @@ from ddpm_jax.evaluation.options import (
 )
 from ddpm_jax.evaluation.references import Reference
 from ddpm_jax.evaluation.session import Session
+from ddpm_jax.evaluation.subset import ORDER, permutation, subset
 from ddpm_jax.parallel import hosts
 
 
@@ -56,8 +59,9 @@ class Metric(NamedTuple):
 
     parts: of `extract.PARTS`, computed from each sample; "images" from the first NN_QUERIES alone.
     SPACE stands for the best features available; () where no sample is needed. needs: what else
-    must be available. num: samples by default; least: the fewest, by protocol. values: prefixes
-    of the names of its main values; along: whether these are shown along the chain. implies:
+    must be available. num: samples by default; least: the fewest, by protocol. values: names of its
+    main values, or what they begin with where it ends in "_" or "@"; along: whether these are shown
+    along the chain. implies:
     metrics of a model that belong to it. options: those that no other metric reads.
     """
     compute: Callable
@@ -107,13 +111,19 @@ def collect_features(session, name, producer, extractor, *, num, batch, facts, q
 
 
 def _real(context, split, parts, num=None) -> dict:
-    """Features of the first ``num`` images of a split."""
+    """Features of the images of a split, or of ``num`` of them, in the order of `subset`."""
     session, source = context.session, context.session.sources[split]
-    num = min(len(source), num or len(source))
+    rows = subset(len(source), num)
     return collect_features(
-        session, f"real-{split}", features.of_images(session, source.__getitem__, REAL_BATCH),
-        make_extractor(context, parts), num=num, batch=REAL_BATCH, keep=True,
-        facts={"fingerprint": source.fingerprint, "split": split})
+        session, f"real-{split}",
+        features.of_images(session, lambda i: source[rows[i]], REAL_BATCH),
+        make_extractor(context, parts), num=len(rows), batch=REAL_BATCH, keep=True,
+        facts={"fingerprint": source.fingerprint, "split": split} | _order(rows, source))
+
+
+def _order(rows, source) -> dict:
+    """What tells a request of some images from one of all, or of the first ones."""
+    return {"rows": ORDER} if len(rows) < len(source) else {}
 
 
 def _held_out(context, parts, num) -> tuple[dict, dict]:
@@ -121,23 +131,24 @@ def _held_out(context, parts, num) -> tuple[dict, dict]:
     real = _real(context, "train", parts, OFFLINE_REALS)
     if "test" in context.session.sources:
         return real, _real(context, "test", parts, num)
-    half = len(next(iter(real.values()), ())) // 2
-    return {k: v[:half] for k, v in real.items()}, {k: v[half:] for k, v in real.items()}
+    order = permutation(max(1, len(next(iter(real.values()), ()))))
+    halves = order[:len(order) // 2], order[len(order) // 2:]
+    return tuple({k: v[half] for k, v in real.items()} for half in halves)
 
 
 class _Rows:
-    """The first images of a Source as `neighbours` takes references: len() and slices."""
+    """Images of a Source as `neighbours` takes references: len() and slices."""
 
-    def __init__(self, source, count=None):
-        self._source, self._count = source, len(source) if count is None else count
+    def __init__(self, source, rows):
+        self._source, self._rows = source, rows
 
     def __len__(self):
-        return self._count
+        return len(self._rows)
 
     def __getitem__(self, item):
         if isinstance(item, slice):
-            return read_rows(self._source.__getitem__, range(*item.indices(len(self))))
-        return self._source[item]
+            return read_rows(self._source.__getitem__, self._rows[item])
+        return self._source[self._rows[item]]
 
 
 # ---- one function a metric ----
@@ -157,7 +168,8 @@ def kid(context, samples) -> Result:
 
 
 def precision_recall(context, samples) -> Result:
-    return Result(measures.precision_recall(samples["pool_3"], context.reference))
+    return Result(measures.precision_recall(samples["pool_3"], context.reference,
+                                            given=context.subject.model is None))
 
 
 _OFFLINE_PARTS = ("random", "channels", "classifier")
@@ -171,28 +183,30 @@ def offline(context, samples) -> Result:
     stored = context.classifier
     return Result(measures.offline(
         samples, real, held, classifier_key=stored.key if stored else None,
-        accuracy=stored.accuracy if stored else None))
+        accuracy=stored.accuracy if stored else None, given=context.subject.model is None))
 
 
 def nearest_neighbours(context, samples) -> Result:
     """Nearest training images of the first samples, in pixels and in the best features at hand.
 
-    The held-out images beside them are of the test split; without one, the last training images,
-    which are then not among the references.
+    The held-out images beside them are of the test split; without one, training images, which are
+    then not among the references.
     """
     sources = context.session.sources
     train, apart = sources["train"], "test" in sources
+    every = np.arange(len(train))
     space = make_extractor(context, (SPACE,)).names[0]
     real = _real(context, "train", (SPACE,))
     held = _real(context, "test", (SPACE,), NN_QUERIES) if apart else {}
     if not hosts.is_main_process():
         return Result({})
-    count = len(train) - (0 if apart else min(NN_QUERIES, len(train) // 2))
-    held_images = _Rows(sources["test"])[:NN_QUERIES] if apart else _Rows(train)[count:]
-    held_features = held[space] if apart else real[space][count:]
+    of = sources["test"] if apart else train
+    rows = subset(len(of), NN_QUERIES if apart else min(NN_QUERIES, len(train) // 2))
+    others = every if apart else np.delete(every, rows)
     values, pictures = measures.nearest(
-        samples["images"], samples[space], _Rows(train, count), real[space][:count],
-        held_images, held_features, queries=NN_QUERIES, k=NN_K, crop=context.options.crop)
+        samples["images"], samples[space], _Rows(train, others), real[space][others],
+        _Rows(of, rows)[:], held[space] if apart else real[space][rows], queries=NN_QUERIES,
+        k=NN_K, crop=context.options.crop)
     return Result(values | {"nn_space": space},
                   {f"nearest_{name}": picture for name, picture in pictures.items()})
 
@@ -207,16 +221,17 @@ def splits_of(options, sources) -> tuple:
 
 
 def _bound_sums(context, split) -> dict:
-    """Sums of the bound's parts over the first images of a split."""
+    """Sums of the bound's parts over the images of a split, or bpd_num of them."""
     session, options, model = context.session, context.options, context.subject.model
     source = session.sources[split]
-    num = min(len(source), options.bpd_num or len(source))
-    batch = min(context.subject.batch, num)
+    rows = subset(len(source), options.bpd_num)
+    batch = min(context.subject.batch, len(rows))
     return session.collect(
-        f"bpd-{split}", lambda: features.of_bound(session, model, source, options.seed, batch),
-        num=num, batch=batch, request=model.facts | {
+        f"bpd-{split}",
+        lambda: features.of_bound(session, model, source, options.seed, batch, rows),
+        num=len(rows), batch=batch, request=model.facts | {
             "seed": options.seed, "fingerprint": source.fingerprint, "split": split,
-            "batch": batch})
+            "batch": batch} | _order(rows, source))
 
 
 def bits_per_dim(context, samples) -> Result:
@@ -231,7 +246,7 @@ def bits_per_dim(context, samples) -> Result:
         found = measures.likelihood(sums)
         values |= {name.replace("bpd", f"bpd_{split}", 1) if name.startswith("bpd")
                    else f"{name}_{split}": v for name, v in found.items()}
-        images[split] = {"n": found["bpd_n"], "of": len(sources[split]),
+        images[split] = {"n": found["bpd_n"], "of": len(sources[split]), "order": ORDER,
                          "fingerprint": sources[split].fingerprint}
     every = "all" if options.bpd_num is None else options.bpd_num
     return Result(values, record=f"bound, seed {options.seed}, {every} images", provenance={
@@ -241,8 +256,8 @@ def bits_per_dim(context, samples) -> Result:
 
 METRICS = {
     "bpd": Metric(bits_per_dim, needs=frozenset({REALS, MODEL}), num=0, values=tuple(
-        f"{name}_{{split}}" for name in ("bpd", "rate", "distortion", "prior", "rmse",
-                                         "eps_loss")), options=("bpd_num", "splits")),
+        f"{name}_{{split}}" for name in ("bpd", "rate", "distortion", "prior", "rmse")
+    ) + ("eps_loss_{split}_",), options=("bpd_num", "splits")),
     "fid": Metric(fid, ("inception",), frozenset({REFERENCE}), REPORTED_NUM, values=("fid",),
                   along=True),
     "is": Metric(inception_score, ("inception",), num=REPORTED_NUM,
@@ -282,8 +297,16 @@ def options_read(names, *, of_model: bool) -> set:
     return read
 
 
+def value_prefixes() -> tuple:
+    """What the names of the main values of all metrics begin with, under any protocol."""
+    return tuple(dict.fromkeys(
+        value.partition("{split}")[0].format(inception_score=protocol.inception_score)
+        for row in METRICS.values() for value in row.values
+        for protocol in protocols.PROTOCOLS.values()))
+
+
 def value_names(names, protocol, splits=("",)) -> tuple:
-    """What the names of the metrics' main values begin with."""
+    """The metrics' main values, as in Metric.values."""
     return tuple(dict.fromkeys(
         value.format(split=split, inception_score=protocol.inception_score)
         for name in names for split in splits for value in METRICS[name].values))

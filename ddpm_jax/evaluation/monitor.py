@@ -54,7 +54,8 @@ def check(exp) -> None:
     known = value_names(context.options.metrics, protocol, options.splits)
     if session.sources["train"].labels is None:
         known = tuple(name for name in known if name != "FD-cnn")
-    if best and not best.startswith(known):
+    open_ended = tuple(name for name in known if name.endswith(("_", "@")))
+    if best and best not in known and not best.startswith(open_ended):
         raise UserError(f"config.eval.best={best} is not among the values of config.eval.metrics="
                         f"{exp.config.eval.metrics}; known: {', '.join(known)}")
 
@@ -85,9 +86,10 @@ def periodic(*, classifier_dir=None, stop=None):
 
 
 def _numbers(values, classifiers) -> dict:
-    """The numbers to log: eps_loss by bucket, the classifier's distance under a fixed name too."""
+    """The numbers to log, without counts of images: eps_loss by bucket, the classifier's distance
+    under a fixed name too."""
     numbers = {name: float(v) for name, v in values.items()
-               if isinstance(v, int | float) and not name.endswith("_n")}
+               if isinstance(v, float) or isinstance(v, int) and not name.endswith("_n")}
     numbers |= {f"{name}_{i}": v for name, buckets in values.items()
                 if name.startswith("eps_loss") for i, v in enumerate(buckets)}
     for stored in filter(None, classifiers.values()):

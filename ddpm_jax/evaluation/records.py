@@ -1,6 +1,8 @@
 """evaluation.json (values with their provenance, by step, protocol and label), the pictures and
 evaluation.html beside it."""
 
+import contextlib
+
 import jax
 from etils import epath
 
@@ -9,12 +11,28 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import html_report
 from ddpm_jax.parallel import hosts
 from ddpm_jax.storage import files
+from ddpm_jax.storage.lock import Lock
 from ddpm_jax.storage.pictures import write_png
+
+LOCK_NAME = "evaluate.lock.json"
 
 
 def versions() -> dict:
     device = jax.devices()[0]
     return hosts.versions() | {"device": device.device_kind, "devices": jax.device_count()}
+
+
+@contextlib.contextmanager
+def only_writer(out, flag: str):
+    """Around an evaluation whose results go to the folder ``out`` (None: nowhere), which ``flag``
+    names. UserError on all processes where another evaluation has it; training may go on there.
+    """
+    lock = out and hosts.on_main_process(Lock, out, flag, run_log.say, LOCK_NAME)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def read_records(path) -> dict:

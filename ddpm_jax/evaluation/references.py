@@ -20,7 +20,7 @@ KNOWN = {"mu", "m", "sigma", "s", "pool_3", "n", "image_shape", "features", *TEX
 
 class Reference(NamedTuple):
     """mu float64 [D], sigma float64 [D,D], n images; image_shape (H,W,C); features float32 [m,D] of
-    the first m images or None. protocol, dataset, ... are None in a foreign file."""
+    m of the images or None. protocol, dataset, ... are None in a foreign file."""
     mu: np.ndarray
     sigma: np.ndarray
     n: int | None = None

@@ -8,7 +8,7 @@ from ddpm_jax.evaluation.evaluate import evaluate_run, load_weights
 from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.make_reference import make_reference
 from ddpm_jax.evaluation.options import StoppedError
-from ddpm_jax.evaluation.records import write_results
+from ddpm_jax.evaluation.records import only_writer, write_results
 from ddpm_jax.evaluation.session import Session, session_of
 from ddpm_jax.parallel import hosts
 from ddpm_jax.reproduction import costs, figures, targets
@@ -78,9 +78,11 @@ def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
             options = request.options._replace(
                 metrics=chosen, reference=reference,
                 splits=wanted_splits(target, session.sources))
-            records, drawn = evaluate_run(model, options, session)
-            if hosts.is_main_process():
-                write_results(folder, step, options.protocol, records, drawn, f"{name}, {step}")
+            with only_writer(folder, "--workdir"):
+                records, drawn = evaluate_run(model, options, session)
+                if hosts.is_main_process():
+                    write_results(folder, step, options.protocol, records, drawn,
+                                  f"{name}, {step}")
 
     def along(looks, shown):
         chosen = _with_weights(request, ("is", "fid"))

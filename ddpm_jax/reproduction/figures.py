@@ -10,6 +10,7 @@ import numpy as np
 from ddpm_jax import experiment, programs
 from ddpm_jax.data.datasets import read_rows
 from ddpm_jax.diffusion.sampling import interpolate
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import html_report as html
 from ddpm_jax.evaluation import measures
 from ddpm_jax.parallel import hosts
@@ -84,21 +85,25 @@ def shared_latents(run) -> Drawn:
 
 
 def interpolation(run) -> Drawn:
-    """Fig. 8: rows of pairs of test images, mixed at half of the chain and decoded."""
+    """Fig. 8: rows of pairs of test images, mixed at half of the chain and decoded. Of fewer than
+    2 ROWS images there are fewer rows. Raises UserError where there is no pair."""
     exp = run.exp
     source = run.sources.get("test") or run.sources["train"]
     chain = programs.sampling_chain(exp)
-    middle = chain.num_steps // 2 - 1
-    ends = read_rows(source.__getitem__, range(2 * ROWS))
+    middle, pairs = max(0, chain.num_steps // 2 - 1), min(ROWS, len(source) // 2)
+    if not pairs:
+        raise UserError(f"fig. 8 mixes pairs of images; {source.name}, split {source.split}, has "
+                        f"{len(source)}")
+    ends = read_rows(source.__getitem__, range(2 * pairs))
     columns = COLUMNS + 1
     weights = np.linspace(0, 1, columns, dtype=np.float32)
 
     def noise(key, index, t, shape):
         """One a row: only the mixture differs."""
-        return rng.image_noise(key, 2 * (index // columns % ROWS), t, shape)
+        return rng.image_noise(key, 2 * (index // columns % pairs), t, shape)
 
     def start(key, index, shape):
-        first = 2 * (index // columns % ROWS)
+        first = 2 * (index // columns % pairs)
         x = jnp.asarray(ends) / 127.5 - 1.0
         noises = [rng.image_noise(key, first + k, jnp.int32(-1), shape) for k in (0, 1)]
         mix = jax.vmap(lambda one, two, weight, a, b: interpolate(
@@ -106,9 +111,9 @@ def interpolation(run) -> Drawn:
         return mix(x[first], x[first + 1], jnp.asarray(weights)[index % columns][:, None], *noises)
 
     lower = programs.sampling_chain(exp, below=int(chain.schedule.timesteps[middle]) + 1)
-    mixed = _drawn(run, lower._replace(noise=noise, start=start), ROWS * columns)
-    mixed = mixed.reshape(ROWS, columns, *exp.image_shape)
-    ends = ends.reshape(ROWS, 2, 1, *exp.image_shape)
+    mixed = _drawn(run, lower._replace(noise=noise, start=start), pairs * columns)
+    mixed = mixed.reshape(pairs, columns, *exp.image_shape)
+    ends = ends.reshape(pairs, 2, 1, *exp.image_shape)
     picture = _grid(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))
     text = (f"First and last column: test images. Between: mixtures at t = {middle + 1} of "
             f"{chain.num_steps}, decoded with the same noise.")

@@ -83,12 +83,13 @@ def _describe(holder) -> str:
 class Lock:
     """The lock of ``folder``, held from the start to ``release``.
 
-    flag: what names the folder in messages. say(text) is called before a wait. Raises UserError
-    naming the holder where another live command has it, or that the folder cannot be written.
+    flag: what names the folder in messages. say(text) is called before a wait. name: of the file;
+    locks of other names do not exclude this one. Raises UserError naming the holder where another
+    live command has it, or that the folder cannot be written.
     """
 
-    def __init__(self, folder, flag: str, say=lambda text: None):
-        self.path = files.join(folder, NAME)
+    def __init__(self, folder, flag: str, say=lambda text: None, name=NAME):
+        self.path = files.join(folder, name)
         self._mine = {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid()),
                       "command": " ".join(["ddpm", *sys.argv[1:2]]), "token": secrets.token_hex(8)}
         self._beats, self._stopped, self._taken = 0, threading.Event(), None

@@ -210,6 +210,21 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(content, mes
     assert "--keep_images needs --out" in capsys.readouterr().err
 
 
+def test_a_second_command_with_the_same_results_is_refused(tmp_path, monkeypatch, capsys):
+    from ddpm_jax.cli import common, main
+    from ddpm_jax.evaluation.records import only_writer
+    monkeypatch.setattr("ddpm_jax.storage.lock.GRACE_S", 0.0)
+    monkeypatch.setattr(common, "join", lambda config=None: (None, None))
+    np.save(tmp_path / "s.npy", np.zeros((4, 8, 8, 1), np.uint8))
+    words = ["evaluate", f"--samples={tmp_path}/s.npy", "--metrics=nn", "--dataset=digits",
+             f"--out={tmp_path}/out", f"--classifier_dir={tmp_path}"]
+    with only_writer(f"{tmp_path}/out", "--out"):
+        assert main.main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"ddpm: error: --out=.*out is in use by process \d+ on .*: wait for it", error)
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("words, message", [
     ((), "--workdir=DIR .* or --samples=FOLDER_OR_NPZ is missing"),
     (("--samples=x.npz",), "bpd is of a model"),

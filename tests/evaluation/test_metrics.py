@@ -9,7 +9,7 @@ import pytest
 import ddpm_jax
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax.config import to_json
-from ddpm_jax.evaluation import classifier, extract, metrics
+from ddpm_jax.evaluation import classifier, extract, html_report, metrics
 from ddpm_jax.evaluation.evaluate import evaluate_run
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.parallel import hosts
@@ -32,6 +32,19 @@ def test_a_metric_is_one_function_and_one_row(tiny, monkeypatch):
     monkeypatch.setitem(metrics.METRICS, "brightness", metrics.Metric(brightness, ("channels",)))
     ((label, values, facts),), _ = evaluate_run(*_with(tiny, metrics=("brightness",), num=8))
     assert 0 < values["brightness"] < 255 and facts["num"] == 8 and "8 images" in label
+
+
+def test_a_row_is_in_the_help_and_its_values_among_the_curves(monkeypatch, capsys):
+    from ddpm_jax.cli import main
+    monkeypatch.setitem(metrics.METRICS, "brightness", metrics.Metric(
+        lambda context, samples: None, values=("light_{split}",)))
+    assert main.main(["evaluate", "--help"]) == 0
+    assert "comma list of bpd, fid, is, kid, pr, nn, offline, brightness" in capsys.readouterr().out
+    values = {"light_test": 1.0, "is_tfgan1": 2.0, "eps_loss_test_0": 1.0, "eps_loss_test_1": 2.0,
+              "bpd_test": 1.0, "bpd_test_std_error": 1.0, "grad_norm": 1.0}
+    sections = html_report.curve_sections([{"step": 1, **values}])
+    titles = [section.partition("</h2>")[0].rpartition(">")[2] for section in sections]
+    assert titles == ["bpd_test", "eps_loss_test", "is_tfgan1", "light_test"]
 
 
 class Splitless:

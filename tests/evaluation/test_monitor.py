@@ -17,7 +17,8 @@ def test_periodic_gives_the_same_numbers_twice_and_compiles_once(tiny, tmp_path,
     compiled = []
     monkeypatch.setattr(type(exp.runner), "compile", compiled.append, raising=False)
     assert evaluate(exp, params, 20) == first and not compiled
-    assert {"bpd_test", "FD-cnn", "FD-rand@0", "rate_test", "eps_loss_test_0"} <= first.keys()
+    assert {"bpd_test", "FD-cnn", "FD-rand@0", "rate_test", "eps_loss_test_0",
+            "FD-rand@0_equal_n"} <= first.keys() and "bpd_test_n" not in first
     assert all(np.isfinite(v) for v in first.values())
     assert not any(k.startswith("fid") for k in first)
 
@@ -33,6 +34,8 @@ def test_periodic_gives_the_same_numbers_twice_and_compiles_once(tiny, tmp_path,
     ({"eval.best": "nosuch"}, "config.eval.best=nosuch .* bpd_test, rate_test"),
     ({"eval.best": "FD-cnn", "eval.metrics": "bpd"}, "config.eval.best=FD-cnn"),
     ({"eval.best": "bpd_train"}, "config.eval.best=bpd_train"),
+    ({"eval.best": "bpd_test_n"}, "config.eval.best=bpd_test_n is not among"),
+    ({"eval.best": "FD-cnn_equal_n"}, "config.eval.best=FD-cnn_equal_n is not among"),
     ({"eval.best": "is_openai10", "eval.metrics": "bpd"}, "config.eval.best=is_openai10"),
 ])
 def test_what_would_end_the_first_evaluation_is_refused_before(fields, message, tiny, monkeypatch):

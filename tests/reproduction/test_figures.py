@@ -1,11 +1,14 @@
 """Figures of an untrained model: what must hold whatever it has learned."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from ddpm_jax import experiment
 from ddpm_jax.config import load_config
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier
 from ddpm_jax.evaluation.along import evaluate_along
 from ddpm_jax.evaluation.evaluate import evaluate_run
@@ -56,6 +59,19 @@ def test_interpolation_starts_and_ends_with_the_images(run):
         ends = np.abs(rows[k, 1] - rows[k, -2]).mean()
         neighbours = np.abs(np.diff(rows[k, 1:-1], axis=0)).mean()
         assert neighbours < ends
+
+
+def test_interpolation_of_fewer_images_and_of_one_step(run):
+    exp = run.exp
+    config = exp.config.copy_and_resolve_references()
+    config.sampler.steps = 1
+    few = dataclasses.replace(run.sources["test"], size=3)
+    drawn = figures.interpolation(run._replace(
+        exp=exp._replace(config=config), sources={"train": few}))
+    rows = cells(drawn.pictures["interpolation"], 1)
+    np.testing.assert_array_equal(rows[0, [0, -1]], [few[0][..., 0], few[1][..., 0]])
+    with pytest.raises(UserError, match="fig. 8 mixes pairs of images; digits, split test, has 1"):
+        figures.interpolation(run._replace(sources={"train": dataclasses.replace(few, size=1)}))
 
 
 def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
