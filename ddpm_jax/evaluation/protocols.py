@@ -10,12 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ddpm_jax.training.steps import to_uint8
-
-
-def round_to_integer(x):
-    """[-1,1] -> [0,255], nearest integer, as samples are written."""
-    return to_uint8(x).astype(jnp.float32)
+from ddpm_jax.training.steps import round_to_level
 
 
 def truncate(x):
@@ -28,7 +23,7 @@ def keep_floats(x):
     return (jnp.clip(x, -1, 1) + 1) * 127.5
 
 
-QUANTISE = {"round": round_to_integer, "truncate": truncate, "none": keep_floats}
+QUANTISE = {"round": round_to_level, "truncate": truncate, "none": keep_floats}
 
 
 class Protocol(NamedTuple):

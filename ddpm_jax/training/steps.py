@@ -39,9 +39,14 @@ def to_unit_range(images):
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
+def round_to_level(x):
+    """[-1, 1] -> the nearest of 0 ... 255, as floats: NaN stays NaN."""
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255)
+
+
 def to_uint8(x):
     """[-1, 1] -> the nearest of 0 ... 255."""
-    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    return round_to_level(x).astype(jnp.uint8)
 
 
 def ema_update(ema_params, params, step, decay):

@@ -31,6 +31,7 @@ def test_rounding_is_that_of_the_samples_that_are_written():
     x = np.concatenate([np.nextafter(middle, np.float32(k), dtype=np.float32) for k in (-2, 2)]
                        + [middle])
     np.testing.assert_array_equal(protocols.QUANTISE["round"](x), to_uint8(x))
+    assert np.isnan(protocols.QUANTISE["round"](jnp.nan))       # of a model that diverged
 
 
 @pytest.mark.parametrize("name", protocols.QUANTISE)
