@@ -52,6 +52,7 @@ def get_config():
         optimizer=dict(
             learning_rate=2e-4,
             warmup_steps=5000,
+            decay_steps=0,        # updates until a cosine has taken the rate to 0; 0 = no decay
             b1=0.9,
             b2=0.999,
             eps=1e-8,

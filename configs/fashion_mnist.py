@@ -1,12 +1,23 @@
 """Fashion-MNIST at its own 28x28 grey pixels, a narrow U-Net for one small machine.
 
-28 can be halved twice: three resolutions, 28, 14, 7. Not in the paper.
+28 can be halved twice: three resolutions, 28, 14, 7. Not in the paper. fashion_mnist:small is for
+minutes on a CPU, `bash launch/quickstart.sh fashion`: blocks of 2x2 pixels, 14x14 of them.
 """
 
-from ddpm_jax.configs import default
+from ddpm_jax.configs import default, digits
 
 
-def get_config():
+def small():
+    config = digits.get_config()
+    config.data.update(name="fashion_mnist", image_size=28, flip=True)
+    config.model.update(space_to_depth=2, attn_resolutions=(7,))
+    config.train.steps = config.optimizer.decay_steps = 1800
+    config.checkpoint.every = config.eval.sample_every = 600
+    config.sampler.batch_size = 100
+    return config
+
+
+def full():
     config = default.get_config()
     config.data.update(name="fashion_mnist", image_size=28, channels=1)
     config.model.update(ch=64, ch_mult=(1, 2, 2), attn_resolutions=(14,))
@@ -16,3 +27,12 @@ def get_config():
     config.checkpoint.update(every=1000, keep_every=0)
     config.eval.sample_every = 1000
     return config
+
+
+SIZES = {"full": full, "small": small}
+
+
+def get_config(size="full"):
+    if size not in SIZES:
+        raise ValueError(f"no size {size!r}; known: {', '.join(SIZES)}")
+    return SIZES[size]()

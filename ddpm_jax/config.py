@@ -191,8 +191,13 @@ def flatten(config: dict, prefix="") -> dict:
 
 
 def differing_fields(old: dict, new: dict) -> list[str]:
-    """Fields that a resume may not change and that differ, as 'field: old -> new'."""
-    old, new = (flatten(_with_schedule_defaults(c) | {SOURCE: {}}) for c in (old, new))
+    """Fields that a resume may not change and that differ, as 'field: old -> new'. A field that is
+    newer than the run has its default there."""
+    defaults = flatten(to_json(load_config("default")))
+    old, new = (
+        {name: value for name, value in defaults.items()
+         if not name.startswith("diffusion.schedule.")}
+        | flatten(_with_schedule_defaults(c) | {SOURCE: {}}) for c in (old, new))
     return [
         f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
         for name in sorted({*old, *new})

@@ -86,6 +86,7 @@ TRAINING_RANGES = {
     "train.clip_replicas": Range(1, 2**24),
     "optimizer.learning_rate": _real(0, LARGEST),
     "optimizer.warmup_steps": Range(0, INT32),
+    "optimizer.decay_steps": Range(0, INT32),
     "optimizer.b1": _real(0, 1, open_high=True),
     "optimizer.b2": _real(0, 1, open_high=True),
     "optimizer.eps": _real(0, LARGEST, open_low=True),

@@ -30,7 +30,7 @@ from ddpm_jax.run_log import say
 from ddpm_jax.storage import files
 from ddpm_jax.storage.lock import Lock
 from ddpm_jax.training.loop import Hook, fit
-from ddpm_jax.training.optimizer import warmup
+from ddpm_jax.training.optimizer import learning_rates
 
 
 class InitFrom(NamedTuple):
@@ -101,11 +101,12 @@ class _Log:
 
     def __init__(self, run, start):
         config, source = run.training.experiment.config, run.stored.get(SOURCE)
-        # The warm-up counts the updates of this optimizer.
+        # Warm-up and decay count the updates of this optimizer.
         self._updates_before = source["step"] if source and not source["optimizer"] else 0
         self._watchdog = run.watchdog
         self._every, self._batch = config.train.log_every, config.train.batch_size
-        self._rate = warmup(config.optimizer.learning_rate, config.optimizer.warmup_steps)
+        self._rate = learning_rates(config.optimizer.learning_rate, config.optimizer.warmup_steps,
+                                    config.optimizer.decay_steps)
         self._writer, self._rows = run.writer, []
         self._bar = run_log.progress(config.train.steps, start, images_per_step=self._batch)
         self._mark = (start, time.monotonic())

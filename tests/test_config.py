@@ -159,6 +159,15 @@ def test_keywords_left_to_the_default_are_no_other_run():
     assert differing_fields(old, new) == ["diffusion.schedule.offset: 0.01 -> 0.008"]
 
 
+def test_a_field_that_is_newer_than_the_run_has_its_default_there():
+    new = to_json(load_config("cifar10"))
+    old = json.loads(json.dumps(new))
+    del old["optimizer"]["decay_steps"]
+    assert not differing_fields(old, new)
+    new["optimizer"]["decay_steps"] = 9
+    assert differing_fields(old, new) == ["optimizer.decay_steps: 0 -> 9"]
+
+
 @pytest.mark.parametrize("field, wanted", [
     ("trian.steps", "train.steps"), ("steps", "train.steps"), ("model.attn_resolution",
      "model.attn_resolutions"), ("optimizer.lerning_rate", "optimizer.learning_rate")])

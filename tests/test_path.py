@@ -14,7 +14,8 @@ TINY = [
     "--config.model.ch_mult=(1,)", "--config.model.num_res_blocks=1",
     "--config.model.attn_resolutions=(8,)",
     "--config.model.num_groups=2", "--config.train.batch_size=8", "--config.train.steps=1",
-    "--config.diffusion.num_timesteps=4", "--config.eval.sample_every=0",
+    "--config.diffusion.num_timesteps=4", "--config.diffusion.variance=fixed_large",
+    "--config.diffusion.loss=mse", "--config.eval.sample_every=0",
     "--config.train.clip_replicas=8"]
 WALK = """
 import json, pathlib, sys, traceback

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_run import digits
 
 from ddpm_jax import programs
-from ddpm_jax.config import load_config
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method, Sampler, ddim_step
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, new_state
@@ -13,7 +13,7 @@ from ddpm_jax.parallel.runners import fetch
 
 
 def tiny(**fields):
-    config = load_config("digits")
+    config = digits()
     config.data.image_size = 4
     config.model.update(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
     config.train.update(batch_size=8, clip_replicas=8)

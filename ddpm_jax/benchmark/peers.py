@@ -58,7 +58,8 @@ def training(name: str, config, schedule: Schedule):
         a = signal[t][:, None, None, None]
         x_t = (a.sqrt() * x + (1 - a).sqrt() * noise).to(memory_format=layout)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return (model(x_t, t, return_dict=False)[0].float() - noise).square().mean()
+            output = model(x_t, t, return_dict=False)[0][:, :shape[1]]  # without a variance
+            return (output.float() - noise).square().mean()
 
     loss_of = PEERS[name](torch, loss_of)
 

@@ -34,9 +34,21 @@ def warmup(learning_rate, warmup_steps):
     return lambda count: learning_rate * jnp.minimum(count / warmup_steps, 1.0)
 
 
-def make_optimizer(*, learning_rate, warmup_steps, b1, b2, eps, eps_rule):
-    """Adam with warm-up; eps_rule is a row of EPS_RULES. Clipping is the training step's."""
+def learning_rates(learning_rate, warmup_steps, decay_steps=0):
+    """The rate at update n: ``warmup``, times (1 + cos(pi n / decay_steps)) / 2 up to decay_steps
+    updates (Loshchilov & Hutter 2017, eq. 5, without restarts) and 0 after them. decay_steps 0: no
+    decay, as in the paper."""
+    ramp = warmup(learning_rate, warmup_steps)
+    if not decay_steps:
+        return ramp
+    return lambda count: ramp(count) * 0.5 * (
+        1.0 + jnp.cos(jnp.pi * jnp.minimum(count / decay_steps, 1.0)))
+
+
+def make_optimizer(*, learning_rate, warmup_steps, b1, b2, eps, eps_rule, decay_steps=0):
+    """Adam with warm-up, and a decay to 0 over decay_steps updates unless that is 0; eps_rule is a
+    row of EPS_RULES. Clipping is the training step's."""
     return optax.chain(
         EPS_RULES[eps_rule](b1=b1, b2=b2, eps=eps),
-        optax.scale_by_learning_rate(warmup(learning_rate, warmup_steps)),
+        optax.scale_by_learning_rate(learning_rates(learning_rate, warmup_steps, decay_steps)),
     )

@@ -2,6 +2,7 @@ import json
 
 import jax
 import pytest
+from tiny_run import digits
 
 from ddpm_jax import experiment
 from ddpm_jax.benchmark import compiled
@@ -12,7 +13,7 @@ from ddpm_jax.errors import UserError
 
 
 def tiny(**changes):
-    config = load_config("digits")
+    config = digits()
     config.model.update(ch=8, ch_mult=(1, 2), num_res_blocks=1, num_groups=4, attn_resolutions=())
     config.diffusion.num_timesteps = 4
     config.train.update(batch_size=16, steps_per_dispatch=1, clip_scope="per_replica",
@@ -42,7 +43,7 @@ def test_hand_counted_work_is_what_the_network_has():
 
 def test_hand_counted_flops_agree_with_xla():
     # XLA leaves out products with the padding (2 % at 64 pixels) and adds norms and activations.
-    config = load_config("digits")
+    config = digits()
     config.data.update(name="folder", image_size=64)
     config.model.update(num_groups=32, ch=64, attn_resolutions=(32,))
     exp = experiment.build_model(config, jax.devices()[:1])

@@ -13,10 +13,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny_run import digits
 from xla_flags import xla_flags
 
 from ddpm_jax import checkpoints, experiment
-from ddpm_jax.config import load_config, to_json
+from ddpm_jax.config import to_json
 
 FIELDS = {
     "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1, "model.attn_resolutions": (),
@@ -28,7 +29,7 @@ FIELDS = {
 def workdir(tmp_path_factory):
     """A run of two steps that never happened: random weights at step 2."""
     folder = tmp_path_factory.mktemp("run")
-    config = load_config("digits")
+    config = digits()
     config.update_from_flattened_dict(FIELDS)
     exp = experiment.build_model(config)
     checkpoints.claim(folder, to_json(config))

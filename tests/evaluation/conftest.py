@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 import threadpoolctl
+from tiny_run import digits
 
 from ddpm_jax import experiment
-from ddpm_jax.config import load_config
 from ddpm_jax.evaluation.evaluate import evaluate
 from ddpm_jax.evaluation.features import Model, Subject, of_images
 from ddpm_jax.evaluation.inception import network, weights
@@ -24,7 +24,7 @@ def one_blas_thread():
 
 
 def tiny_config(**fields):
-    config = load_config("digits")
+    config = digits()
     config.update_from_flattened_dict({
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": T,

@@ -245,7 +245,8 @@ def test_fifty_steps_on_the_same_noise_give_the_same_images(tmp_path, monkeypatc
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variance, first, predict", [
-    ("fixed_large", "next", "eps"), ("fixed_small", "floor", "eps"), ("fixed_small", "floor", "v")])
+    ("fixed_large", "next", "eps"), ("fixed_small", "floor", "eps"), ("fixed_small", "floor", "v"),
+    ("learned_range", "next", "eps")])
 def test_every_step_of_the_released_chains(monkeypatch, variance, first, predict):
     """diffusers computes its tables in float32: 1e-4 of the image's range is what that costs."""
     lib = pytest.importorskip("diffusers")
@@ -275,7 +276,9 @@ def test_every_step_of_the_released_chains(monkeypatch, variance, first, predict
         noise, e = 3 * noise, 2 * e
         x = np.float32(np.sqrt(kept[t]) * x_0 + np.sqrt(1 - kept[t]) * e)
         target = {"eps": e, "v": np.sqrt(kept[t]) * e - np.sqrt(1 - kept[t]) * x_0}[predict]
-        output, noise = np.float32(target + 0.2 * wrong), np.float32(noise)
+        output = np.concatenate(
+            [target + 0.2 * wrong, wrong][:VARIANCES[variance].channels], axis=-1)
+        output, noise = np.float32(output), np.float32(noise)
         feed_noise(monkeypatch, [noise])
         theirs = scheduler.step(to_torch(output), t, to_torch(x)).prev_sample
         worst = max(worst, np.abs(from_torch(theirs) - np.asarray(step(x, output, t, noise))).max())

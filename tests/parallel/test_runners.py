@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_run import digits
 
 from ddpm_jax import programs
 from ddpm_jax.compilation import hlo
-from ddpm_jax.config import load_config
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.parallel.runners import RUNNERS, fetch
@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
 
 
 def config(runner, **fields):
-    c = load_config("digits")
+    c = digits()
     c.data.image_size = 4
     c.model.update(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2,
                    dropout=0.3)

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_run import digits
 
 from ddpm_jax import experiment
-from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier
 from ddpm_jax.evaluation.along import evaluate_along
@@ -20,7 +20,7 @@ from ddpm_jax.reproduction import figures
 
 @pytest.fixture(scope="module")
 def run():
-    config = load_config("digits")
+    config = digits()
     config.update_from_flattened_dict({
         "model.ch": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
         "model.attn_resolutions": (), "diffusion.num_timesteps": 8,

@@ -47,6 +47,20 @@ def test_the_first_update_is_zero_and_the_ramp_ends():
     assert float(O.warmup(2e-4, 0)(0)) == pytest.approx(2e-4)
 
 
+def test_a_cosine_takes_the_rate_to_zero_and_no_further():
+    rate = O.learning_rates(2e-4, 100, 1000)
+    got = [float(rate(n)) for n in (50, 100, 250, 500, 750, 1000, 5000)]
+    eighth, third = np.cos(np.pi / 8) ** 2, np.cos(np.pi * 3 / 8) ** 2    # (1 + cos 2x) / 2
+    assert got == pytest.approx(
+        [1e-4 * np.cos(np.pi / 40) ** 2, 2e-4 * np.cos(np.pi / 20) ** 2, 2e-4 * eighth, 1e-4,
+         2e-4 * third, 0, 0], rel=1e-5, abs=1e-12)
+    grads = [np.full(3, 0.5, np.float32)] * 4
+    trail = run(grads, warmup_steps=0, decay_steps=2)     # Adam's step on equal gradients is 1
+    np.testing.assert_allclose(np.diff([[1.0, -2.0, 0.5], *trail], axis=0),
+                               -2e-4 * np.array([1, 0.5, 0, 0])[:, None] + np.zeros(3),
+                               rtol=1e-3, atol=1e-9)
+
+
 def test_the_two_rules_differ_where_gradients_are_tiny():
     grads = [np.full(3, 1e-8, np.float32)] * 2
     tf, plain = (run(grads, eps_rule=r, warmup_steps=0)[0] for r in ("tensorflow", "optax"))

@@ -66,6 +66,7 @@ _VARIANCES = {
     "fixed_small": {"variance": "fixed_small", "first_log_variance": "floor"},
     "fixed_small_log": {"variance": "fixed_small", "first_log_variance": "floor"},
     "fixed_large": {"variance": "fixed_large", "first_log_variance": "next"},
+    "learned_range": {"variance": "learned_range", "loss": "hybrid"},
 }
 _PREDICTIONS = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
 _PREDICT_EPSILON = {True: "eps", False: "x_start"}
@@ -151,7 +152,7 @@ def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
         "attention_head_dim": (8, (None, *heads) if len(heads) == 1 else (None,)),
         "attn_norm_num_groups": (None, (None, groups)),
         "time_embedding_dim": (None, (None, 4 * widths[0])),
-        "out_channels": (3, (channels,)),  # a learned variance there is not the paper's
+        "out_channels": (3, (channels, 2 * channels)),  # the second half: learned_range
     }, where)
     return {
         "model": {
@@ -216,9 +217,6 @@ def unet_config(model: UNet) -> dict:
     if model.space_to_depth != 1:
         raise UserError(f"config.model.space_to_depth={model.space_to_depth}: UNet2DModel has no "
                         "space-to-depth; only 1 can be exported")
-    if model.out_channels != model.in_channels:
-        raise UserError("config.diffusion.variance=learned or learned_range: a network with two "
-                        "outputs cannot be exported (diffusers reads the second one differently)")
     attending = {s.size for s in model.stages()
                  if s.kind == "attention" and s.name.startswith("down_")}
     sizes = [model.image_size >> i for i in range(len(model.ch_mult))]
@@ -254,6 +252,10 @@ def scheduler_config(config: Mapping, betas) -> dict:
     if diffusion["predict"] not in predictions:
         raise UserError(f"config.diffusion.predict={diffusion['predict']}: diffusers' scheduler "
                         f"has only {', '.join(predictions)}")
+    if diffusion["variance"] not in _VARIANCES:
+        raise UserError(f"config.diffusion.variance={diffusion['variance']} cannot be exported: "
+                        "diffusers reads it differently; it shares "
+                        f"{', '.join(dict.fromkeys(r['variance'] for r in _VARIANCES.values()))}")
     theirs = next((t for t, (ours, numbers) in _LAWS.items()
                    if ours == law and set(schedule) <= set(numbers)), None)
     return {
