@@ -3,8 +3,9 @@
     python benchmarks/samplers_fd.py runs/digits [CALLS ...]
 
 Frechet distance in the features of the data set's small classifier (`ddpm evaluate
---metrics=offline`) between as many samples as there are test images and the training images. Each
-sampler has its own nodes and defaults; the samples are those of `ddpm sample --sampler --steps`.
+--metrics=offline`) between as many samples as there are test images and the training images, and
+the share of samples to whose class the classifier gives more than 0.9. Each sampler has its own
+nodes and defaults; the samples are those of `ddpm sample --sampler --steps`.
 """
 
 import sys
@@ -18,7 +19,7 @@ from ddpm_jax.compilation.cache import enable_compilation_cache
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.diffusion.sampling import SAMPLERS, reverse_step
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import classifier, small_cnn
+from ddpm_jax.evaluation import classifier, scores, small_cnn
 from ddpm_jax.sample import load_run
 from ddpm_jax.training import rng
 from ddpm_jax.training.steps import to_uint8
@@ -58,6 +59,12 @@ def sampling(exp, params, num):
     return draw
 
 
+def judged(found, real):
+    """The cell of small_cnn.Outputs: distance to the features ``real``, share of the sure ones."""
+    sure = (scores.softmax(found.logits).max(1) > small_cnn.CONFIDENT).mean()
+    return f"{small_cnn.distance(found.features, real):.1f}, {sure:.0%}"
+
+
 def main(workdir, *calls):
     enable_compilation_cache()
     exp, params, _, _ = load_run(workdir, overrides={"parallel.runner": "jit"})
@@ -65,10 +72,11 @@ def main(workdir, *calls):
     train, test = (open_source(data.name, data.dir, split, image_size=data.image_size,
                                channels=data.channels) for split in ("train", "test"))
     judge = classifier.shared(train).params
-    real, held = (small_cnn.outputs(judge, source.array()).features for source in (train, test))
+    real = small_cnn.outputs(judge, train.array()).features
     draw = sampling(exp, params, len(test))
     calls = [int(n) for n in calls] or CALLS
-    print(f"{len(test)} images; held-out real images: {small_cnn.distance(held, real):.1f}\n")
+    held = judged(small_cnn.outputs(judge, test.array()), real)
+    print(f"FD-cnn and share of sure ones, {len(test)} images each; held-out real images: {held}\n")
     print("| sampler | " + " | ".join(map(str, calls)) + " |\n|---" + "|---" * len(calls) + "|")
     for name in SAMPLERS:
         row = []
@@ -78,8 +86,8 @@ def main(workdir, *calls):
             except UserError:      # too few for this sampler
                 row.append("-")
                 continue
-            found = small_cnn.distance(small_cnn.outputs(judge, images).features, real)
-            row.append(f"{found:.1f}" + (f" ({made})" if made != steps else ""))
+            found = judged(small_cnn.outputs(judge, images), real)
+            row.append(found + (f" ({made} calls)" if made != steps else ""))
         print(f"| `{name}` | " + " | ".join(row) + " |", flush=True)
 
 

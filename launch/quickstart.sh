@@ -40,13 +40,13 @@ if [ "$images" = fashion ]; then
     fi
 else
     config=digits
-    evaluation=(--metrics=bpd,offline,nn --splits=test --num=1000)
+    evaluation=(--metrics=bpd,offline,nn --splits=test --num=1000 --steps=100)
 fi
 
 echo "== training"
 "$ddpm" train --config=$config --workdir="$run" "$@"
 echo "== drawing 100 samples"
-"$ddpm" sample --workdir="$run" --num=100 --out="$run/100-samples"
+"$ddpm" sample --workdir="$run" --num=100 --steps=100 --out="$run/100-samples"
 echo "== evaluating the model"
 "$ddpm" evaluate --workdir="$run" "${evaluation[@]}"
 "$ddpm" report --workdir="$run"
@@ -58,7 +58,7 @@ cat <<END
    numbers   $run/evaluation.html
 
    Commands to try next:
-   $ddpm sample --workdir=$run --sampler=ancestral --num=100 --out=$run/100-samples-ancestral
+   $ddpm sample --workdir=$run --num=100 --out=$run/100-samples-of-all-timesteps
    $ddpm sample --workdir=$run --sampler=dpmpp_2m --steps=10 --num=100 --out=$run/100-samples-fast
    $ddpm train --config=cifar10 --workdir=runs/cifar10 --dry_run
 END
