@@ -58,7 +58,7 @@ def test_a_cosine_takes_the_rate_to_zero_and_no_further():
     trail = run(grads, warmup_steps=0, decay_steps=2)     # Adam's step on equal gradients is 1
     np.testing.assert_allclose(np.diff([[1.0, -2.0, 0.5], *trail], axis=0),
                                -2e-4 * np.array([1, 0.5, 0, 0])[:, None] + np.zeros(3),
-                               rtol=1e-3, atol=1e-9)
+                               rtol=5e-3, atol=1e-9)
 
 
 def test_the_two_rules_differ_where_gradients_are_tiny():
