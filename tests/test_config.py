@@ -7,6 +7,7 @@ import re
 
 import jax
 import pytest
+from tiny_run import digits
 
 from ddpm_jax.config import (
     CONFIGS,
@@ -199,7 +200,7 @@ def test_packaged_configs_are_within_the_ranges(name):
 @pytest.mark.parametrize("field", sorted(numbers(load_config("default"))))
 @pytest.mark.parametrize("value", [-1, 0, 10**9, math.nan, math.inf, "1"])
 def test_a_number_works_or_is_refused_in_one_line(field, value):
-    config = load_config("digits")
+    config = digits()
     section, _, last = field.rpartition(".")
     part = functools.reduce(getattr, section.split(".") if section else [], config)
     old = part[last]
