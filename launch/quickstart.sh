@@ -49,9 +49,10 @@ echo "== drawing 100 samples"
 "$ddpm" sample --workdir="$run" --num=100 --steps=100 --out="$run/100-samples"
 echo "== evaluating the model"
 "$ddpm" evaluate --workdir="$run" "${evaluation[@]}"
-"$ddpm" report --workdir="$run"
-
-page=$run/index.html
+page=$run/evaluation.html
+if "$ddpm" report --workdir="$run" >/dev/null 2>&1; then
+    page=$run/index.html
+fi
 cat <<END
 == done in $(($(date +%s) - start)) s after the installation: $page
    samples   $run/100-samples/grid.png (from noise to image: progressive.png; arrays: samples.npz)
@@ -60,7 +61,7 @@ cat <<END
    Commands to try next:
    $ddpm sample --workdir=$run --num=100 --out=$run/100-samples-of-all-timesteps
    $ddpm sample --workdir=$run --sampler=dpmpp_2m --steps=10 --num=100 --out=$run/100-samples-fast
-   $ddpm train --config=cifar10 --workdir=runs/cifar10 --dry_run
+   $ddpm reproduce table1 --dry_run
 END
 if [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] && command -v xdg-open >/dev/null; then
     xdg-open "$page" >/dev/null 2>&1 &
