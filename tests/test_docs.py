@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import FIELDS
+from tiny_run import FIELDS, PAPERS
 
 import ddpm_jax
 from ddpm_jax.cli import main
@@ -185,10 +185,10 @@ def test_the_image_builds(tmp_path):
 def test_the_python_of_the_readme_runs(straight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    names = {"FIELDS": FIELDS}
+    names = {"FIELDS": PAPERS | FIELDS}
     exec(code.replace('"runs/digits"', repr(str(straight))).replace(
         '{"train.steps": 500}', "FIELDS"), names)
-    assert names["images"].shape == names["eps"].shape == (16, 8, 8, 1)
+    assert names["images"].shape == (16, 8, 8, 1) and names["output"].shape[:3] == (16, 8, 8)
     assert names["bits"].shape == (16,) and (tmp_path / "runs/short/metrics.jsonl").exists()
 
 
@@ -215,6 +215,6 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     for cell in notebook_cells():
         exec("".join(cell["source"]), names)
         if "fields" in names and "run" not in names:
-            names["fields"] = FIELDS
+            names["fields"] = PAPERS | FIELDS
     assert names["bound"].terms.shape == (128, FIELDS["diffusion.num_timesteps"])
     assert np.isfinite(names["total"]).all() and names["images"].shape == (40, 8, 8, 1)
