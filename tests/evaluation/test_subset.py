@@ -68,10 +68,10 @@ def test_the_bound_of_some_images_has_their_own_noise(tiny):
 def test_equal_numbers_of_sorted_images_are_of_every_class():
     levels = np.repeat(np.arange(10.0), 50)[:, None] + np.linspace(0, 1, 8)
     reference = Reference(None, None, features=levels)
-    found = measures.precision_recall(levels[subset(500, 100)], reference)
+    found = measures.precision_recall(levels[::5], reference)
     assert found["precision"] == 1 and found["recall"] > 0.9
-    assert measures.precision_recall(levels, reference._replace(
-        features=levels[subset(500, 100)]), given=True)["recall"] > 0.9
+    found = measures.precision_recall(levels, reference._replace(features=levels[::5]), given=True)
+    assert found["precision"] == 1 and found["recall"] > 0.9
 
 
 def test_the_classifier_is_of_all_classes_of_the_split(tmp_path, monkeypatch):
