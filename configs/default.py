@@ -27,6 +27,8 @@ def get_config():
             dropout=0.1,
             num_groups=32,
             space_to_depth=1,
+            num_classes=0,        # of labels that the network takes; 0 = none (the paper's)
+            label_dropout=0.1,    # probability of training without the label, for guidance
             remat=False,          # recompute blocks in the backward pass: less memory, more time
             dtype="float32",      # what products are computed in; parameters stay float32
         ),
@@ -37,6 +39,13 @@ def get_config():
             variance="fixed_large",     # fixed_large, fixed_small, learned, learned_range
             first_log_variance="next",  # at t = 0: next (CIFAR-10 code), floor (256x256 code)
             loss="mse",           # mse (L_simple), kl (a term of the bound), hybrid (both)
+            weights=dict(         # of mse by timestep: a row of WEIGHTS, diffusion/objective.py
+                name="target",    # target (plain), l_simple, constant, snr_plus_one,
+                                  # truncated_snr, min_snr, p2
+                gamma=placeholder(float),   # min_snr (None = 5), p2 (None = 1)
+                k=placeholder(float),       # p2; None = 1
+            ),
+            zero_terminal_snr=False,    # betas changed so that the last step leaves no signal
         ),
         train=dict(
             steps=800_000,
@@ -80,6 +89,9 @@ def get_config():
             nodes="",             # timesteps visited: even, logsnr, quad, leading, trailing, or a
                                   # list such as "0,20,99"; "" = as the sampler needs
             clip_denoised=placeholder(bool),       # None = where the sampler can
+            guidance=1.0,         # classifier-free, of a model with classes; 1 = off
+            dynamic_threshold=placeholder(float),  # share of pixels that set the bound on x_start,
+                                  # such as 0.995, in place of clipping; None = off
             eta=placeholder(float),                # ddim: noise, 0 to 1; None = 0
             lower_order_final=placeholder(bool),   # multistep samplers; None = False
             batch_size=256,       # global

@@ -32,6 +32,7 @@ from ddpm_jax.parallel.watchdog import Watchdog
 from ddpm_jax.run_log import say
 from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
+from ddpm_jax.training.steps import Batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,14 +64,17 @@ class Run:
             self.experiment, params)(*args, **condition))
         return functools.partial(network, self.params)
 
-    def sample(self, num: int, *, seed=0, sampler=None, steps=None, nodes=None, batch_size=None):
+    def sample(self, num: int, *, seed=0, sampler=None, steps=None, nodes=None, guidance=None,
+               labels=None, batch_size=None):
         """``num`` images, uint8 [num,H,W,C], as `ddpm sample` draws them: image i depends on
-        (seed, i) alone, up to rounding.
+        (seed, i) and its label alone, up to rounding.
 
-        sampler, steps, nodes, batch_size: default: those of config.sampler. Raises UserError where
-        they do not fit each other.
+        sampler, steps, nodes, guidance, batch_size: default: those of config.sampler. labels: of a
+        model with classes, numbers of those of images 0, 1, ..., used again and again; default:
+        each class in turn. Raises UserError where they do not fit each other or the model.
         """
-        choices = dict(name=sampler, steps=steps, nodes=nodes)
+        choices = dict(name=sampler, steps=steps, nodes=nodes, guidance=guidance,
+                       labels=labels and tuple(labels))
         program = self._program(("sample", *choices.items()), lambda: programs.sample_program(
             self.experiment, programs.sampling_chain(self.experiment, **choices)))
         return self._draw(num, seed, batch_size, program)
@@ -87,18 +91,23 @@ class Run:
             lambda: programs.progressive_program(self.experiment, chain, every))
         return self._draw(num, seed, batch_size, program)
 
-    def bits_per_dim(self, images, *, seed=0, batch_size=None) -> np.ndarray:
+    def bits_per_dim(self, images, labels=None, *, seed=0, batch_size=None) -> np.ndarray:
         """The variational bound of each image, bits/dim [N]; its mean over a split, in order, is
-        bpd_SPLIT of `ddpm evaluate`. images: uint8 [N,H,W,C]."""
-        return self.bound(images, seed=seed, batch_size=batch_size).total
+        bpd_SPLIT of `ddpm evaluate`. images: uint8 [N,H,W,C]; labels: int [N], of a model with
+        classes."""
+        return self.bound(images, labels, seed=seed, batch_size=batch_size).total
 
-    def bound(self, images, *, seed=0, batch_size=None) -> Bound:
+    def bound(self, images, labels=None, *, seed=0, batch_size=None) -> Bound:
         """As ``bits_per_dim``, with the term of each timestep, [N,T], the prior's, [N], and the
         squared errors (see ``diffusion.Bound``)."""
         exp, images = self.experiment, np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != exp.image_shape or not len(images):
             raise UserError(f"images are {images.dtype} {list(images.shape)}; this run takes uint8 "
                             f"[N, {', '.join(map(str, exp.image_shape))}]")
+        classes = exp.model.num_classes
+        if (labels is None) != (classes == 0) or classes and np.shape(labels) != (len(images),):
+            raise UserError(f"labels: this run has {classes} classes and takes "
+                            f"{'a label for each image' if classes else 'no labels'}")
         program = self._program(("bound",), lambda: programs.bound_program(exp))
         num, batch = len(images), self._batch(len(images), batch_size)
         first, count, _ = hosts.local_slots(exp.runner, batch)
@@ -106,8 +115,9 @@ class Run:
         for start in range(0, num, batch):
             end = min(start + batch, num)
             index = np.minimum(np.arange(first, first + count, dtype=np.int32) + start, end - 1)
-            found = program(self.params, np.uint32(seed), exp.runner.put("batch", images[index]),
-                            exp.runner.put("batch", index))
+            some = np.asarray(labels, np.int32)[index] if classes else None
+            found = program(self.params, np.uint32(seed), exp.runner.put(
+                "batch", Batch(images[index], some)), exp.runner.put("batch", index))
             parts.append([hosts.all_rows(exp.runner, rows)[:end - start] for rows in found])
         return Bound(*map(np.concatenate, zip(*parts, strict=True)))
 

@@ -83,18 +83,26 @@ def claim(workdir, config: dict, *, write=True) -> list[str]:
     return wrong
 
 
-def claim_data(workdir, fingerprint: str, *, resumed: bool, write=True) -> None:
-    """Store the fingerprint of the training images in data.json or, for a run that was resumed,
-    compare it. Raises UserError where it is another."""
+def claim_data(workdir, facts: dict, *, resumed: bool, write=True) -> None:
+    """Store the facts of the training data (data.labels.data_facts) in data.json or, for a run that
+    was resumed, compare the fingerprints. Raises UserError where one is another."""
     path = resolve(workdir) / "data.json"
-    stored = read_json(path).get("train") if path.exists() else None
-    if resumed and stored not in (None, fingerprint):
-        raise UserError(
-            f"--workdir={path.parent} was trained on other images (fingerprint {stored}; now "
-            f"{fingerprint}): give data.dir with the same images, or another --workdir; to "
-            f"train on these, delete {path}")
-    if write and stored != fingerprint:
-        write_json(path, {"train": fingerprint})
+    stored = read_json(path) if path.exists() else {}
+    for name, what in (("train", "images"), ("labels", "labels")):
+        old, new = stored.get(name), facts.get(name)
+        if resumed and old not in (None, new):
+            raise UserError(
+                f"--workdir={path.parent} was trained on other {what} (fingerprint {old}; now "
+                f"{new}): give data.dir with the same images, or another --workdir; to train on "
+                f"these, delete {path}")
+    if write and stored != facts:
+        write_json(path, facts)
+
+
+def class_names(workdir) -> tuple:
+    """The names of the classes that the run was trained with; () where they are not known."""
+    path = resolve(workdir) / "data.json"
+    return tuple(read_json(path).get("classes", ())) if path.exists() else ()
 
 
 def start_warning(workdir, decay: float, step: int) -> str:

@@ -125,10 +125,11 @@ def use_schedule(config: ConfigDict, name: str) -> None:
     law = row(BETAS, "diffusion.schedule.name", name)
     old = config.diffusion.schedule.to_dict()
     given = old if old["name"] == name else {}
-    config.diffusion.schedule = ConfigDict({"name": name} | _defaults(law) | given)
+    config.diffusion.schedule = ConfigDict({"name": name} | defaults(law) | given)
 
 
-def _defaults(function) -> dict:
+def defaults(function) -> dict:
+    """{keyword: default} of a function's parameters that have one."""
     return {name: p.default for name, p in inspect.signature(function).parameters.items()
             if p.default is not p.empty}
 
@@ -193,9 +194,9 @@ def flatten(config: dict, prefix="") -> dict:
 def differing_fields(old: dict, new: dict) -> list[str]:
     """Fields that a resume may not change and that differ, as 'field: old -> new'. A field that is
     newer than the run has its default there."""
-    defaults = flatten(to_json(load_config("default")))
+    known = flatten(to_json(load_config("default")))
     old, new = (
-        {name: value for name, value in defaults.items()
+        {name: value for name, value in known.items()
          if not name.startswith("diffusion.schedule.")}
         | flatten(_with_schedule_defaults(c) | {SOURCE: {}}) for c in (old, new))
     return [
@@ -212,7 +213,7 @@ def _with_schedule_defaults(config: dict) -> dict:
     law = BETAS.get(schedule.get("name"))
     if law is None:
         return config
-    return config | {"diffusion": diffusion | {"schedule": _defaults(law) | schedule}}
+    return config | {"diffusion": diffusion | {"schedule": defaults(law) | schedule}}
 
 
 def row(registry: dict, field: str, name):

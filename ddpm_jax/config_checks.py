@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ddpm_jax.config import flatten, row
+from ddpm_jax.config import defaults, flatten, row
 from ddpm_jax.data.datasets import DATASETS
-from ddpm_jax.diffusion.objective import LOSSES
+from ddpm_jax.diffusion.objective import LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
@@ -23,6 +23,8 @@ CLIP_SCOPES = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Channels of the network's output, over the image's, that each loss trains.
 _LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}}
+_UNWEIGHTED = {"kl"}  # losses whose weights are the bound's own
+_NEED_SIGNAL = {"eps"}  # predictions from which x_0 cannot be read where there is no signal
 
 
 class Range(NamedTuple):
@@ -67,13 +69,19 @@ MODEL_RANGES = {
     "model.dropout": _real(0, 0.999),  # drawn from 16 bits
     "model.num_groups": Range(1, 2**14),
     "model.space_to_depth": Range(1, 2**14),
+    "model.num_classes": Range(0, 2**20),
+    "model.label_dropout": _real(0, 1, open_high=True),
     "diffusion.num_timesteps": Range(1, 10**6),
     "diffusion.schedule.beta_start": _real(0, 1, open_low=True),
     "diffusion.schedule.beta_end": _real(0, 1, open_low=True),
     "diffusion.schedule.max_beta": _real(0, 1, open_low=True),
     "diffusion.schedule.offset": _real(0, 1),
+    "diffusion.weights.gamma": _real(0, LARGEST, open_low=True),
+    "diffusion.weights.k": _real(0, LARGEST, open_low=True),
     "sampler.steps": Range(0, 10**6),
     "sampler.eta": _real(0, 1),
+    "sampler.guidance": _real(0, LARGEST),
+    "sampler.dynamic_threshold": _real(0, 1, open_low=True),
     "sampler.batch_size": Range(1, 2**24),
 }
 TRAINING_RANGES = {
@@ -120,7 +128,12 @@ def check_model(config) -> None:
     row(PARAMETERIZATIONS, "diffusion.predict", diffusion.predict)
     row(VARIANCES, "diffusion.variance", diffusion.variance)
     row(FIRST_LOG_VARIANCE, "diffusion.first_log_variance", diffusion.first_log_variance)
+    if diffusion.zero_terminal_snr and diffusion.predict in _NEED_SIGNAL:
+        raise UserError(f"config.diffusion.zero_terminal_snr=True does not go with diffusion."
+                        f"predict={diffusion.predict}, which holds nothing of x_0 at the last "
+                        "timestep; take v or x_start")
     sampler_row(config.sampler)
+    check_guidance(config.model, config.sampler.guidance)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
     row(DTYPES, "model.dtype", config.model.dtype)
     if config.sampler.steps > diffusion.num_timesteps:
@@ -128,14 +141,16 @@ def check_model(config) -> None:
                         f"diffusion.num_timesteps={diffusion.num_timesteps}")
 
 
-SAMPLER_DEFAULTS = {"nodes": "", "clip_denoised": None, "eta": None, "lower_order_final": None}
+SAMPLER_DEFAULTS = {"nodes": "", "clip_denoised": None, "dynamic_threshold": None, "eta": None,
+                    "lower_order_final": None}
 
 
 def sampler_row(sampler) -> tuple[Method, dict, bool]:
     """-> (row of SAMPLERS, its keywords, whether x_start is clipped) of the fields of
     config.sampler. Raises UserError where they do not fit each other."""
     method = row(SAMPLERS, "sampler.name", sampler["name"])
-    general = {"name", "steps", "nodes", "clip_denoised", "batch_size"}
+    general = {"name", "steps", "nodes", "clip_denoised", "dynamic_threshold", "guidance",
+               "batch_size"}
     keywords = {k: v for k, v in sampler.items() if k not in general and v is not None}
     for keyword in sorted(set(keywords) - method.keywords):
         raise UserError(f"config.sampler.{keyword}={keywords[keyword]} is not of sampler.name="
@@ -143,7 +158,40 @@ def sampler_row(sampler) -> tuple[Method, dict, bool]:
     if sampler["clip_denoised"] and not method.clips:
         raise UserError(f"config.sampler.clip_denoised=True: {sampler['name']} mixes eps, which "
                         "cannot be clipped; leave it None, or take a sampler that mixes x_start")
-    return method, keywords, method.clips and sampler["clip_denoised"] is not False
+    clips = method.clips and sampler["clip_denoised"] is not False
+    if sampler["dynamic_threshold"] is not None and not clips:
+        raise UserError(
+            f"config.sampler.dynamic_threshold={sampler['dynamic_threshold']} bounds x_start, "
+            + ("and clip_denoised=False leaves it as it is; set one of them" if method.clips else
+               f"and {sampler['name']} mixes eps; take a sampler that mixes x_start"))
+    return method, keywords, clips
+
+
+def weights_row(weights) -> tuple:
+    """-> (row of WEIGHTS, its keywords) of the fields of config.diffusion.weights. Raises UserError
+    where they do not fit each other."""
+    function = row(WEIGHTS, "diffusion.weights.name", weights["name"])
+    keywords = {k: v for k, v in weights.items() if k != "name" and v is not None}
+    own = defaults(function)
+    for keyword in sorted(set(keywords) - set(own)):
+        raise UserError(f"config.diffusion.weights.{keyword}={keywords[keyword]} is not of weights."
+                        f"name={weights['name']}; its own: {', '.join(own) or 'none'}")
+    return function, keywords
+
+
+def check_guidance(model, guidance) -> None:
+    """Raise UserError for guidance by a model that has no prediction with and without a label, and
+    for a number below 0."""
+    if not 0 <= guidance <= LARGEST:
+        raise UserError(f"sampler.guidance={guidance} must be at least 0; 1 is off")
+    if guidance == 1:
+        return
+    if not model.num_classes:
+        raise UserError(f"sampler.guidance={guidance} needs labels, and this model has none "
+                        "(model.num_classes=0); leave it at 1")
+    if not model.label_dropout:
+        raise UserError(f"sampler.guidance={guidance} needs a model that is trained without labels "
+                        "too, and this one is not (model.label_dropout=0); leave it at 1")
 
 
 def check_training(config, num_devices: int) -> None:
@@ -152,6 +200,9 @@ def check_training(config, num_devices: int) -> None:
     train, diffusion = config.train, config.diffusion
     _check_ranges(config, TRAINING_RANGES)
     row(LOSSES, "diffusion.loss", diffusion.loss)
+    if weights_row(diffusion.weights)[0] is not WEIGHTS["target"] and diffusion.loss in _UNWEIGHTED:
+        raise UserError(f"config.diffusion.weights.name={diffusion.weights.name} does not go with "
+                        f"diffusion.loss={diffusion.loss}, which is the bound; leave it at target")
     row(CLIP_SCOPES, "train.clip_scope", train.clip_scope)
     row(rng.GENERATORS, "train.random", train.random)
     row(EPS_RULES, "optimizer.eps_rule", config.optimizer.eps_rule)

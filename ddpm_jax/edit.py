@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import programs
+from ddpm_jax import checkpoints, programs
 from ddpm_jax.data import folders
 from ddpm_jax.data import images as image_data
+from ddpm_jax.data.labels import chosen_labels
 from ddpm_jax.diffusion.inpainting import repaint_visits
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import Experiment
@@ -28,7 +29,7 @@ GREY_ENOUGH = 32        # levels between the channels of a mask, which JPEG does
 
 class Settings(NamedTuple):
     """The user's choices, as the flags of `ddpm inpaint` and `ddpm edit`; None takes the run's.
-    num: results for each image."""
+    num: results for each image; label: a class, None: no label."""
 
     step: int | None = None
     ema: bool = True
@@ -38,10 +39,8 @@ class Settings(NamedTuple):
     sampler: str | None = None
     steps: int | None = None
     nodes: str | None = None
-
-    @property
-    def chain(self) -> dict:
-        return {"name": self.sampler, "steps": self.steps, "nodes": self.nodes}
+    guidance: float | None = None
+    label: str | None = None
 
 
 class Inputs(NamedTuple):
@@ -77,7 +76,7 @@ def inpaint(workdir, image, mask, out, settings: Settings, *, jump_length=10, re
     check_numbers(settings.seed, num=settings.num, batch_size=settings.batch_size,
                   jump_length=jump_length, resamplings=resamplings)
     exp, params, _, facts = load_run(workdir, step=settings.step, ema=settings.ema)
-    chain = programs.sampling_chain(exp, **settings.chain)
+    chain = _chain(exp, workdir, settings)
     if jax.tree.leaves(jax.eval_shape(chain.sampler.start, np.zeros(1, np.float32))):
         raise UserError("this sampler remembers predictions from before pixels were replaced; "
                         "take --sampler=ancestral or ddim")
@@ -100,15 +99,24 @@ def edit(workdir, image, out, settings: Settings, *, strength=0.5, stop=None) ->
     if not 0 < strength <= 1:
         raise UserError(f"--strength={strength} must be above 0 and at most 1")
     exp, params, _, facts = load_run(workdir, step=settings.step, ema=settings.ema)
-    whole = programs.sampling_chain(exp, **settings.chain)
+    whole = _chain(exp, workdir, settings)
     first = int(whole.schedule.timesteps[max(1, round(strength * whole.num_steps)) - 1])
-    chain = programs.sampling_chain(exp, below=first + 1, **settings.chain)
+    chain = _chain(exp, workdir, settings, below=first + 1)
     run = Edit(exp, params, chain, lambda: _without_mask(programs.edit_program(exp, chain)),
                facts | {"task": "edit", "strength": strength})
     say(f"edit: from t={first} of {exp.config.diffusion.num_timesteps - 1}, {chain.num_steps} "
         "network calls an image")
     inputs = hosts.on_main_process(_open_inputs, exp.image_shape, image, None)
     return _run(run, inputs, workdir, out, settings, stop)
+
+
+def _chain(exp, workdir, settings, below=None):
+    label = settings.label or ("none" if exp.model.num_classes else None)
+    return programs.sampling_chain(
+        exp, below=below, name=settings.sampler, steps=settings.steps, nodes=settings.nodes,
+        guidance=settings.guidance, labels=chosen_labels(
+            label and [label], checkpoints.class_names(workdir), exp.model.num_classes,
+            exp.model.no_label))
 
 
 def _without_mask(program):

@@ -13,10 +13,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax.config_checks import CLIP_SCOPES, DTYPES, check_model, check_training
-from ddpm_jax.diffusion.objective import LOSSES
+from ddpm_jax.config_checks import (
+    CLIP_SCOPES,
+    DTYPES,
+    check_model,
+    check_training,
+    weights_row,
+)
+from ddpm_jax.diffusion.objective import LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
-from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule
+from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_terminal_snr
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
@@ -44,9 +50,8 @@ class Experiment(NamedTuple):
 
 class Training(NamedTuple):
     """What training adds. abstract_state: TrainState of ShapeDtypeStructs;
-    loss_fn(params, images uint8 [B,H,W,C], Draws, named=...) -> mean loss, where named(params) is
-    the tree that the model takes; step(state, images, key): ``steps.train_step`` with its settings
-    bound."""
+    loss_fn(params, Batch, Draws, named=...) -> mean loss, where named(params) is the tree that the
+    model takes; step(state, Batch, key): ``steps.train_step`` with its settings bound."""
 
     experiment: Experiment
     tx: optax.GradientTransformation
@@ -76,7 +81,8 @@ def _values_of(field):
 def _betas(diffusion):
     keywords = dict(diffusion.schedule)
     law = BETAS[keywords.pop("name")]
-    return _call(law, "diffusion.schedule", keywords, num_timesteps=diffusion.num_timesteps)
+    betas = _call(law, "diffusion.schedule", keywords, num_timesteps=diffusion.num_timesteps)
+    return zero_terminal_snr(betas) if diffusion.zero_terminal_snr else betas
 
 
 def network(config: ConfigDict) -> UNet:
@@ -125,16 +131,18 @@ def build_training(exp: Experiment) -> Training:
     diffusion, train = config.diffusion, config.train
     check_training(config, runner.num_devices)
     tx = _call(make_optimizer, "optimizer", dict(config.optimizer))
-    loss, predict = LOSSES[diffusion.loss], PARAMETERIZATIONS[diffusion.predict]
+    loss, predict = _loss(diffusion), PARAMETERIZATIONS[diffusion.predict]
     variance = VARIANCES[diffusion.variance]
 
-    def loss_fn(params, images, draws, named=lambda params: params):
-        params = named(params)
+    def loss_fn(params, batch, draws, named=lambda params: params):
+        params, labels = named(params), batch.labels
+        if draws.drop_label is not None:
+            labels = jnp.where(draws.drop_label, exp.model.no_label, labels)
 
         def denoise_fn(x_t, t):
-            return exp.model.apply({"params": params}, x_t, t, draws.dropout_bits)
+            return exp.model.apply({"params": params}, x_t, t, draws.dropout_bits, labels)
 
-        return loss(denoise_fn, exp.schedule, to_unit_range(images), draws.t, draws.noise,
+        return loss(denoise_fn, exp.schedule, to_unit_range(batch.images), draws.t, draws.noise,
                     predict=predict, variance=variance).mean()
 
     instances = runner.num_devices // runner.num_virtual_devices  # of the step, on devices
@@ -147,10 +155,19 @@ def build_training(exp: Experiment) -> Training:
     step = functools.partial(
         train_step, loss_fn=loss_fn, gradient=gradient, tx=tx, ema_decay=config.ema.decay,
         num_timesteps=diffusion.num_timesteps, dropout_shapes=exp.model.dropout_shapes(),
+        label_dropout=exp.model.label_dropout if exp.model.num_classes else 0.0,
         flip=config.data.flip, axis_name=runner.axis_name)
     return Training(
         experiment=exp, tx=tx, loss_fn=loss_fn, step=step,
         abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
+
+
+def _loss(diffusion):
+    weights, keywords = weights_row(diffusion.weights)
+    if weights is WEIGHTS["target"]:
+        return LOSSES[diffusion.loss]
+    return functools.partial(LOSSES[diffusion.loss],
+                             weights=functools.partial(weights, **keywords))
 
 
 def schedule_warning(exp: Experiment) -> str | None:
@@ -174,8 +191,9 @@ def schedule_warning(exp: Experiment) -> str | None:
 
 def _init_params(model, seed):
     size = model.image_size
-    images = jnp.zeros((1, size, size, model.in_channels))
-    return model.init(jax.random.key(seed), images, jnp.zeros(1, jnp.int32))["params"]
+    images, t = jnp.zeros((1, size, size, model.in_channels)), jnp.zeros(1, jnp.int32)
+    labels = t if model.num_classes else None
+    return model.init(jax.random.key(seed), images, t, labels=labels)["params"]
 
 
 def new_state(training: Training) -> TrainState:
@@ -193,5 +211,7 @@ def cast_kernels(experiment: Experiment, params):
 
 
 def denoise_fn(experiment: Experiment, params):
-    """The network without dropout, as the equations take it: (x_t [B,H,W,C], t [B]) -> output."""
-    return lambda x_t, t: experiment.model.apply({"params": params}, x_t, t)
+    """The network without dropout, as the equations take it: (x_t [B,H,W,C], t [B], **condition)
+    -> output. condition: labels int32 [B], of a model with classes."""
+    return lambda x_t, t, **condition: experiment.model.apply(
+        {"params": params}, x_t, t, **condition)

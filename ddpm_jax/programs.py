@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config_checks import SAMPLER_DEFAULTS, sampler_row
+from ddpm_jax.config_checks import SAMPLER_DEFAULTS, check_guidance, sampler_row
 from ddpm_jax.data.feed import shuffled_index
+from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.inpainting import Visits, inpaint_step
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
 from ddpm_jax.diffusion.nodes import place
@@ -23,7 +24,7 @@ from ddpm_jax.experiment import Experiment, Training, cast_kernels, denoise_fn
 from ddpm_jax.parallel.loops import repeat
 from ddpm_jax.training import packing, rng
 from ddpm_jax.training.gradients import METRICS
-from ddpm_jax.training.steps import to_uint8, to_unit_range
+from ddpm_jax.training.steps import Batch, to_uint8, to_unit_range
 
 
 class TrainProgram(NamedTuple):
@@ -31,7 +32,7 @@ class TrainProgram(NamedTuple):
     that nothing else reads: start(state) -> carry; state(carry) -> TrainState and
     ema_params(carry) -> tree, in new arrays.
 
-    step(carry, images, seed, num_steps <= max_steps) -> (carry, METRICS by name, each [max_steps],
+    step(carry, Batch, seed, num_steps <= max_steps) -> (carry, METRICS by name, each [max_steps],
     of which the first num_steps count); the carry is donated. arguments: abstract ones of step, for
     .lower()."""
 
@@ -46,19 +47,23 @@ class TrainProgram(NamedTuple):
 def train_program(training: Training, num_examples: int | None, *, max_steps=None) -> TrainProgram:
     """max_steps: default train.steps_per_dispatch, or 1 where loops belong on the host.
 
-    num_examples: a data set that lives on the device; images are then uint8 [N,H*W*C]. None: images
-    are streamed, uint8 [max_steps,B,H,W,C].
+    num_examples: a data set that lives on the device; the step's Batch is all of it, with images
+    uint8 [N,H*W*C]. None: batches are streamed, with images uint8 [max_steps,B,H,W,C]. labels: as
+    many as images, None without classes.
     """
     exp = training.experiment
     train, runner, like = exp.config.train, exp.runner, exp.abstract_params
     max_steps = max_steps or (train.steps_per_dispatch if runner.loops_on_device else 1)
     order = packing.ORDERS.get(runner.mesh.devices.flat[0].platform, packing.AS_THEY_ARE)
     if num_examples is None:
-        batch, placement = _streamed, "steps"
-        shape = (max_steps, train.batch_size, *exp.image_shape)
+        select, placement = _streamed, "steps"
+        shape, examples = exp.image_shape, (max_steps, train.batch_size)
     else:
-        batch, placement = functools.partial(_resident, exp, num_examples), "replicated"
-        shape = (num_examples, math.prod(exp.image_shape))
+        select, placement = functools.partial(_resident, exp, num_examples), "replicated"
+        shape, examples = (math.prod(exp.image_shape),), (num_examples,)
+    batch = Batch(
+        jax.ShapeDtypeStruct((*examples, *shape), jnp.uint8),
+        jax.ShapeDtypeStruct(examples, jnp.int32) if exp.model.num_classes else None)
 
     def pack(state):
         return packing.pack_state(state, like, order)
@@ -69,15 +74,15 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
     train_step = functools.partial(
         training.step, loss_fn=functools.partial(training.loss_fn, named=named))
 
-    def train_steps(state, images, seed, num_steps):
+    def train_steps(state, batch, seed, num_steps):
         key = rng.run_key(seed, train.random)
         if max_steps == 1:
-            state, metrics = train_step(state, batch(images, seed, state.step, 0), key)
+            state, metrics = train_step(state, select(batch, seed, state.step, 0), key)
             return state, {name: value[None] for name, value in metrics.items()}
 
         def update(i, carry):
             state, rows = carry
-            state, metrics = train_step(state, batch(images, seed, state.step, i), key)
+            state, metrics = train_step(state, select(batch, seed, state.step, i), key)
             return state, {name: rows[name].at[i].set(metrics[name]) for name in METRICS}
 
         rows = {name: jnp.zeros(max_steps) for name in METRICS}
@@ -85,8 +90,7 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
 
     placements = ("replicated", placement, "replicated", "replicated")
     abstract = (jax.eval_shape(pack, training.abstract_state),
-                jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((), jnp.uint32),
-                jax.ShapeDtypeStruct((), jnp.int32))
+                batch, jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32))
     unpack = runner.compile(lambda carry: packing.unpack_state(carry, like, order),
                             ("replicated",), ("replicated",))
     return TrainProgram(
@@ -96,21 +100,23 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
         arguments=tuple(map(runner.abstract, placements, abstract)))
 
 
-def _streamed(images, seed, step, i):
+def _streamed(batch, seed, step, i):
     del seed, step
-    return images[i]
+    return jax.tree.map(lambda x: x[i], batch)
 
 
-def _resident(experiment, num_examples, images, seed, step, i):
-    """This device's images of update ``step``, from all images."""
+def _resident(experiment, num_examples, batch, seed, step, i):
+    """This device's part of the batch of update ``step``, from all examples."""
     del i
-    runner, batch = experiment.runner, experiment.config.train.batch_size
-    count = batch // (runner.num_devices // runner.num_virtual_devices)
+    runner, batch_size = experiment.runner, experiment.config.train.batch_size
+    count = batch_size // (runner.num_devices // runner.num_virtual_devices)
     device = 0 if runner.axis_name is None else jax.lax.axis_index(runner.axis_name)
     slots = (device * count + jnp.arange(count)).astype(jnp.uint32)
-    first = step.astype(jnp.uint32) * jnp.uint32(batch)
-    rows = images[shuffled_index(seed, first + slots, num_examples, jnp)]
-    return runner.constrain(rows.reshape(count, *experiment.image_shape))
+    first = step.astype(jnp.uint32) * jnp.uint32(batch_size)
+    index = shuffled_index(seed, first + slots, num_examples, jnp)
+    images = batch.images[index].reshape(count, *experiment.image_shape)
+    return jax.tree.map(runner.constrain, batch._replace(
+        images=images, labels=None if batch.labels is None else batch.labels[index]))
 
 
 def _latents(key, index, image_shape, *_):
@@ -118,10 +124,12 @@ def _latents(key, index, image_shape, *_):
 
 
 class Chain(NamedTuple):
-    """A reverse process over one config's network. predict(params) -> predict_fn as
+    """A reverse process over one config's network. predict(params, **condition) -> predict_fn as
     ``diffusion.sampling`` takes it. choices: fields of config.sampler beside name and steps that
-    are not left to the sampler; samples depend on them. noise(key, index int [B], t, image_shape)
-    and start(key, index, image_shape, *extra) -> x_T, both [B,H,W,C]; extra: the program's."""
+    are not left to the sampler, and labels; samples depend on them. noise(key, index int [B], t,
+    image_shape) and start(key, index, image_shape, *extra) -> x_T, both [B,H,W,C]; extra: the
+    program's. condition(index) -> the keywords of predict, for a model with classes {'labels':
+    int32 [B]}. passes: rows of the network for an image."""
 
     schedule: Schedule
     predict: Callable
@@ -130,14 +138,18 @@ class Chain(NamedTuple):
     choices: dict
     noise: Callable = rng.image_noise
     start: Callable = _latents
+    condition: Callable = lambda index: {}
+    passes: int = 1
 
 
-def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> Chain:
+def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrides: Any) -> Chain:
     """The chain of config.sampler; overrides: its fields, of which None changes nothing. Another
     name takes its own nodes, clipping and keywords.
 
-    below: visit only timesteps under this one, to decode x_t from the middle of the chain. Raises
-    UserError where the fields do not fit each other or the number of timesteps.
+    below: visit only timesteps under this one, to decode x_t from the middle of the chain. labels:
+    those of images 0, 1, ... of a model with classes, used again and again; default: each class in
+    turn. Raises UserError where the fields do not fit each other, the number of timesteps or the
+    model.
     """
     diffusion, settings = experiment.config.diffusion, dict(experiment.config.sampler)
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -145,6 +157,8 @@ def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> C
         settings |= SAMPLER_DEFAULTS
     settings |= overrides
     method, keywords, clip_denoised = sampler_row(settings)
+    guidance = settings["guidance"]
+    check_guidance(experiment.config.model, guidance)
     total, alphas_cumprod = diffusion.num_timesteps, np.cumprod(1.0 - experiment.betas)
     steps = settings["steps"] or total
     if not 1 <= steps <= total:
@@ -154,6 +168,9 @@ def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> C
         visits = method.visits(nodes[nodes < (total if below is None else below)])
         if not len(visits):
             raise ValueError(f"no timestep under {below} is visited")
+        if diffusion.zero_terminal_snr and nodes[-1] != total - 1:
+            raise ValueError(f"with diffusion.zero_terminal_snr the first timestep must be "
+                             f"{total - 1}, not {nodes[-1]}; take nodes even or trailing")
         sampler = method.make(alphas_cumprod[visits], **keywords)
     except ValueError as error:
         raise UserError(f"sampler.name={settings['name']}, sampler.steps={steps}: {error}"
@@ -163,14 +180,36 @@ def sampling_chain(experiment: Experiment, *, below=None, **overrides: Any) -> C
                              first_log_variance=diffusion.first_log_variance)
     schedule = Schedule(*(table[positions] for table in schedule))  # some visit a timestep twice
 
-    def predict(params):
-        network = denoise_fn(experiment, params)
+    def predict(params, **condition):
+        network, rows = denoise_fn(experiment, params), _rows(experiment)
+        if guidance != 1:
+            network = guided(network, guidance, experiment.model.no_label, rows["variance"])
         return lambda x_t, t: p_mean_variance(
-            schedule, network(x_t, schedule.timesteps[t]), x_t, t,
-            clip_denoised=clip_denoised, **_rows(experiment))
+            schedule, network(x_t, schedule.timesteps[t], **condition), x_t, t,
+            clip_denoised=clip_denoised, threshold=settings["dynamic_threshold"], **rows)
 
-    choices = keywords | ({"nodes": settings["nodes"]} if settings["nodes"] else {})
-    return Chain(schedule, predict, sampler, len(visits), choices)
+    choices = {"nodes": settings["nodes"] or None, "labels": labels and list(labels),
+               "dynamic_threshold": settings["dynamic_threshold"],
+               "guidance": None if guidance == 1 else guidance}
+    choices = keywords | {name: value for name, value in choices.items() if value is not None}
+    return Chain(schedule, predict, sampler, len(visits), choices, passes=1 + (guidance != 1),
+                 condition=_condition(experiment, labels))
+
+
+def _condition(experiment, labels):
+    """``Chain.condition``. Raises UserError for labels that the model does not have."""
+    model = experiment.model
+    if not model.num_classes:
+        if labels:
+            raise UserError(f"labels {', '.join(map(str, labels))}: this model has no classes "
+                            "(model.num_classes=0)")
+        return lambda index: {}
+    for label in labels or ():
+        if not 0 <= label < model.num_labels:
+            raise UserError(f"label {label} is not in 0 ... {model.num_classes - 1}, the classes "
+                            f"of this model (model.num_classes={model.num_classes})")
+    chosen = np.array(labels or range(model.num_classes), np.int32)
+    return lambda index: {"labels": jnp.asarray(chosen)[index % len(chosen)]}
 
 
 def _rows(experiment):
@@ -191,7 +230,7 @@ def _reverse_process(experiment, chain):
     def step(params, carry, i, seed, index, *_):
         key, t = rng.run_key(seed), chain.num_steps - 1 - i
         x_t, memory, x_start = reverse_step(
-            chain.sampler, chain.schedule, chain.predict(params),
+            chain.sampler, chain.schedule, chain.predict(params, **chain.condition(index)),
             lambda t: chain.noise(key, index, t, shape), carry[0], t, carry[1])
         return (x_t, memory), x_start
 
@@ -257,7 +296,7 @@ def inpaint_program(experiment: Experiment, chain: Chain, visits: Visits):
         return chain.start(rng.run_key(seed), index, shape)
 
     def step(params, x, i, seed, index, images, known):
-        key, predict = rng.run_key(seed), chain.predict(params)
+        key, predict = rng.run_key(seed), chain.predict(params, **chain.condition(index))
         return inpaint_step(
             schedule, lambda x, t, noise: reverse_step(
                 chain.sampler, schedule, predict, lambda t: noise, x, t, ())[0],
@@ -272,26 +311,29 @@ def inpaint_program(experiment: Experiment, chain: Chain, visits: Visits):
 
 
 def bound_program(experiment: Experiment):
-    """(params, seed, images uint8 [B,H,W,C], index int32 [B]) -> the variational Bound, B over all
-    devices; the noise of image i depends on (seed, i, t) alone. Compiled as ``loops.repeat`` does.
-    """
+    """(params, seed, Batch of images uint8 [B,H,W,C], index int32 [B]) -> the variational Bound, B
+    over all devices; the noise of image i depends on (seed, i, t) alone. Compiled as
+    ``loops.repeat`` does."""
     schedule = experiment.schedule
     num_timesteps = schedule.betas.shape[0]
 
-    def start(seed, images, index):
+    def start(seed, batch, index):
         del seed, index
-        return (jnp.zeros((images.shape[0], num_timesteps)),) * 3
+        return (jnp.zeros((batch.images.shape[0], num_timesteps)),) * 3
 
-    def step(params, carry, t, seed, images, index):
+    def step(params, carry, t, seed, batch, index):
+        condition = {} if batch.labels is None else {"labels": batch.labels}
         noise = rng.image_noise(rng.run_key(seed), index, t, experiment.image_shape)
-        terms = bpd_terms(denoise_fn(experiment, params), schedule, to_unit_range(images),
-                          jnp.full(images.shape[0], t), noise, **_rows(experiment))
+        terms = bpd_terms(
+            functools.partial(denoise_fn(experiment, params), **condition), schedule,
+            to_unit_range(batch.images), jnp.full(batch.images.shape[0], t), noise,
+            **_rows(experiment))
         return tuple(rows.at[:, t].set(x) for rows, x in zip(carry, terms, strict=True))
 
-    def finish(carry, seed, images, index):
+    def finish(carry, seed, batch, index):
         del seed, index
         terms, mse, eps_mse = carry
-        prior = prior_bpd(schedule, to_unit_range(images))
+        prior = prior_bpd(schedule, to_unit_range(batch.images))
         return Bound(terms.sum(axis=1) + prior, terms, prior, mse, eps_mse)
 
     return repeat(experiment.runner, start, step, finish, num_timesteps,

@@ -9,6 +9,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.config import from_json, override
+from ddpm_jax.data.labels import by_class, chosen_labels
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import collect
 from ddpm_jax.experiment import build_model
@@ -54,30 +55,36 @@ def _sha256(params) -> str:
     return digest.hexdigest()[:16]
 
 
-def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, sampler=None,
-           steps=None, nodes=None, png=False, stop=None) -> bool:
-    """Draw ``num`` images into the folder ``out``: samples.npz (arr_0: uint8 NHWC), grid.png,
-    progressive.png, and each image as PNG with ``png``.
+def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, labels=None,
+           png=False, stop=None, **chosen) -> bool:
+    """Draw ``num`` images into the folder ``out``: samples.npz (arr_0: uint8 NHWC; of a model with
+    classes labels int32 [num] too), grid.png, progressive.png, and each image as PNG with ``png``.
 
-    Image i depends on the seed and i alone. Shards of an interrupted call are used. Returns False
-    where ``stop`` requested it. Raises UserError for a number out of range, a run that cannot be
-    read, or an ``out`` with anything else in it.
+    labels: words of ``data.labels.chosen_labels``. chosen: sampler, steps, nodes, guidance, None:
+    the run's. Image i depends on the seed, i and its label alone. Shards of an interrupted call are
+    used. Returns False where ``stop`` requested it. Raises UserError for a number out of range, a
+    label that is no class, a run that cannot be read, or an ``out`` with anything else in it.
     """
     check_numbers(seed, num=num, batch_size=batch_size)
     exp, params, step, facts = load_run(workdir, step=step, ema=ema)
-    chain = programs.sampling_chain(exp, name=sampler, steps=steps, nodes=nodes)
+    sampler = chosen.pop("sampler", None)
+    chain = programs.sampling_chain(exp, name=sampler, labels=chosen_labels(
+        labels, checkpoints.class_names(workdir), exp.model.num_classes, exp.model.no_label),
+        **chosen)
     batch = batch_size or exp.config.sampler.batch_size
     out = files.resolve(out)
     request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
                            sampler=sampler or exp.config.sampler.name, **chain.choices)
     with claimed(out, request, workdir):
+        labels = {name: np.asarray(x) for name, x in chain.condition(np.arange(num)).items()}
         if not draw(out, lambda: _producer(exp, chain, params, seed, batch), num=num, batch=batch,
-                    stop=stop):
+                    stop=stop, beside=labels):
             return False
         frames, columns = _progressive(exp, chain, params, seed)
         if hosts.is_main_process():
             images = files.read_npz(out / "samples.npz")["arr_0"]
-            pictures.write_png(out / "grid.png", pictures.tile(images[:100]))
+            shown, across = by_class(labels["labels"]) if labels else (range(min(num, 100)), None)
+            pictures.write_png(out / "grid.png", pictures.tile(images[list(shown)], across))
             pictures.write_png(out / "progressive.png", pictures.tile(frames, columns))
             for i, image in enumerate(images if png else ()):
                 pictures.write_png(out / "png" / f"{i:06d}.png", image)
@@ -126,8 +133,8 @@ def _check_request(out, old, request, workdir):
     if "workdir" in old:  # older versions identified the weights by it, step and ema
         kept = {k: v for k, v in request.items() if not k.startswith("weights")}
         request = kept | {"workdir": workdir, "ema": request["weights"] == "ema"}
-    wrong = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in ({"task": None} | request).items()
-             if old.get(k) != v]
+    wrong = [f"{k}: {old.get(k)!r} -> {request.get(k)!r}" for k in request | old
+             if old.get(k) != request.get(k)]
     if wrong:
         raise UserError(f"--out={out} holds samples of another request ({'; '.join(wrong)}); take "
                         "another folder")
@@ -146,9 +153,9 @@ def _adopt_older_shards(folder):
             files.remove(folder / name)
 
 
-def draw(out, producer: Callable, *, num, batch, stop, name="sample") -> bool:
+def draw(out, producer: Callable, *, num, batch, stop, name="sample", beside=None) -> bool:
     """Write samples.npz, unless it is there, with all rows of "images" of producer()(start, count)
-    as `collect.collect` takes it; False where ``stop`` requested it."""
+    as `collect.collect` takes it, and the arrays ``beside``; False where ``stop`` requested it."""
     if hosts.broadcast_json(files.exists(out / "samples.npz")):
         return True
     is_main = hosts.is_main_process()
@@ -160,7 +167,7 @@ def draw(out, producer: Callable, *, num, batch, stop, name="sample") -> bool:
         return False
     if is_main:
         bar.close()
-        files.write_npz(out / "samples.npz", {"arr_0": found["images"]})
+        files.write_npz(out / "samples.npz", {"arr_0": found["images"]} | (beside or {}))
         files.remove(out / "shards")
     return True
 

@@ -15,6 +15,7 @@ from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.config import SOURCE, from_json, to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
+from ddpm_jax.data.labels import data_facts, labels_for
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import (
     Training,
@@ -31,6 +32,7 @@ from ddpm_jax.storage import files
 from ddpm_jax.storage.lock import Lock
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import learning_rates
+from ddpm_jax.training.steps import Batch
 
 
 class InitFrom(NamedTuple):
@@ -66,32 +68,38 @@ def _open_data(exp, split):
             f"{exp.image_shape}: set data.image_size and data.channels")
     if len(source) < 1:
         raise UserError(f"{config.data.name}, split {split}, has no images")
+    facts = data_facts(source, config.model.num_classes)
     # One host may download what the others have: they wait here rather than in a collective.
-    hosts.check_same_everywhere({"data": source.fingerprint}, patience_s=7200)
-    return source
+    hosts.check_same_everywhere({"data": json.dumps(facts)}, patience_s=7200)
+    return source, facts
 
 
 def _feeder(exp, source, step, max_steps):
     """-> arguments(n): those of the next dispatch of n updates after its carry."""
     config, runner = exp.config, exp.runner
-    seed = np.uint32(config.seed)
+    seed, labels = np.uint32(config.seed), labels_for(source, config.model.num_classes)
     if config.data.resident:
         if not feed.is_small(source):
             raise UserError(f"config.data.resident=True: {config.data.name} is too large to keep "
                             "on the device; set data.resident=False")
-        resident = runner.put("replicated", source.array().reshape(len(source), -1))
+        resident = runner.put("replicated", Batch(
+            source.array().reshape(len(source), -1), labels))
         return lambda n: (resident, seed, np.int32(n))
     batch = config.train.batch_size
     local_batch = batch // jax.process_count()
     first = jax.process_index() * local_batch
     batches = feed.stream(source, seed=config.seed, start_step=step, batch_size=batch,
-                          slots=range(first, first + local_batch), threads=config.data.threads)
-    buffer = np.zeros((max_steps, local_batch, *exp.image_shape), np.uint8)
+                          slots=range(first, first + local_batch), labels=labels,
+                          threads=config.data.threads)
+    images = np.zeros((max_steps, local_batch, *exp.image_shape), np.uint8)
+    chosen = None if labels is None else np.zeros(images.shape[:2], np.int32)
 
     def arguments(n):
         for i in range(n):
-            buffer[i] = next(batches)
-        return runner.put("steps", buffer.copy()), seed, np.int32(n)
+            images[i], some = next(batches)
+            if labels is not None:
+                chosen[i] = some
+        return runner.put("steps", jax.tree.map(np.copy, Batch(images, chosen))), seed, np.int32(n)
 
     return arguments
 
@@ -251,13 +259,13 @@ def _open_folder(exp, folder, stored, closing):
     changed = checkpoints.claim(folder, stored, write=is_main_process)
     if changed:
         say(f"{folder} has no checkpoint and takes the new config ({'; '.join(changed)})")
-    source = _open_data(exp, "train")
+    source, facts = _open_data(exp, "train")
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
                                     keep_every=config.checkpoint.keep_every,
                                     best=config.eval.best)
     closing.callback(store.close)
     resumed = store.latest() is not None
-    checkpoints.claim_data(folder, source.fingerprint, resumed=resumed, write=is_main_process)
+    checkpoints.claim_data(folder, facts, resumed=resumed, write=is_main_process)
     if not resumed:
         store.try_path()
     writer = run_log.open_writer(folder, enabled=is_main_process,

@@ -263,15 +263,16 @@ def test_a_folder_inside_a_run_names_the_run(tmp_path, inside):
 
 
 def test_other_images_are_refused_the_same_at_another_place_are_not(tmp_path):
-    C.claim_data(tmp_path, "a", resumed=False)
-    C.claim_data(tmp_path, "b", resumed=False)  # nothing was trained on them yet
-    C.claim_data(tmp_path, "b", resumed=True)
+    a, b, c = ({"train": name} for name in "abc")
+    C.claim_data(tmp_path, a, resumed=False)
+    C.claim_data(tmp_path, b, resumed=False)  # nothing was trained on them yet
+    C.claim_data(tmp_path, b, resumed=True)
     with pytest.raises(UserError, match="other images .fingerprint b; now c.*delete .*data.json"):
-        C.claim_data(tmp_path, "c", resumed=True)
+        C.claim_data(tmp_path, c, resumed=True)
     (tmp_path / "data.json").unlink()  # as the message says; so are runs of older versions
-    C.claim_data(tmp_path, "c", resumed=True)
+    C.claim_data(tmp_path, c, resumed=True)
     with pytest.raises(UserError):
-        C.claim_data(tmp_path, "b", resumed=True)
+        C.claim_data(tmp_path, b, resumed=True)
 
 
 def test_a_run_copied_to_a_bucket_without_marks_is_resumed(tmp_path, storage):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import from_json, load_config, override, packaged_configs, to_json
+from ddpm_jax.configs.cifar10_improved import CELLS
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, schedule_warning
 from ddpm_jax.models import unet
+from ddpm_jax.training.steps import Batch
 
 TABLE2 = ["mu_learned_l", "mu_fixed_l", "mu_fixed_simple", "eps_learned_l", "eps_fixed_l",
           "eps_fixed_simple"]
@@ -26,12 +28,15 @@ def test_every_shipped_config_builds_and_traces(name):
     config.parallel.runner = "jit"
     training = build(config)
     exp = training.experiment
-    if name.startswith("cifar10"):
+    if name.startswith("cifar10") and "improved" not in name:
         extra = 3 * (128 * 9 + 1) if "learned" in name else 0  # the variance's output channels
+        extra += 11 * 512 if "conditional" in name else 0  # a vector a class, and one for none
         count = sum(p.size for p in jax.tree.leaves(exp.abstract_params))
         assert count == 35_746_307 + extra
     keys = jax.eval_shape(lambda: jax.random.key(0))
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, *exp.image_shape), np.uint8)
+    count = config.train.batch_size
+    batch = Batch(jax.ShapeDtypeStruct((count, *exp.image_shape), np.uint8),
+                  jax.ShapeDtypeStruct((count,), np.int32) if exp.model.num_classes else None)
     new, metrics = jax.eval_shape(training.step, training.abstract_state, batch, keys)
     assert jax.tree.structure(new) == jax.tree.structure(training.abstract_state)
     assert {"loss", "grad_norm"} <= set(metrics)
@@ -55,6 +60,11 @@ def test_every_shipped_config_builds_and_traces(name):
     ("sampler.steps", 1001, "is more than diffusion.num_timesteps"),
     ("diffusion.variance", "learned", "variance=learned; take kl or hybrid"),
     ("diffusion.loss", "hybrid", "variance=fixed_large; take mse or kl"),
+    ("diffusion.weights.name", "snr", "known: target, l_simple, constant"),
+    ("diffusion.weights.gamma", 5.0, "gamma=5.0 is not of weights.name=target; its own: none"),
+    ("diffusion.zero_terminal_snr", True, "predict=eps, which holds nothing .* take v or x_start"),
+    ("sampler.guidance", 2.0, "sampler.guidance=2.0 needs labels"),
+    ("model.num_classes", -1, "must be a whole number in 0 ... "),
     ("diffusion.schedule.beta_end", 1.5, r"must be a number in \(0, 1\]"),
 ])
 def test_bad_fields_are_named(field, value, message):
@@ -130,6 +140,6 @@ def test_a_chain_that_ends_before_noise_is_a_warning_with_betas_that_do():
     assert schedule_warning(build_model(config)) is None
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *(f"cifar10_improved:{c}" for c in CELLS)])
 def test_no_shipped_config_ends_before_noise(name):
     assert schedule_warning(build_model(load_config(name))) is None

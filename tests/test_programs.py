@@ -10,6 +10,7 @@ from ddpm_jax.diffusion.sampling import SAMPLERS, Method, Sampler, ddim_step
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, new_state
 from ddpm_jax.parallel.runners import fetch
+from ddpm_jax.training.steps import Batch
 
 
 def tiny(**fields):
@@ -87,7 +88,7 @@ def test_bound_does_not_depend_on_where_the_loop_is(runner, devices):
     exp, params = model(devices, **{"parallel.runner": runner})
     images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 1), dtype=np.uint8)
     args = (params, np.uint32(3), *(exp.runner.put("batch", x)
-                                    for x in (images, np.arange(4, dtype=np.int32))))
+                                    for x in (Batch(images), np.arange(4, dtype=np.int32))))
     stepwise = programs.bound_program(exp)(*args)
     compiled = programs.bound_program(as_one_program(exp))(*args)
     for name in compiled._fields:
@@ -150,10 +151,30 @@ def test_a_chain_from_the_middle_has_its_own_plan():
     (dict(name="ddim", nodes="evn"), "known: even, quad, logsnr"),
     (dict(name="pndm", steps=6), "four nodes"),
     (dict(name="ddim", steps=2, nodes="trailing", below=2), "no timestep under 2 is visited"),
+    (dict(name="plms", dynamic_threshold=0.9), "dynamic_threshold=0.9 bounds x_start, and plms"),
+    (dict(dynamic_threshold=0.9, clip_denoised=False), "and clip_denoised=False leaves it"),
 ])
 def test_samplers_that_do_not_fit_are_one_line(fields, message):
     with pytest.raises(UserError, match=message):
         programs.sampling_chain(build_model(tiny()), **fields)
+
+
+def test_a_chain_without_a_signal_at_its_end():
+    exp = build_model(tiny(**{"diffusion.zero_terminal_snr": True, "diffusion.predict": "v"}),
+                      jax.devices()[:1])
+    assert exp.betas[-1] == 1
+    for fields, message in ((dict(name="ddim", steps=2, nodes="leading"), "must be 5, not 3"),
+                            (dict(name="dpmpp_2m", nodes="even"), "no signal, by which solvers"),
+                            (dict(name="dpmpp_2m", steps=4), "nodes=logsnr: the last timestep")):
+        with pytest.raises(UserError, match=message):
+            programs.sampling_chain(exp, **fields)
+    for name in ("ddim", "ancestral"):
+        chain = programs.sampling_chain(exp, name=name, dynamic_threshold=0.9)
+        predict = chain.predict(jax.tree.map(jnp.ones_like, exp.init_params()))
+        prediction = predict(jnp.full((1, 4, 4, 1), 3.0), jnp.array([5]))
+        x, _ = chain.sampler.step(chain.schedule, prediction, jnp.ones((1, 4, 4, 1)), 5,
+                                  jnp.zeros((1, 4, 4, 1)), ())
+        assert np.isfinite(x).all() and np.abs(prediction.x_start).max() <= 1
 
 
 def test_another_sampler_takes_its_own_clipping_and_keywords():
@@ -186,7 +207,7 @@ def test_a_dispatch_stops_where_told_and_equals_single_steps():
         program = programs.train_program(trained, 24, max_steps=max_steps)
         carry, losses = program.start(new_state(trained)), []
         for n in calls:
-            carry, metrics = program.step(carry, images, np.uint32(7), np.int32(n))
+            carry, metrics = program.step(carry, Batch(images), np.uint32(7), np.int32(n))
             losses.append(metrics["loss"])
         results.append((program.state(carry), np.concatenate(losses)))
     (looped, rows), (single, losses) = results

@@ -58,6 +58,12 @@ def random_images(exp, count) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *exp.image_shape), np.uint8)
 
 
+def random_labels(exp, shape):
+    """int32 of ``shape``, the same each time; None for a model without classes."""
+    classes = exp.model.num_classes
+    return np.random.default_rng(1).integers(0, classes, shape, np.int32) if classes else None
+
+
 def first_call(call) -> str:
     """Seconds of a program's first call, and what was compiled in it (cache hit or miss)."""
     before = time.perf_counter()

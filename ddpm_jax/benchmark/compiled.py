@@ -11,6 +11,7 @@ from ddpm_jax.compilation import cache, report, roofline
 from ddpm_jax.compilation.topology import describe
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import network
+from ddpm_jax.training.steps import Batch
 
 MFUS = (0.2, 0.3, 0.4, 0.5)
 
@@ -88,7 +89,7 @@ def sample(exp, num_examples) -> Program:
     del num_examples
     batch, chain = _sampler_batch(exp), programs.sampling_chain(exp)
     jitted = programs.sample_program(_on_device(exp), chain)
-    flops = batch * chain.num_steps * roofline.unet_work(exp.model).forward_flops
+    flops = batch * chain.num_steps * chain.passes * roofline.unet_work(exp.model).forward_flops
     return Program(jitted, _weights_seed_index(exp, batch), flops=flops, images=batch,
                    calls=math.ceil(50_000 / batch))
 
@@ -99,7 +100,8 @@ def evaluate(exp, num_examples) -> Program:
     params, seed, index = _weights_seed_index(exp, batch)
     work = roofline.unet_work(exp.model)
     flops = batch * exp.config.diffusion.num_timesteps * work.forward_flops
-    args = params, seed, _images(exp, batch), index
+    labels = index if exp.model.num_classes else None
+    args = params, seed, Batch(_images(exp, batch), labels), index
     return Program(programs.bound_program(_on_device(exp)), args, flops=flops, images=batch,
                    calls=math.ceil((num_examples or 10_000) / batch))
 

@@ -29,7 +29,7 @@ def sample(bench: Bench) -> list[dict]:
         made = compiled.sample(exp, None)
         bench.trace(run, lambda: made.jitted.lower(*made.args))
     row = bench.row("sample", "ddpm_jax", [t / chain.num_steps for t in seconds], images=batch,
-                    flops=batch * unet_work(exp.model).forward_flops, first_call=first,
-                    denoising_steps=chain.num_steps)
+                    flops=batch * chain.passes * unet_work(exp.model).forward_flops,
+                    first_call=first, denoising_steps=chain.num_steps)
     row["finished_images_per_s"] = row["images_per_s"] / chain.num_steps
     return [row]

@@ -5,8 +5,9 @@ import numpy as np
 
 from ddpm_jax import experiment, programs
 from ddpm_jax.benchmark import peers
-from ddpm_jax.benchmark.bench import Bench, first_call, random_images
+from ddpm_jax.benchmark.bench import Bench, first_call, random_images, random_labels
 from ddpm_jax.compilation import roofline, timing
+from ddpm_jax.training.steps import Batch
 
 
 def _steps(exp, num_examples):
@@ -16,18 +17,20 @@ def _steps(exp, num_examples):
     program = programs.train_program(training, num_examples)
     max_steps = program.max_steps
     if num_examples:
-        images = runner.put("replicated", random_images(exp, num_examples).reshape(
-            num_examples, -1))
+        data = runner.put("replicated", Batch(
+            random_images(exp, num_examples).reshape(num_examples, -1),
+            random_labels(exp, (num_examples,))))
     else:
-        images = runner.put("steps", random_images(exp, max_steps * batch).reshape(
-            max_steps, batch, *exp.image_shape))
+        data = runner.put("steps", Batch(
+            random_images(exp, max_steps * batch).reshape(max_steps, batch, *exp.image_shape),
+            random_labels(exp, (max_steps, batch))))
     carry = program.start(experiment.new_state(training))
     seed, calls = np.uint32(exp.config.seed), -(-peers.STEPS // max_steps)
 
     def run():
         nonlocal carry
         for _ in range(calls):
-            carry, metrics = program.step(carry, images, seed, np.int32(max_steps))
+            carry, metrics = program.step(carry, data, seed, np.int32(max_steps))
         jax.block_until_ready(metrics)
 
     return program, run, calls * max_steps

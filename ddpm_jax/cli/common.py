@@ -109,6 +109,8 @@ class Definer:
         self.integer("steps", None, "network calls for an image; default: the run's sampler.steps")
         self.string("nodes", None, f"timesteps visited: {', '.join(NODES)}, or a list such as "
                     "0,20,99; default: as the sampler needs")
+        self.float("guidance", None, "classifier-free guidance, 1 = off; default: the run's "
+                   "sampler.guidance")
 
     def pod(self):
         pod.define_flags(self.values)

@@ -5,7 +5,8 @@ Evaluates a run or given images and writes evaluation.json (keyed by checkpoint 
 with the provenance of every number) and a page, evaluation.html.
 
 Without any download: bpd (bits/dim of real images) and offline (bpd, the eps-loss by timestep, and
-distances in the features of a small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID). With
+distances in the features of a small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID); for a
+model with classes labels (the share of samples that the classifier calls by their label). With
 Inception's weights: fid, is, kid, pr. A command that was stopped resumes; the result does not
 depend on the number of devices or hosts.
 
@@ -34,8 +35,8 @@ from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
 OPTIONS = ("protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
-           "nodes", "reference", "inception_weights", "allow_unknown_weights", "classifier_dir",
-           "force", "keep_images", "crop")
+           "nodes", "guidance", "reference", "inception_weights", "allow_unknown_weights",
+           "classifier_dir", "force", "keep_images", "crop")
 NOT_ALWAYS_READ = (*OPTIONS, "splits", "step", "ema", "dataset", "data_dir", "overwrite")
 
 

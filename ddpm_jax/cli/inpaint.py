@@ -1,6 +1,6 @@
 """ddpm inpaint --workdir=DIR --image=FILE_OR_FOLDER --mask=FILE_OR_FOLDER --out=DIR [...]
 
-Fill in the white pixels of a mask with a trained, unconditional model (RePaint): png/NAME.png,
+Fill in the white pixels of a mask with a trained model (RePaint): png/NAME.png,
 samples.npz (arr_0: uint8 NHWC) and comparison.png with before, mask and after. The other pixels
 stay as they are. Results depend on the image, its mask, its place in the folder and --seed alone.
 An interrupted command resumes where it stopped.
@@ -19,6 +19,8 @@ def define_edit_flags(define):
     define.integer("seed", 0, "seed of the noise")
     define.integer("batch_size", None, "images at a time, all devices together; "
                          "default: the run's sampler.batch_size")
+    define.string("label", None, "number or name of the class, of a model with classes; default: "
+                  "without a label")
     define.sampler()
     define.pod()
 

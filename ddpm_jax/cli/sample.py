@@ -1,11 +1,13 @@
 """ddpm sample --workdir=DIR --num=N --out=DIR [--step --seed --batch_size --ema/--noema ...]
 
-Draw images from a trained run: samples.npz (arr_0: uint8 NHWC), grid.png, progressive.png.
-Image i depends on --seed and i alone, whatever the batch, the devices or the hosts. An interrupted
-command resumes where it stopped.
+Draw images from a trained run: samples.npz (arr_0: uint8 NHWC), grid.png, progressive.png. A model
+with classes draws each in turn, or what --label or --labels names; samples.npz then has labels too.
+Image i depends on --seed, i and its label alone, whatever the batch, the devices or the hosts. An
+interrupted command resumes where it stopped.
 """
 
 from ddpm_jax.cli import common
+from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import exit_codes
 
 
@@ -17,6 +19,9 @@ def define_flags(define):
     define.integer("seed", 0, "seed of the noise")
     define.integer("batch_size", None, "images at a time, all devices together; "
                          "default: the run's sampler.batch_size")
+    define.string("label", None, "number or name of the class of all images")
+    define.list("labels", None, "classes of the images in turn, such as 3,5; all; or none: without "
+                "a label; default: all")
     define.sampler()
     define.bool("png", False, "write each image as a PNG too")
     define.pod()
@@ -25,11 +30,14 @@ def define_flags(define):
 def main(values, words):
     common.no_words(words)
     workdir, out = common.required(values, "workdir"), common.required(values, "out")
+    if values.label and values.labels:
+        raise UserError("--label and --labels: give one of them")
     stop, _ = common.join(values)
     from ddpm_jax import sample
 
     done = sample.sample(
         workdir, out, num=values.num, step=values.step, seed=values.seed,
         batch_size=values.batch_size, ema=values.ema, sampler=values.sampler, steps=values.steps,
-        nodes=values.nodes, png=values.png, stop=stop)
+        nodes=values.nodes, guidance=values.guidance, png=values.png, stop=stop,
+        labels=[values.label] if values.label else values.labels)
     return 0 if done else exit_codes.EXIT_RESTART

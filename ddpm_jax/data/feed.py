@@ -80,8 +80,9 @@ def is_small(source) -> bool:
 class _Slots:
     """Random access for grain: element k is slot k % len(slots) of step k // len(slots)."""
 
-    def __init__(self, source, seed, start_step, batch_size, slots):
+    def __init__(self, source, seed, start_step, batch_size, slots, labels):
         self._source, self._start, self._slots = source, start_step, slots
+        self._labels = labels
         self._batch_size = batch_size
         self._batch = functools.lru_cache(maxsize=64)(
             lambda step: batch_indices(seed, step, batch_size, len(source)))
@@ -91,19 +92,24 @@ class _Slots:
 
     def __getitem__(self, k):
         step, slot = divmod(int(k), len(self._slots))
-        return self._source[int(self._batch(self._start + step)[self._slots[slot]])]
+        example = int(self._batch(self._start + step)[self._slots[slot]])
+        image = self._source[example]
+        return image if self._labels is None else (image, self._labels[example])
 
 
-def stream(source, *, seed, start_step, batch_size, slots, threads=16, prefetch=2):
+def stream(source, *, seed, start_step, batch_size, slots, labels=None, threads=16, prefetch=2):
     """Batches of `source` from `start_step` on, decoded by grain's worker threads.
 
     slots: the positions of the global batch that this process feeds, e.g. range(0, 64) of 128.
-    prefetch: batches read ahead. Yields uint8 [len(slots), H, W, C], one per step, for 2**32
-    images. Exceptions of a worker (UserError for a damaged image) are raised here.
+    labels: int32 [N], or None. prefetch: batches read ahead. Yields (images uint8 [len(slots), H,
+    W, C], labels int32 [len(slots)] or None), one per step, for 2**32 images. Exceptions of a
+    worker (UserError for a damaged image) are raised here.
     """
     import grain
     slots = list(slots)
-    elements = grain.MapDataset.source(_Slots(source, seed, start_step, batch_size, slots))
+    elements = grain.MapDataset.source(
+        _Slots(source, seed, start_step, batch_size, slots, labels))
     options = grain.ReadOptions(num_threads=threads,
                                 prefetch_buffer_size=max(threads, prefetch * len(slots)))
-    return iter(elements.to_iter_dataset(options).batch(len(slots)))
+    batches = iter(elements.to_iter_dataset(options).batch(len(slots)))
+    return batches if labels is not None else ((images, None) for images in batches)

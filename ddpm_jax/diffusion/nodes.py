@@ -29,6 +29,8 @@ def logsnr(alphas_cumprod, num_steps):
     total = len(alphas_cumprod)
     if num_steps == 1:
         return np.array([total - 1])
+    if alphas_cumprod[-1] == 0:
+        raise ValueError("nodes=logsnr: the last timestep has no signal; take even or trailing")
     lam = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
     wanted = np.linspace(lam[-1], lam[0], num_steps)
     near = np.round(np.interp(wanted, lam[::-1], np.arange(total)[::-1])).astype(np.int64)[::-1]

@@ -1,6 +1,7 @@
 """Training objectives: L_simple (eq. 14) and its weightings, the terms of the variational bound
 (eq. 5), and the sum of both, L_hybrid (Nichol & Dhariwal 2021)."""
 
+import functools
 import math
 
 import jax
@@ -63,6 +64,7 @@ def vlb_term(schedule, prediction, x_start, x_t, t):
 
 def _weights(weigh):
     """A row of WEIGHTS from the weight of the square error of x_0 as a function of the SNR."""
+    @functools.wraps(weigh)  # its signature shows the keywords
     def weights(schedule, t, predict, **keywords):
         # A target of no factor carries no x_0: its error gets no weight.
         factor = predict.factor(schedule, t)

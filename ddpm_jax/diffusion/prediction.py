@@ -134,15 +134,26 @@ VARIANCES = {
 }
 
 
-def p_mean_variance(schedule, output, x_t, t, *, predict, variance, clip_denoised):
+def dynamic_threshold(x_start, share):
+    """x_start [B,H,W,C] clipped to its image's quantile ``share`` of |x_start| where that is above
+    1, then divided by it (Saharia et al. 2022, sec. 2.3)."""
+    bound = jnp.quantile(jnp.abs(x_start).reshape(x_start.shape[0], -1), share, axis=1)
+    bound = jnp.maximum(bound, 1.0)[:, None, None, None]
+    return jnp.clip(x_start, -bound, bound) / bound
+
+
+def p_mean_variance(schedule, output, x_t, t, *, predict, variance, clip_denoised, threshold=None):
     """p(x_{t-1} | x_t) from the network's output [B,H,W,C or 2C] at x_t [B,H,W,C], t int32 [B].
 
     predict: Parameterization; variance: Variance. ``clip_denoised`` clips x_0 to [-1, 1] before
-    the posterior mean is taken (sampling and evaluation; diffusion_utils_2.py:156). -> Prediction
+    the posterior mean is taken (sampling and evaluation; diffusion_utils_2.py:156); threshold: that
+    of ``dynamic_threshold``, which then takes its place. -> Prediction
     """
     output, extra = variance.split(output)
     x_start = predict.x_start(schedule, output, x_t, t)
-    if clip_denoised:
+    if threshold is not None:
+        x_start = dynamic_threshold(x_start, threshold)
+    elif clip_denoised:
         x_start = jnp.clip(x_start, -1.0, 1.0)
     if predict.mean is None:
         mean = q_posterior(schedule, x_start, x_t, t).mean

@@ -83,6 +83,9 @@ def _ddim(alphas_cumprod, *, eta=0.0):
 
 def _solve(alphas_cumprod, *, plan, output, span, **keywords):
     at = solvers.levels(alphas_cumprod)
+    if not np.isfinite(at.lam).all():
+        raise ValueError("the last timestep has no signal, by which solvers divide; take ancestral "
+                         "or ddim, or a list of nodes without it")
     if len(at.lam) <= span:
         raise ValueError(f"{len(at.lam)} evaluations are too few: it needs {span + 1} or more")
     table = plan(at, **keywords)

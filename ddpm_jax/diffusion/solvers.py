@@ -31,7 +31,8 @@ def levels(alphas_cumprod) -> Levels:
     """Levels from alphas_cumprod float64 [N] of a chain, least noise first."""
     kept = np.asarray(alphas_cumprod, np.float64)[::-1]
     alpha, sigma = np.sqrt(kept), np.sqrt(1.0 - kept)
-    return Levels(alpha, sigma, np.log(alpha) - np.log(sigma))
+    with np.errstate(divide="ignore"):
+        return Levels(alpha, sigma, np.log(alpha) - np.log(sigma))
 
 
 class Plan:

@@ -4,6 +4,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import features, protocols, references
 from ddpm_jax.evaluation.inception import weights
 from ddpm_jax.evaluation.metrics import (
+    CLASSES,
     COLLECTIVE,
     FEATURES,
     METRICS,
@@ -133,6 +134,9 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
         options = options._replace(metrics=with_implied(options.metrics))
     rows = [METRICS[name] for name in options.metrics]
     needs = frozenset().union(*(row.needs for row in rows))
+    if CLASSES in needs and not subject.model.exp.model.num_classes:
+        raise UserError(f"{options.prefix}metrics=labels: this model has no classes "
+                        "(model.num_classes=0)")
     if REALS in needs and session.sources is None:
         raise UserError(f"--metrics={','.join(options.metrics)}: nn and offline compare with real "
                         "images; add --dataset=NAME")

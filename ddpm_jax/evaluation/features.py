@@ -11,9 +11,11 @@ import numpy as np
 
 from ddpm_jax import programs
 from ddpm_jax.data.datasets import read_rows
+from ddpm_jax.data.labels import labels_for
 from ddpm_jax.evaluation import protocols
 from ddpm_jax.experiment import Experiment
 from ddpm_jax.parallel import hosts
+from ddpm_jax.training.steps import Batch
 
 
 class Model(NamedTuple):
@@ -92,7 +94,8 @@ def of_images(session, read, batch, *, images_kept=0) -> Callable:
 
 def sampling_chain(model, options) -> programs.Chain:
     return programs.sampling_chain(
-        model.exp, name=options.sampler, steps=options.steps, nodes=options.nodes)
+        model.exp, name=options.sampler, steps=options.steps, nodes=options.nodes,
+        guidance=options.guidance)
 
 
 def of_samples(session, model, options, batch, *, images_kept) -> Callable:
@@ -107,7 +110,8 @@ def of_samples(session, model, options, batch, *, images_kept) -> Callable:
             return _single(extractor.apply(weights, to_levels(x_0)))
 
         compiled = session.program(
-            ("samples", options.sampler, options.steps, options.nodes, quantise, *extractor.names),
+            ("samples", options.sampler, options.steps, options.nodes, options.guidance, quantise,
+             *extractor.names),
             lambda: programs.sample_program(
                 model.exp, sampling_chain(model, options), finish, extra=("replicated",),
                 results=("batch",) * len(extractor.names)))
@@ -155,11 +159,13 @@ def of_bound(session, model, source, seed, batch, chosen=None) -> Callable:
     (seed, i)."""
     runner, chosen = session.runner, np.arange(len(source)) if chosen is None else chosen
     compiled = session.program(("bound",), lambda: programs.bound_program(model.exp))
+    labels = labels_for(source, model.exp.model.num_classes)
 
     def produce(start, count):
         mine = chosen[_local_index(runner, start, count, batch)]
         out = compiled(model.params, np.uint32(seed),
-                       runner.put("batch", read_rows(source.__getitem__, mine)),
+                       runner.put("batch", Batch(read_rows(source.__getitem__, mine),
+                                                 None if labels is None else labels[mine])),
                        runner.put("batch", mine.astype(np.int32)))
         rows = _rows(runner, out._asdict(), start, count, 0)
         return {"bpd": rows["total"], "prior": rows["prior"]} | {

@@ -25,6 +25,17 @@ def fid(pool_3, reference) -> dict:
     return values
 
 
+def called(logits, labels) -> dict:
+    """Shares of images whose largest of logits [N,K] is that of their label [N]: of all, and of
+    each label in turn (None: it has no images)."""
+    labels = np.asarray(labels)
+    right = np.argmax(logits, axis=1) == labels
+    by_class = [float(right[labels == k].mean()) if (labels == k).any() else None
+                for k in range(logits.shape[1])]
+    return {"labels_called": float(right.mean()), "labels_called_by_class": by_class,
+            "labels_n": len(right)}
+
+
 def kid(pool_3, reference) -> dict:
     return scores.kid(reference.features, pool_3)
 

@@ -77,6 +77,7 @@ class Metric(NamedTuple):
 
 # What a metric may need: statistics of real images, their features too, the images, a model.
 REFERENCE, FEATURES, REALS, MODEL = "reference", "features", "reals", "model"
+CLASSES = "classes"       # of the model
 COLLECTIVE = {REALS, MODEL}       # such a metric collects on all processes
 SPACE = "space"
 SPACES = ("inception", "classifier", "random")
@@ -211,6 +212,16 @@ def nearest_neighbours(context, samples) -> Result:
                   {f"nearest_{name}": picture for name, picture in pictures.items()})
 
 
+def labels_called(context, samples) -> Result:
+    """The share of samples that the small classifier calls by the label they were drawn with."""
+    if not hosts.is_main_process():
+        return Result({})
+    logits = samples["cnn_logits"]
+    condition = features.sampling_chain(context.subject.model, context.options).condition
+    return Result(measures.called(logits, condition(np.arange(len(logits)))["labels"])
+                  | {"labels_classifier_accuracy": context.classifier.accuracy})
+
+
 def splits_of(options, sources) -> tuple:
     """The splits whose bits/dim are measured. Raises UserError for one that does not exist."""
     for split in options.splits or ():
@@ -268,6 +279,8 @@ METRICS = {
                  least=lambda protocol: scores.NEIGHBOURS + 1, values=("precision", "recall")),
     "nn": Metric(nearest_neighbours, ("images", SPACE), frozenset({REALS}), NN_QUERIES,
                  least=lambda protocol: 1, values=("nn_",), options=("crop",)),
+    "labels": Metric(labels_called, ("classifier",), frozenset({REALS, MODEL, CLASSES}),
+                     values=("labels_called",)),
     "offline": Metric(offline, _OFFLINE_PARTS, frozenset({REALS}), values=("FD-cnn", "FD-rand@"),
                       along=True, implies=("bpd",)),
 }
@@ -286,7 +299,7 @@ def options_read(names, *, of_model: bool) -> set:
     parts = {part for row in rows for part in row.parts}
     read = {name for row in rows for name in row.options} | {"batch_size", "protocol", "metrics"}
     for names, used in ((("seed", "step", "ema"), of_model),
-                        (("sampler", "steps", "nodes", "quantise"), of_model and parts),
+                        (("sampler", "steps", "nodes", "guidance", "quantise"), of_model and parts),
                         (("num", "keep_images"), parts),
                         (("inception_weights", "allow_unknown_weights"), "inception" in parts),
                         (("reference", "force"), REFERENCE in needs),

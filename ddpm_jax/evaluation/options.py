@@ -24,6 +24,7 @@ class Options(NamedTuple):
     sampler: str | None = None
     steps: int | None = None
     nodes: str | None = None
+    guidance: float | None = None
     reference: str | None = None
     inception_weights: str | None = None
     allow_unknown_weights: bool = False

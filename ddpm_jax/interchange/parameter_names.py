@@ -28,11 +28,12 @@ ADAM_SUFFIXES = {"mu": "/Adam", "nu": "/Adam_1"}  # tf.train.AdamOptimizer's slo
 _RMSPROP_SUFFIXES = ("/RMSProp", "/RMSProp_1")  # the official code's other optimizer; not read
 GLOBAL_STEP = "global_step"
 
-# Modules of the U-Net: ours, official, diffusers. i: level from the finest; k: from the coarsest,
-# as diffusers counts on the way up; j: place in the level.
+# Modules of the U-Net: ours, official (None: absent there), diffusers. i: level from the finest; k:
+# from the coarsest, as diffusers counts on the way up; j: place in the level.
 _MODULES = {
     "temb_dense_0": ("temb/dense0", "time_embedding.linear_1"),
     "temb_dense_1": ("temb/dense1", "time_embedding.linear_2"),
+    "class_embedding": (None, "class_embedding"),
     "conv_in": ("conv_in", "conv_in"),
     "down_{i}_block_{j}": ("down_{i}/block_{j}", "down_blocks.{i}.resnets.{j}"),
     "down_{i}_attn_{j}": ("down_{i}/attn_{j}", "down_blocks.{i}.attentions.{j}"),
@@ -62,7 +63,7 @@ _LAYERS = {
 }
 # Parameters of a norm, of any other layer: ours, official, diffusers.
 _NORM_LEAVES = {"scale": ("gamma", "weight"), "bias": ("beta", "bias")}
-_LEAVES = {"kernel": ("W", "weight"), "bias": ("b", "bias")}
+_LEAVES = {"kernel": ("W", "weight"), "bias": ("b", "bias"), "table": (None, "weight")}
 # Axes by rank: official, diffusers.
 _AXES = {
     4: ((1, 2, 3, 0), (0, 3, 1, 2)),  # OHWI -> HWIO, OIHW
@@ -70,6 +71,7 @@ _AXES = {
     1: ((0,), (0,)),
 }
 _AS_CONVOLUTION = {"conv_shortcut"}  # diffusers stores this 1x1 layer as [out,in,1,1]
+_AS_OURS = {"class_embedding"}  # [labels, features] everywhere
 
 # Attention layers as diffusers named them before 0.12 (the released google/ddpm-* files) and as it
 # fuses them (rows stacked, [3C, C]), each with the layers that it holds under their current names.
@@ -87,11 +89,12 @@ class Foreign(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter: our path and shape, and what it is called elsewhere."""
+    """One parameter: our path and shape, and what it is called elsewhere (official None: the
+    official code has none such)."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    official: Foreign
+    official: Foreign | None
     diffusers: Foreign
 
 
@@ -114,10 +117,14 @@ def _entry(path, shape, leaf_names, levels):
                         "layer; this model cannot be imported or exported") from None
     official, diffusers = zip(*rows, strict=True)
     axes = _AXES[len(shape)]
+    if _AS_OURS & set(diffusers):
+        axes = (tuple(range(len(shape))),) * 2
     shapes = [tuple(shape[a] for a in order) for order in axes]
     if len(shape) > 1 and _AS_CONVOLUTION & set(diffusers):
         shapes[1] += (1, 1)
-    return Entry(path, shape, Foreign("/".join((SCOPE, *official)), axes[0], shapes[0]),
+    known = None not in official
+    return Entry(path, shape,
+                 Foreign("/".join((SCOPE, *official)), axes[0], shapes[0]) if known else None,
                  Foreign(".".join(diffusers), axes[1], shapes[1]))
 
 
@@ -184,7 +191,7 @@ def params_from_variables(variables: Mapping, model: UNet) -> dict:
 
     Raises UserError that lists every missing, extra and misshapen variable.
     """
-    return _collect(variables, [(e, e.official) for e in entries(model)], "variables")
+    return _collect(variables, [(e, _official(e)) for e in entries(model)], "variables")
 
 
 def params_from_state_dict(state_dict: Mapping, model: UNet) -> dict:
@@ -211,6 +218,13 @@ def plain_names(params: Mapping, model: UNet) -> dict:
     return {name: np.asarray(found[name]) for name in expected}
 
 
+def _official(entry) -> Foreign:
+    if entry.official is None:
+        raise UserError(f"{'.'.join(entry.path)}: the official code has no such layer; take a "
+                        "config with model.num_classes=0")
+    return entry.official
+
+
 def _foreign(params, model, pick):
     ours, state = plain_names(params, model), {}
     for entry in entries(model):
@@ -222,7 +236,7 @@ def _foreign(params, model, pick):
 
 def variables_from_params(params: Mapping, model: UNet) -> dict:
     """{official variable name: array} of our params; the inverse of ``params_from_variables``."""
-    return _foreign(params, model, lambda entry: entry.official)
+    return _foreign(params, model, _official)
 
 
 def state_dict_from_params(params: Mapping, model: UNet) -> dict:

@@ -77,9 +77,11 @@ def diffusers_peer(config: Mapping, state_dict: Mapping | None = None, folder=No
     net.eval()
 
     def eps(x, t):
+        labels = _labels(net.config.num_class_embeds, x, t)
         with torch.no_grad():
             channels_first = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-            return net(channels_first, t).sample.numpy().transpose(0, 2, 3, 1)
+            return net(channels_first, t, None if labels is None else torch.from_numpy(labels)
+                       ).sample.numpy().transpose(0, 2, 3, 1)
 
     return eps, f"diffusers {diffusers.__version__} (PyTorch {torch.__version__})"
 
@@ -101,19 +103,25 @@ def peer_of_file(found: Model):
     return diffusers_peer(found.config, {k: load(v) for k, v in state.items()})
 
 
+def _labels(num_labels, x, t):
+    """A label for each image of x that differs between timesteps; None without labels."""
+    return np.full(len(x), t % num_labels, np.int32) if num_labels else None
+
+
 def network_eps(model: UNet, params):
     """(x, t) -> eps of our network in float32, products at precision ``highest``."""
     model = model.clone(dtype=jnp.float32)
 
     @jax.jit
-    def apply(params, x, t):
-        return model.apply({"params": params}, x, t)
+    def apply(params, x, t, labels):
+        return model.apply({"params": params}, x, t, labels=labels)
 
     on_device = jax.device_put(params, jax.devices()[0])
 
     def eps(x, t):
         with jax.default_matmul_precision("highest"):
-            return np.asarray(apply(on_device, x, jnp.full(len(x), t, jnp.int32)))
+            return np.asarray(apply(on_device, x, jnp.full(len(x), t, jnp.int32),
+                                    _labels(model.num_labels, x, t)))
 
     return eps
 

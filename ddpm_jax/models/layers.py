@@ -123,6 +123,26 @@ def _dense(x, kernel, bias, dtype):
     return y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+class Embedding(nn.Module):
+    """A learned vector for each label: int32 [B] in 0 ... rows-1 -> [B,features]."""
+
+    rows: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def shapes(self):
+        return {"table": (self.rows, self.features)}
+
+    def setup(self):
+        self.table = self.param("table", nn.initializers.normal(1.0), self.shapes()["table"])
+
+    def __call__(self, labels):
+        # A product, unlike a gather, has a gradient that is summed in a fixed order everywhere.
+        chosen = jax.nn.one_hot(labels, self.rows, dtype=self.dtype)
+        return jnp.matmul(chosen, self.table.astype(self.dtype), precision=lax.Precision.HIGHEST)
+
+
 class Block(nn.Module):
     """A module whose parameters are those of its ``layers()``, {name: layer or block} in the order
     in which the official code creates them."""

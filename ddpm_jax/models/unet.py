@@ -19,6 +19,7 @@ from ddpm_jax.models.layers import (
     Block,
     Conv3x3,
     Dense,
+    Embedding,
     GroupNorm,
     ResBlock,
     depth_to_space,
@@ -126,12 +127,17 @@ KINDS = {
 
 # The least value of each whole-numbered field; the timestep's embedding needs two frequencies.
 _LEAST = {"image_size": 1, "in_channels": 1, "out_channels": 1, "ch": 4, "ch_mult": 1,
-          "num_res_blocks": 1, "attn_resolutions": 1, "num_groups": 1, "space_to_depth": 1}
+          "num_res_blocks": 1, "attn_resolutions": 1, "num_groups": 1, "space_to_depth": 1,
+          "num_classes": 0}
 
 
 class UNet(Block):
     """eps, x_0 or x_{t-1} from x_t and t: 35,746,307 parameters at the CIFAR-10 settings (the
-    defaults), 113,673,219 at image_size 256, ch_mult (1,1,2,2,4,4)."""
+    defaults), 113,673,219 at image_size 256, ch_mult (1,1,2,2,4,4).
+
+    With num_classes a label's vector is added to the timestep's (Nichol & Dhariwal 2021). Where
+    label_dropout, the probability of training without the label, is above 0 one more vector stands
+    for no label (Ho & Salimans 2021)."""
 
     image_size: int = 32
     in_channels: int = 3
@@ -144,7 +150,20 @@ class UNet(Block):
     num_groups: int = 32
     space_to_depth: int = 1
     remat: bool = False
+    num_classes: int = 0
+    label_dropout: float = 0.1
     dtype: Any = jnp.float32
+
+    @property
+    def no_label(self):
+        """The label that stands for none, num_classes; or None where the network has no such one.
+        """
+        return self.num_classes if self.num_classes and self.label_dropout else None
+
+    @property
+    def num_labels(self):
+        """The number of labels that the network takes, the one for none included."""
+        return self.num_classes + (self.no_label is not None)
 
     @nn.nowrap
     def stages(self):
@@ -170,6 +189,8 @@ class UNet(Block):
         return {
             "temb_dense_0": Dense(self.ch, embedding, dtype=dtype),
             "temb_dense_1": Dense(embedding, embedding, dtype=dtype),
+            **({"class_embedding": Embedding(self.num_labels, embedding, dtype=dtype)}
+               if self.num_classes else {}),
             "conv_in": Conv3x3(self.in_channels * pixels, self.ch, dtype=dtype),
             **{s.name: KINDS[s.kind].make(s, self) for s in stages},
             "norm_out": GroupNorm(last, self.num_groups),
@@ -212,22 +233,30 @@ class UNet(Block):
         self.check()
         super().setup()
 
-    def __call__(self, x, t, dropout_bits=()):
+    def __call__(self, x, t, dropout_bits=(), labels=None):
         """x [B,H,W,in_channels] float, t int32 [B] -> float32 [B,H,W,out_channels].
+
+        labels: int32 [B] below ``num_labels``, None without classes.
 
         dropout_bits: empty (no dropout), or uint16 [B,H,W,C] for each of dropout_shapes(), an
         example's own: its result does not depend on the rest of the batch. Raises ValueError on
-        another shape of x.
+        another shape of x, and where labels and classes do not go together.
         """
         expected = (self.image_size, self.image_size, self.in_channels)
         if x.shape[1:] != expected:
             raise ValueError(f"the model takes images {expected}, not {tuple(x.shape[1:])}")
+        if (labels is None) != (self.num_classes == 0):
+            raise ValueError(f"a model of {self.num_classes} classes takes "
+                             f"{'labels' if labels is None else 'no labels'}")
         shapes = self.dropout_shapes()
         if dropout_bits and [b.shape[1:] for b in dropout_bits] != shapes:
             raise ValueError(f"dropout_bits must have the shapes {shapes}")
         steps = [(s, KINDS[s.kind], getattr(self, s.name)) for s in self.stages()]
         temb = self.temb_dense_0(timestep_embedding(t, self.ch))
-        temb = jax.nn.silu(self.temb_dense_1(jax.nn.silu(temb)))
+        temb = self.temb_dense_1(jax.nn.silu(temb))
+        if labels is not None:
+            temb = temb + self.class_embedding(labels)
+        temb = jax.nn.silu(temb)
         projections = iter(time_projections([m for _, kind, m in steps if kind.timed], temb))
         bits = iter(dropout_bits)
         h = self.conv_in(space_to_depth(x, self.space_to_depth))

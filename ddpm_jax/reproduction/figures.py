@@ -69,7 +69,9 @@ def shared_latents(run) -> Drawn:
     def start(key, index, shape):
         return rng.image_noise(key, jnp.zeros_like(index), jnp.int32(-1), shape)
 
-    drawn = _drawn(run, chain._replace(noise=noise, start=start), ROWS * COLUMNS)
+    drawn = _drawn(run, chain._replace(
+        noise=noise, start=start, condition=lambda index: chain.condition(index // COLUMNS)),
+        ROWS * COLUMNS)
     rows = drawn.reshape(ROWS, COLUMNS, *exp.image_shape)
     picture = _grid(rows)
     spread = {f"spread_t{stop}": float(r.astype(np.float64).std(axis=0).mean())
@@ -111,7 +113,9 @@ def interpolation(run) -> Drawn:
         return mix(x[first], x[first + 1], jnp.asarray(weights)[index % columns][:, None], *noises)
 
     lower = programs.sampling_chain(exp, below=int(chain.schedule.timesteps[middle]) + 1)
-    mixed = _drawn(run, lower._replace(noise=noise, start=start), pairs * columns)
+    mixed = _drawn(run, lower._replace(
+        noise=noise, start=start, condition=lambda index: chain.condition(index // columns)),
+        pairs * columns)
     mixed = mixed.reshape(pairs, columns, *exp.image_shape)
     ends = ends.reshape(pairs, 2, 1, *exp.image_shape)
     picture = _grid(np.concatenate([ends[:, 0], mixed, ends[:, 1]], axis=1))

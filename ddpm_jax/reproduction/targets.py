@@ -4,7 +4,6 @@ import json
 from typing import NamedTuple
 
 from ddpm_jax.config import flatten, load_config, override, to_json
-from ddpm_jax.configs import cifar10_table2
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.reproduction.paper_results import CELLS, ours, verdict
@@ -21,12 +20,19 @@ class Target(NamedTuple):
     figure: str | None = None
 
 
+def _cells(config) -> tuple:
+    return tuple(name for name, cell in CELLS.items() if cell.of == config)
+
+
 TABLE_KEYS = ("is", "fid_train", "fid_test", "bpd_test", "bpd_train")
 TARGETS = {
     "table1": Target("Table 1, the two rows of this paper: CIFAR-10",
                      ("eps_fixed_l", "eps_fixed_simple"), ("is", "fid", "bpd"), TABLE_KEYS),
-    "table2": Target("Table 2: parameterisation, objective and variance, CIFAR-10", tuple(CELLS),
+    "table2": Target("Table 2: parameterisation, objective and variance, CIFAR-10",
+                     _cells("cifar10_table2"),
                      ("is", "fid"), ("is", "fid_train")),
+    "improved": Target("Nichol & Dhariwal 2021, Table 2: CIFAR-10 by chain and objective",
+                       _cells("cifar10_improved"), ("fid", "bpd"), ("fid_train", "bpd_test")),
     "table4": Target("Table 4: rate and distortion of the progressive code, CIFAR-10 test",
                      ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
     "fig5": Target("Fig. 5: rate and distortion against reverse steps, CIFAR-10 test",
@@ -61,8 +67,10 @@ class Request(NamedTuple):
 
 def cell_config(request: Request, name: str):
     """The config of the cell `name`. Raises UserError naming a wrong field or value."""
-    config = load_config(request.config or "cifar10")
-    config.diffusion.update(cifar10_table2.CELLS[name])
+    config = load_config(CELLS[name].config)
+    if request.config:
+        cell, config = config.diffusion, load_config(request.config)
+        config.diffusion.update({field: cell[field] for field in ("predict", "variance", "loss")})
     known = flatten(to_json(config))
     for text in request.settings:
         field, equals, value = text.partition("=")

@@ -15,12 +15,14 @@ GENERATORS = {"threefry": "threefry2x32", "rbg": "rbg", "unsafe_rbg": "unsafe_rb
 
 class Draws(NamedTuple):
     """What one training step draws for B examples: t int32 [B] in 0 ... T-1; noise [B,H,W,C];
-    flip bool [B]; dropout_bits: what each block drops out by, uint16 [B,H,W,C] each."""
+    flip bool [B]; dropout_bits: what each block drops out by, uint16 [B,H,W,C] each; drop_label
+    bool [B], or None where labels are never dropped."""
 
     t: jax.Array
     noise: jax.Array
     flip: jax.Array
     dropout_bits: tuple[jax.Array, ...]
+    drop_label: jax.Array | None = None
 
 
 def run_key(seed, generator="threefry"):
@@ -34,11 +36,11 @@ def example_keys(key, step, index):
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
 
-def draw(keys, *, image_shape, num_timesteps, dropout_shapes) -> Draws:
+def draw(keys, *, image_shape, num_timesteps, dropout_shapes, label_dropout=0.0) -> Draws:
     """keys [B] -> Draws for images [B,*image_shape]. t is uniform and iid (Alg. 1).
 
     dropout_shapes: [H,W,C] of each block, empty without dropout. Drawn block by block, so that XLA
-    makes the bits where they are used.
+    makes the bits where they are used. label_dropout: the probability of drop_label.
     """
 
     def one(key):
@@ -50,6 +52,9 @@ def draw(keys, *, image_shape, num_timesteps, dropout_shapes) -> Draws:
             dropout_bits=tuple(
                 jax.random.bits(jax.random.fold_in(kd, i), shape, jnp.uint16)
                 for i, shape in enumerate(dropout_shapes)),
+            # A fifth key beside those four, which stay as they are.
+            drop_label=jax.random.bernoulli(jax.random.fold_in(key, 4), label_dropout)
+            if label_dropout else None,
         )
 
     return jax.vmap(one)(keys)

@@ -15,6 +15,14 @@ from jax import lax
 from ddpm_jax.training.rng import draw, example_keys
 
 
+class Batch(NamedTuple):
+    """images uint8 [B,H,W,C]; labels int32 [B], or None for a model without classes. Also of more
+    axes in front, or of all examples of a data set."""
+
+    images: Any
+    labels: Any = None
+
+
 class TrainState(NamedTuple):
     """step int32 []: updates done; params, ema_params: float32 trees; opt_state: optax's."""
 
@@ -56,25 +64,26 @@ def ema_update(ema_params, params, step, decay):
 
 
 def train_step(
-    state, images, key, *, loss_fn, gradient, tx, ema_decay, num_timesteps, dropout_shapes, flip,
-    axis_name=None,
+    state, batch, key, *, loss_fn, gradient, tx, ema_decay, num_timesteps, dropout_shapes, flip,
+    label_dropout=0.0, axis_name=None,
 ):
-    """One update from images uint8 [b,H,W,C]: this device's part of the batch, or under jit all.
+    """One update from a Batch of b images: this device's part of the batch, or under jit all.
 
-    loss_fn(params, images, Draws) -> mean loss; gradient(loss_fn, params, (images, Draws)) ->
+    loss_fn(params, Batch, Draws) -> mean loss; gradient(loss_fn, params, (Batch, Draws)) ->
     (grads, metrics): ``gradients.mean_gradient`` with its settings bound. key: the run's, the same
     everywhere. -> (TrainState, metrics)
     """
+    images = batch.images
     b = images.shape[0]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * b
     keys = example_keys(key, state.step, first + jnp.arange(b))
     draws = draw(
         keys, image_shape=images.shape[1:], num_timesteps=num_timesteps,
-        dropout_shapes=dropout_shapes,
+        dropout_shapes=dropout_shapes, label_dropout=label_dropout,
     )
     if flip:
         images = jnp.where(draws.flip[:, None, None, None], images[:, :, ::-1], images)
-    grads, metrics = gradient(loss_fn, state.params, (images, draws))
+    grads, metrics = gradient(loss_fn, state.params, (batch._replace(images=images), draws))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = ema_update(state.ema_params, params, state.step, ema_decay)

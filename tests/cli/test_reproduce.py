@@ -47,6 +47,14 @@ def test_dry_run_of_table_2_says_what_the_paper_found_unstable(capsys):
     assert out.count("unstable") == 2 and out.count(" train ") == 6
 
 
+def test_dry_run_of_the_successors_table(capsys):
+    from ddpm_jax.cli import main
+    assert main.main(["reproduce", "improved", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cosine, L_hybrid +bpd_test +3\.17 +3\.1066 to 3\.2334", out)
+    assert re.search(r"cifar10_improved:linear +train +500,000", out) and "PASS" not in out
+
+
 def test_verdicts_where_a_run_exists(capsys, tmp_path):
     from ddpm_jax.cli import main
     from ddpm_jax.evaluation.records import write_records

@@ -106,15 +106,20 @@ def test_stream_is_the_formula_at_any_host_count_and_start(start):
         parts = []
         for h in range(hosts):
             batches = feed.stream(source, seed=9, start_step=start, batch_size=batch,
-                                  slots=range(h * share, (h + 1) * share), threads=3)
-            parts.append([numbers(next(batches)) for _ in range(steps)])
+                                  slots=range(h * share, (h + 1) * share), threads=3,
+                                  labels=np.arange(70, dtype=np.int32) % 7)
+            pairs = [next(batches) for _ in range(steps)]
+            parts.append([numbers(images) for images, _ in pairs])
+            for images, labels in pairs:
+                np.testing.assert_array_equal(labels, numbers(images) % 7)
         for s in range(steps):
             np.testing.assert_array_equal(np.concatenate([p[s] for p in parts]), expected[s])
 
 
 def test_stream_reads_in_worker_threads_and_passes_their_errors_on():
     source = Counting(40)
-    batch = next(feed.stream(source, seed=0, start_step=0, batch_size=8, slots=range(8)))
+    batch, labels = next(feed.stream(source, seed=0, start_step=0, batch_size=8, slots=range(8)))
+    assert labels is None
     assert batch.shape == (8, 1, 2, 1) and batch.dtype == np.uint8
     assert source.threads and threading.get_ident() not in source.threads
     broken = feed.stream(Counting(40, bad=17), seed=0, start_step=0, batch_size=8, slots=range(8))

@@ -2,7 +2,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
+from ddpm_jax.diffusion.prediction import (
+    PARAMETERIZATIONS,
+    VARIANCES,
+    dynamic_threshold,
+    p_mean_variance,
+)
 from ddpm_jax.diffusion.process import q_posterior, q_sample
 from ddpm_jax.diffusion.schedule import linear, make_schedule
 
@@ -30,6 +35,19 @@ def test_a_perfect_output_gives_the_posterior_mean_and_the_noise(name, clip):
                         variance=VARIANCES["fixed_large"], clip_denoised=clip)
     np.testing.assert_allclose(p.mean, q_posterior(SCHEDULE, X, X_T, T).mean, atol=1e-4)
     np.testing.assert_allclose(p.eps[1:], NOISE[1:], atol=1e-2)
+
+
+def test_a_dynamic_threshold_is_each_images_own():
+    """And none where the image is within [-1, 1] but for fewer than that share of its pixels."""
+    wide = X * jnp.array([0.5, 1.0, 2.0, 8.0])[:, None, None, None]
+    got = dynamic_threshold(wide, 0.9)
+    np.testing.assert_array_equal(got[:2], wide[:2])
+    for image, x in zip(np.asarray(wide[2:]), np.asarray(got[2:]), strict=True):
+        bound = np.quantile(np.abs(image), 0.9)
+        np.testing.assert_allclose(x, np.clip(image, -bound, bound) / bound, rtol=1e-5)
+    p = p_mean_variance(SCHEDULE, wide, X_T, T, predict=PARAMETERIZATIONS["x_start"], threshold=0.9,
+                        variance=VARIANCES["fixed_large"], clip_denoised=True)
+    np.testing.assert_array_equal(p.x_start, got)
 
 
 def test_clipping_acts_before_the_mean_but_leaves_x_prev_alone():

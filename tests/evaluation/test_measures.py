@@ -26,6 +26,13 @@ def test_kid_and_precision_of_stored_features():
     assert measures.kid(real, reference(features=real))["kid_subset_size"] == 50
 
 
+def test_shares_of_images_that_are_called_by_their_label():
+    logits = np.eye(4)[[0, 1, 1, 2]]
+    found = measures.called(logits, [0, 1, 2, 2])
+    assert found == {"labels_called": 0.75, "labels_called_by_class": [1.0, 1.0, 0.5, None],
+                     "labels_n": 4}
+
+
 def test_rate_distortion_by_hand():
     rate, rmse = measures.rate_distortion([4.0, 2.0, 1.0], 0.5, [0.0, 0.25, 1.0])
     np.testing.assert_allclose(rate, [0.5, 1.5, 3.5])       # the decoder's 4 is not rate

@@ -92,7 +92,8 @@ def test_older_scheduler_class_and_model_class_are_refused():
     ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
     ({"add_attention": False}, "add_attention=False"),
     ({"class_embed_type": "timestep"}, "class_embed_type"),
-    ({"num_class_embeds": 10}, "num_class_embeds=10"),
+    ({"num_class_embeds": 0}, "num_class_embeds=0"),
+    ({"num_class_embeds": 1, "_label_dropout": 0.1}, "num_class_embeds=1"),
     ({"time_embedding_dim": 128}, "time_embedding_dim=128"),
     ({"out_channels": 4}, "out_channels=4"),
     ({"sample_size": None}, "sample_size=None"),
@@ -121,8 +122,9 @@ def test_an_absent_field_counts_as_diffusers_own_default(field):
 @pytest.mark.parametrize("change", [
     {"variance_type": "learned"}, {"variance_type": "fixed_large_log"},
     {"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"thresholding": True},
-    {"clip_sample_range": 2.0}, {"steps_offset": 1}, {"rescale_betas_zero_snr": True},
-    {"trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 0}, {"a_new_field": 3},
+    {"clip_sample_range": 2.0}, {"steps_offset": 1},
+    {"rescale_betas_zero_snr": "yes"}, {"trained_betas": [0.1, 0.2]}, {"num_train_timesteps": 0},
+    {"a_new_field": 3},
 ])
 def test_what_the_chain_does_not_have_is_refused_by_name(change):
     with pytest.raises(UserError, match=next(iter(change))):
@@ -144,6 +146,10 @@ def test_accepted_variants():
         chain_fields(CHURCH_CHAIN))
     old = chain_fields({**CHURCH_CHAIN, "predict_epsilon": False, "skip_prk_steps": True})
     assert old["diffusion"]["predict"] == "x_start"
+    learned = chain_fields({**CHURCH_CHAIN, "variance_type": "learned_range",
+                            "rescale_betas_zero_snr": True})["diffusion"]
+    assert learned["variance"] == "learned_range" and learned["loss"] == "hybrid"
+    assert learned["zero_terminal_snr"] is True
     cosine = chain_fields({**CHURCH_CHAIN, "beta_schedule": "squaredcos_cap_v2"})
     assert cosine["diffusion"]["schedule"] == {"name": "cosine"}
 

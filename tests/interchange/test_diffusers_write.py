@@ -41,6 +41,30 @@ def test_exported_folder(tmp_path):
     assert "1,234" in (out / "README.md").read_text()
 
 
+def test_classes_and_a_learned_variance_come_back(tmp_path):
+    config = small_config(model={"num_classes": 3, "label_dropout": 0.2},
+                          diffusion={"variance": "learned_range", "loss": "hybrid"})
+    exp = experiment.build_model(config, jax.devices()[:1])
+    params = random_params(exp.model)
+    write_folder(tmp_path / "out", params, exp, to_json(config), step=1, weights="raw", version="0")
+    found = open_diffusers(tmp_path / "out")
+    assert found.config["num_class_embeds"] == 4 and found.config["out_channels"] == 6
+    stored = to_json(config)
+    for section, values in found.fields.items():
+        for field, value in values.items():
+            value = list(value) if isinstance(value, tuple) else value
+            assert stored[section][field] == value, field
+    assert_bit_equal(params, parameter_names.params_from_state_dict(found.state_dict, exp.model))
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert "class_labels=labels" in code and "full_like(labels, 3)" in code
+    path = tmp_path / "out" / "unet" / "config.json"
+    path.write_text(path.read_text().replace('"out_channels": 6', '"out_channels": 3'))
+    with pytest.raises(UserError, match="out_channels=3, but .* variance_type needs 6"):
+        open_diffusers(tmp_path / "out")
+
+
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_real_pipeline_loads_and_runs_an_exported_folder(tmp_path):

@@ -93,13 +93,14 @@ def forward_and_gradients(config, batch, ts, backward=True):
     params = random_params(exp.model)
     r = np.random.default_rng(1)
     x = r.standard_normal((batch, *exp.image_shape), dtype=np.float32)
-    noise = r.standard_normal(x.shape, dtype=np.float32)
+    noise = r.standard_normal((*x.shape[:3], exp.model.out_channels), dtype=np.float32)
     t = np.array(ts, np.int32)
     net = torch_net(config, params)
     model = exp.model
+    labels = np.arange(batch, dtype=np.int32) if model.num_classes else None
 
     def loss(p):
-        eps = model.apply({"params": p}, x, t)
+        eps = model.apply({"params": p}, x, t, labels=labels)
         return jnp.mean((eps - noise) ** 2), eps
 
     with jax.default_matmul_precision("highest"):
@@ -108,7 +109,8 @@ def forward_and_gradients(config, batch, ts, backward=True):
         else:
             ours, grads = jax.jit(lambda p: loss(p)[1])(params), None
     with torch.set_grad_enabled(backward):
-        theirs = net(to_torch(x), torch.from_numpy(t)).sample
+        theirs = net(to_torch(x), torch.from_numpy(t),
+                     None if labels is None else torch.from_numpy(labels)).sample
     errors = {"eps": relative(ours, from_torch(theirs)), "scale": float(theirs.abs().max())}
     if backward:
         ((theirs - to_torch(noise)) ** 2).mean().backward()
@@ -128,8 +130,10 @@ def forward_and_gradients(config, batch, ts, backward=True):
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_small_net_and_its_gradients_agree():
+    """With labels and a learned variance, which the others have not."""
     pytest.importorskip("diffusers")
-    errors = forward_and_gradients(small_config(), 3, [0, 20, 49])
+    config = small_config(model={"num_classes": 2}, diffusion={"variance": "learned_range"})
+    errors = forward_and_gradients(config, 3, [0, 20, 49])
     assert 0.1 < errors["scale"] < 10 and errors["least"] > 1e-4
     assert errors["eps"] < 1e-4 and errors["grad"] < 1e-4
 

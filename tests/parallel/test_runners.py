@@ -18,16 +18,17 @@ from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.parallel.runners import RUNNERS, fetch
 from ddpm_jax.training import rng
-from ddpm_jax.training.steps import init_state
+from ddpm_jax.training.steps import Batch, init_state
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
+LABELS = np.arange(24, dtype=np.int32) % 3
 
 
 def config(runner, **fields):
     c = digits()
     c.data.image_size = 4
     c.model.update(ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2,
-                   dropout=0.3)
+                   dropout=0.3, num_classes=3, label_dropout=0.3)
     c.train.update(batch_size=16, clip_norm=0.0, clip_scope="global", clip_replicas=8,
                    steps_per_dispatch=1)
     c.data.flip = True
@@ -52,12 +53,13 @@ def one_step(runner, devices, fields=(), packed=True):
     state = exp.runner.put("replicated", jax.tree.map(np.asarray, init_state(params, tx)))
     if packed:
         program = programs.train_program(training, len(IMAGES), max_steps=1)
-        images = exp.runner.put("replicated", IMAGES.reshape(len(IMAGES), -1))
-        carry, metrics = program.step(program.start(state), images, np.uint32(0), np.int32(1))
+        data = exp.runner.put("replicated", Batch(IMAGES.reshape(len(IMAGES), -1), LABELS))
+        carry, metrics = program.step(program.start(state), data, np.uint32(0), np.int32(1))
         new, metrics = fetch((program.state(carry), jax.tree.map(lambda v: v[0], metrics)))
     else:
         rows = shuffled_index(np.uint32(0), np.arange(16, dtype=np.uint32), len(IMAGES), jnp)
-        new, metrics = jax.jit(training.step)(state, IMAGES[rows], rng.run_key(0))
+        new, metrics = jax.jit(training.step)(state, Batch(IMAGES[rows], LABELS[rows]),
+                                              rng.run_key(0))
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, params, new.params)
     return moved, {k: float(v) for k, v in metrics.items()}
 

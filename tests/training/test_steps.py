@@ -27,8 +27,8 @@ def state(tx):
 
 
 def settings(tx, *, loss=linear_loss, clip=Clip(0.0, None), micro_batches=1, **kwargs):  # noqa: B008
-    def loss_fn(params, images, draws):
-        return loss(params, S.to_unit_range(images), draws).mean()
+    def loss_fn(params, batch, draws):
+        return loss(params, S.to_unit_range(batch.images), draws).mean()
 
     return dict(loss_fn=loss_fn, tx=tx, ema_decay=0.99, num_timesteps=1000, dropout_shapes=[],
                 flip=False, gradient=functools.partial(
@@ -37,7 +37,8 @@ def settings(tx, *, loss=linear_loss, clip=Clip(0.0, None), micro_batches=1, **k
 
 def step(images=IMAGES, *, tx=None, **kwargs):
     tx = tx or optax.sgd(1.0)
-    return S.train_step(state(tx), jnp.asarray(images), rng.run_key(0), **settings(tx, **kwargs))
+    batch = S.Batch(jnp.asarray(images))
+    return S.train_step(state(tx), batch, rng.run_key(0), **settings(tx, **kwargs))
 
 
 def gradient(images, index):
@@ -100,9 +101,9 @@ def test_replica_clip_clips_each_part_before_the_mean():
 def test_ema_copies_first_then_decays():
     tx = optax.sgd(1.0)
     ours = settings(tx, ema_decay=0.9)
-    s1, _ = S.train_step(state(tx), jnp.asarray(IMAGES), rng.run_key(0), **ours)
+    s1, _ = S.train_step(state(tx), S.Batch(jnp.asarray(IMAGES)), rng.run_key(0), **ours)
     close(s1.ema_params, s1.params)
-    s2, _ = S.train_step(s1, jnp.asarray(IMAGES), rng.run_key(0), **ours)
+    s2, _ = S.train_step(s1, S.Batch(jnp.asarray(IMAGES)), rng.run_key(0), **ours)
     close(s2.ema_params, jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, s1.ema_params, s2.params))
 
 

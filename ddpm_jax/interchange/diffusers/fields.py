@@ -27,24 +27,27 @@ _UNET_FIXED = {  # models/unets/unet_2d.py, UNet2DModel.__init__
     "resnet_time_scale_shift": ("default", ("default",)),
     "add_attention": (True, (True,)),
     "class_embed_type": (None, (None,)),
-    "num_class_embeds": (None, (None,)),
 }
 _DOWN_TYPES = ("DownBlock2D", "AttnDownBlock2D")  # without and with attention
 _UP_TYPES = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 _UNET_READ = ("_class_name", "sample_size", "in_channels", "out_channels", "down_block_types",
               "up_block_types", "block_out_channels", "layers_per_block", "dropout",
               "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
-              "time_embedding_dim", "num_train_timesteps",
+              "time_embedding_dim", "num_train_timesteps", "num_class_embeds",
               # Bookkeeping of diffusers' EMAModel, whose folders are unet_ema/.
               "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
               "inv_gamma", "power", "collected_params")
+
+# Ours, which diffusers ignores: the probability of training with the last label, which stands for
+# none. Without it every label of num_class_embeds is a class.
+_LABEL_DROPOUT = "_label_dropout"
 
 _SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
     "trained_betas": (None, (None,)),
     "thresholding": (False, (False,)),
     "clip_sample_range": (1.0, (1.0,)),
     "steps_offset": (0, (0,)),
-    "rescale_betas_zero_snr": (False, (False,)),
+    "rescale_betas_zero_snr": (False, (False, True)),
 }
 # Spacing matters to shortened chains only, the next two to thresholding; the last three are read by
 # no DDPMScheduler: of versions before 0.8, and of other schedulers that a file was converted from.
@@ -68,6 +71,8 @@ _VARIANCES = {
     "fixed_large": {"variance": "fixed_large", "first_log_variance": "next"},
     "learned_range": {"variance": "learned_range", "loss": "hybrid"},
 }
+_LEARNED = ("is a variance in diffusers' scheduler and a log-variance in the paper's code: such a "
+            "model computes something else there")
 _PREDICTIONS = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
 _PREDICT_EPSILON = {True: "eps", False: "x_start"}
 
@@ -152,7 +157,7 @@ def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
         "attention_head_dim": (8, (None, *heads) if len(heads) == 1 else (None,)),
         "attn_norm_num_groups": (None, (None, groups)),
         "time_embedding_dim": (None, (None, 4 * widths[0])),
-        "out_channels": (3, (channels, 2 * channels)),  # the second half: learned_range
+        "out_channels": (3, (channels, 2 * channels)),  # twice with a learned variance
     }, where)
     return {
         "model": {
@@ -163,9 +168,20 @@ def model_fields(config: Mapping, where="unet config", image_size=None) -> dict:
             "dropout": _number(config, "dropout", 0.0, where),
             "num_groups": groups,
             "space_to_depth": 1,
+            **_class_fields(config, where),
         },
         "data": {"image_size": size, "channels": channels},
     }
+
+
+def _class_fields(config, where):
+    if config.get("num_class_embeds") is None:
+        return {"num_classes": 0}
+    dropout = _number(config, _LABEL_DROPOUT, 0.0, where)
+    labels = _integer(config, "num_class_embeds", None, where)
+    if labels == 1 and dropout:
+        raise UserError(f"{where}: num_class_embeds=1 is the label for none alone")
+    return {"num_classes": labels - (dropout > 0), "label_dropout": dropout}
 
 
 def chain_fields(config: Mapping, where="scheduler config") -> dict:
@@ -176,6 +192,8 @@ def chain_fields(config: Mapping, where="scheduler config") -> dict:
     _class(config, "DDPMScheduler", where)
     _refuse_unknown(config, {*_SCHEDULER_FIXED, *_SCHEDULER_READ}, where)
     _refuse_other(config, _SCHEDULER_FIXED, where)
+    if config.get("variance_type") == "learned":
+        raise UserError(f"{where}: variance_type='learned' {_LEARNED}")
     return {
         "diffusion": {**_training_fields(config, where),
                       **_row(_VARIANCES, config, "variance_type", "fixed_small", where)},
@@ -183,6 +201,15 @@ def chain_fields(config: Mapping, where="scheduler config") -> dict:
         "sampler": {"clip_denoised": None if config.get("clip_sample", True) else False,
                     "steps": 0},
     }
+
+
+def check_outputs(unet: Mapping, fields: Mapping, where) -> None:
+    """Raise UserError where the UNet2DModel of ``fields`` has not the outputs that the chain's
+    variance needs."""
+    needed = fields["data"]["channels"] * (1 + (fields["diffusion"]["variance"] == "learned_range"))
+    if unet.get("out_channels", 3) != needed:
+        raise UserError(f"{where}: out_channels={unet.get('out_channels', 3)}, but the scheduler's "
+                        f"variance_type needs {needed}")
 
 
 def shared_chain_fields(config: Mapping, where="scheduler config") -> dict:
@@ -206,6 +233,7 @@ def _training_fields(config, where):
         "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
         "schedule": {"name": law, **betas},
         "predict": predict,
+        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
     }
 
 
@@ -233,6 +261,8 @@ def unet_config(model: UNet) -> dict:
         "in_channels": model.in_channels,
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.num_groups,
+        "num_class_embeds": model.num_labels or None,
+        **({_LABEL_DROPOUT: model.label_dropout} if model.no_label is not None else {}),
         "num_train_timesteps": None,
         "out_channels": model.out_channels,
         "sample_size": model.image_size,
@@ -252,10 +282,9 @@ def scheduler_config(config: Mapping, betas) -> dict:
     if diffusion["predict"] not in predictions:
         raise UserError(f"config.diffusion.predict={diffusion['predict']}: diffusers' scheduler "
                         f"has only {', '.join(predictions)}")
-    if diffusion["variance"] not in _VARIANCES:
-        raise UserError(f"config.diffusion.variance={diffusion['variance']} cannot be exported: "
-                        "diffusers reads it differently; it shares "
-                        f"{', '.join(dict.fromkeys(r['variance'] for r in _VARIANCES.values()))}")
+    if diffusion["variance"] == "learned":
+        raise UserError(f"config.diffusion.variance=learned {_LEARNED}; only learned_range can be "
+                        "exported")
     theirs = next((t for t, (ours, numbers) in _LAWS.items()
                    if ours == law and set(schedule) <= set(numbers)), None)
     return {
@@ -267,6 +296,7 @@ def scheduler_config(config: Mapping, betas) -> dict:
         "beta_end": schedule.get("beta_end", 0.02),
         "beta_schedule": theirs or "linear",
         "trained_betas": None if theirs else [float(b) for b in betas],
+        "rescale_betas_zero_snr": bool(theirs) and diffusion["zero_terminal_snr"],
         "variance_type": diffusion["variance"],
         "clip_sample": config["sampler"]["clip_denoised"] is not False,
         "prediction_type": predictions[diffusion["predict"]],

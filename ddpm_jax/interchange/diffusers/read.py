@@ -16,6 +16,7 @@ from ddpm_jax.formats.safetensors import open_safetensors
 from ddpm_jax.formats.torch_pickle import open_torch
 from ddpm_jax.interchange.diffusers.fields import (
     chain_fields,
+    check_outputs,
     model_fields,
     shared_chain_fields,
 )
@@ -116,6 +117,8 @@ def open_diffusers(path, config=None) -> Model:
     size = None if config is None else config.data.image_size
     fields = model_fields(unet, str(json_path), size) if unet else {}
     chain, notes = _chain(folder.parent if folder.name in ("unet", AVERAGED) else folder, config)
+    if unet and "variance" in chain.get("diffusion", ()):
+        check_outputs(unet, fields | chain, str(json_path))
     if folder.name == "unet" and (folder.parent / AVERAGED).is_dir():
         notes.append(f"{folder} is imported; the averaged weights beside it are imported with "
                      f"--path={folder.parent / AVERAGED}")

@@ -29,9 +29,9 @@ def model_card(config: Mapping, *, step: int, weights: str, version: str, origin
     done = f"{step:,} steps"
     laws = ", ".join(f"{k} {v}" for k, v in dict(diffusion["schedule"]).items() if k != "name")
     flips = "random horizontal flips" if data["flip"] else "no flips"
-    steps = diffusion["num_timesteps"]
+    steps, kind = diffusion["num_timesteps"], "class-" if model["num_classes"] else "un"
     return f"""---
-tags: [ddpm, diffusers, unconditional-image-generation]
+tags: [ddpm, diffusers, {kind}conditional-image-generation]
 library_name: diffusers
 ---
 # DDPM, {data['name']}, {data['image_size']}x{data['image_size']}
@@ -58,7 +58,8 @@ level, attention at {tuple(model['attn_resolutions'])}, dropout {model['dropout'
 from diffusers import DDPMPipeline
 
 pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")
-image = pipeline(num_inference_steps={steps}).images[0]
+{_with_labels(model) if model["num_classes"] else
+ f"image = pipeline(num_inference_steps={steps}).images[0]"}
 ```
 
 With fewer inference steps diffusers spaces timesteps in its own way, so images then differ from
@@ -68,6 +69,26 @@ those of `ddpm sample --steps`. The whole config:
 {json.dumps(config, indent=2, sort_keys=True)}
 ```
 """
+
+
+def _with_labels(model) -> str:
+    """Lines that sample with labels and guidance, which DDPMPipeline does not know."""
+    classes, none = model["num_classes"], bool(model["label_dropout"])
+    lines = [
+        "import torch", "",
+        "unet, scheduler = pipeline.unet, pipeline.scheduler  # DDPMPipeline itself has no labels",
+        f"labels = torch.arange({min(classes, 10)})  # of {classes} classes"
+        + (f"; {classes} stands for no label" if none else ""),
+        "x = torch.randn(len(labels), unet.config.in_channels, unet.config.sample_size, "
+        "unet.config.sample_size)",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        "        output = unet(x, t, class_labels=labels).sample"]
+    if none:
+        lines += [
+            f"        without = unet(x, t, class_labels=torch.full_like(labels, {classes})).sample",
+            "        output = without + 1.0 * (output - without)  # guidance: 1 is off"]
+    return "\n".join([*lines, "        x = scheduler.step(output, t, x).prev_sample"])
 
 
 def write_folder(out, params, exp: Experiment, config: Mapping, *, step: int, weights: str,
