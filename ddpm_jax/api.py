@@ -23,7 +23,7 @@ from ddpm_jax import train as training
 from ddpm_jax.compilation.cache import enable_compilation_cache
 from ddpm_jax.diffusion import Bound, Schedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import monitor
+from ddpm_jax.evaluation import monitor, run_page
 from ddpm_jax.experiment import Experiment, denoise_fn
 from ddpm_jax.interchange import importing
 from ddpm_jax.interchange.diffusers.read import AVERAGED, READERS, WEIGHTS
@@ -234,7 +234,8 @@ def train(config, workdir, *, init_from=None, init_optimizer=False) -> Run:
     with _interrupts() as stop:
         done = training.train(
             _config(config), workdir, stop=stop, watchdog=Watchdog(0.0),
-            evaluate=monitor.periodic(stop=stop), check=monitor.check, init_from=source)
+            evaluate=monitor.periodic(stop=stop), check=monitor.check, init_from=source,
+            page=run_page.write)
     if not done:
         raise KeyboardInterrupt(f"{workdir} is saved; the same call resumes")
     return load(workdir)

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.diffusion.schedule import BETAS
 from ddpm_jax.errors import UserError, did_you_mean
+from ddpm_jax.names import CONFIGS, packaged_configs
 from ddpm_jax.storage.files import read_json
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
 SOURCE = "init_from"  # in config.json, the run of the first weights; no field of a config
 # What a resumed run may change; everything else belongs to the run and must stay.
 RESUME_MAY_CHANGE = (
@@ -27,10 +27,6 @@ RESUME_MAY_CHANGE = (
     "data.dir",
     "data.threads",
 )
-
-
-def packaged_configs() -> list[str]:
-    return sorted(p.stem for p in CONFIGS.glob("*.py") if not p.stem.startswith("_"))
 
 
 def config_path(name: str) -> tuple[str, str]:

@@ -35,11 +35,14 @@ class Writer:
     images in a folder each, loss.png. Does nothing where ``folder`` is None.
 
     A failed write does not end the run: one warning names the reason, and numbers stay in memory
-    until a later call can write them. ``uploads()`` is called at the end.
+    until a later call can write them. ``uploads()`` is called at the end. sink: gets the same
+    numbers and grids by scalars(step, {name: number}), images(step, name, picture), close(); or
+    None.
     """
 
-    def __init__(self, folder: pathlib.Path | None, *, config_text=None, uploads=lambda: None):
-        self.folder = folder
+    def __init__(self, folder: pathlib.Path | None, *, config_text=None, uploads=lambda: None,
+                 sink=None):
+        self.folder, self._sink = folder, sink
         self._config_text, self._uploads = config_text, uploads
         self._lines, self._events = [], []  # not written yet
         self._written = None  # bytes of metrics.jsonl before a write that failed
@@ -58,6 +61,8 @@ class Writer:
         for name, value in numbers.items():
             self._event(step, summary=summary.scalar(name, value))
         self._flush()
+        if self._sink is not None:
+            self._attempt(self._sink.scalars, step, numbers, errors=Exception)
 
     def images(self, step: int, name: str, images) -> None:
         """A grid of uint8 [N,H,W,C] as NAME/STEP.png and in TensorBoard."""
@@ -68,6 +73,13 @@ class Writer:
         self._attempt(pictures.write_png, self.folder / name / f"{step:08d}.png", grid)
         self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
         self._flush()
+        if self._sink is not None:
+            self._attempt(self._sink.images, step, name, grid, errors=Exception)
+
+    def page(self, write: Callable, workdir: str, config: dict) -> None:
+        """write(folder, workdir, config) makes a page of what the run left so far."""
+        if self.folder is not None:
+            self._attempt(write, self.folder, workdir, config, errors=Exception)
 
     def truncate_after(self, step: int) -> None:
         """Forget the lines and events of later steps. Where none are left, as without a checkpoint
@@ -96,15 +108,18 @@ class Writer:
         self._close_board()
         if (self.folder / "metrics.jsonl").exists():
             self._attempt(plot_loss, self.folder / "metrics.jsonl", self.folder / "loss.png")
-        names = [n for n in ("metrics.jsonl", "loss.png", "samples") if (self.folder / n).exists()]
+        if self._sink is not None:
+            self._attempt(self._sink.close, errors=Exception)
+        names = [name for name in ("metrics.jsonl", "loss.png", "samples", "index.html")
+                 if (self.folder / name).exists()]
         self._uploads()
         self.folder = None
         return names
 
-    def _attempt(self, function, *args) -> bool:
+    def _attempt(self, function, *args, errors=(OSError, UserError)) -> bool:
         try:
             function(*args)
-        except (OSError, UserError) as error:
+        except errors as error:
             if function not in self._warned:  # once, until it succeeds
                 self._warned.add(function)
                 log.warning("%s; the run continues", error)
@@ -220,13 +235,14 @@ def _mirror(folder, workdir, every, put):
     return stop
 
 
-def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, put=upload,
-                get=download) -> Writer:
+def open_writer(workdir, *, enabled=True, config_text=None, sink=None, upload_every=60.0,
+                put=upload, get=download) -> Writer:
     """The writer of the run in ``workdir``.
 
     workdir: a folder, or an address such as gs://bucket/run: then files are written to a local
     temporary folder and uploaded every `upload_every` seconds and at close(). config_text is shown
-    in TensorBoard. enabled=False (every process but the main one) gives a writer that does nothing.
+    in TensorBoard; sink: see Writer. enabled=False (every process but the main one) gives a writer
+    that does nothing.
     metrics.jsonl has one object a line, {"step": 100, "loss": 0.03}; null stands for nan and inf.
     """
     if not enabled:
@@ -234,11 +250,11 @@ def open_writer(workdir, *, enabled=True, config_text=None, upload_every=60.0, p
     if not files.is_remote(workdir):
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        return Writer(folder, config_text=config_text)
+        return Writer(folder, config_text=config_text, sink=sink)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="ddpm_metrics_"))
     if (earlier := get(files.join(workdir, "metrics.jsonl"))) is not None:
         (folder / "metrics.jsonl").write_bytes(earlier)
-    return Writer(folder, config_text=config_text,
+    return Writer(folder, config_text=config_text, sink=sink,
                   uploads=_mirror(folder, str(workdir), upload_every, put))
 
 

@@ -56,6 +56,7 @@ class _Run(NamedTuple):
     stop: Any
     watchdog: Any
     evaluate: Callable | None
+    page: Callable | None
 
 
 def _open_data(exp, split):
@@ -147,15 +148,17 @@ class _Log:
 
 
 def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
-          init_from: InitFrom | None = None) -> bool:
+          init_from: InitFrom | None = None, page=None, sink=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
 
     stop: parallel.stop.Stop; watchdog: .beat(step), .pause(). evaluate(experiment, params,
     step) -> {name: number}, or None where a signal cut it short; called every config.eval.every
     steps, at a restart first for a step that is saved but not evaluated; check(experiment) raises
     UserError before the first step for what would end it. A new run has the weights and the step of
-    init_from. -> False where a signal ended it early (everything is saved). Raises UserError for
-    what the user can mend; what was trained before an error, other than divergence, is saved.
+    init_from. On process 0, page(folder, workdir, config) makes a page after each checkpoint, and
+    sink(workdir, config) -> run_log.Writer's. -> False where a signal ended it early (everything is
+    saved). Raises UserError for what the user can mend; what was trained before an error, other
+    than divergence, is saved.
     """
     exp = build_model(config)
     training, folder = build_training(exp), files.resolve(workdir)
@@ -167,11 +170,11 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
         if lock is not None:
             closing.callback(lock.release)
         stored = _stored(config, folder, init_from)
-        source, store, writer = _open_folder(exp, folder, stored, closing)
+        source, store, writer = _open_folder(exp, folder, stored, closing, sink)
         if check is not None and config.eval.every:
             check(exp)
         program = programs.train_program(training, len(source) if config.data.resident else None)
-        run = _Run(training, program, stored, lock, store, writer, stop, watchdog, evaluate)
+        run = _Run(training, program, stored, lock, store, writer, stop, watchdog, evaluate, page)
         step, carry = _newest(run, folder)
         writer.truncate_after(step)
         if _evaluation_is_due(run, step):
@@ -253,7 +256,7 @@ def _from_other(run):
     return step, state._replace(step=count, params=params, ema_params=ema_params)
 
 
-def _open_folder(exp, folder, stored, closing):
+def _open_folder(exp, folder, stored, closing, sink):
     """-> (source, store, writer) of the run in ``folder``; ``closing`` ends the latter two."""
     config, is_main_process = exp.config, hosts.is_main_process()
     changed = checkpoints.claim(folder, stored, write=is_main_process)
@@ -269,7 +272,8 @@ def _open_folder(exp, folder, stored, closing):
     if not resumed:
         store.try_path()
     writer = run_log.open_writer(folder, enabled=is_main_process,
-                                 config_text=json.dumps(stored, indent=2))
+                                 config_text=json.dumps(stored, indent=2),
+                                 sink=sink(folder, stored) if sink and is_main_process else None)
     closing.callback(writer.close)
     return source, store, writer
 
@@ -316,7 +320,14 @@ def _hooks(run) -> list[Hook]:
         hooks.append(Hook(config.eval.every, functools.partial(_evaluate, run), last=True))
     if config.eval.sample_every:
         hooks.append(Hook(config.eval.sample_every, _grid_hook(run), last=True))
+    if run.page:
+        hooks.append(Hook(config.checkpoint.every, functools.partial(_page, run), last=True))
     return hooks
+
+
+def _page(run, step, carry):
+    del step, carry
+    run.writer.page(run.page, str(run.store.folder.parent), run.stored)
 
 
 def _save(run, step, carry):

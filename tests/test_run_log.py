@@ -233,3 +233,23 @@ def test_progress_on_a_terminal():
         bar.update(step, loss=0.25)
     bar.close()
     assert "10/10" in out.getvalue() and "loss=0.25" in out.getvalue() and "img/s" in out.getvalue()
+
+
+def test_a_page_or_a_sink_that_fails_does_not_end_the_run(tmp_path, caplog):
+    class Gone:
+        def scalars(self, step, values):
+            raise ConnectionError("the server is gone")
+
+        images = close = scalars
+
+    def page(folder, workdir, config):
+        raise ZeroDivisionError("a page of nothing")
+
+    writer = run_log.open_writer(tmp_path, sink=Gone())
+    for step in (1, 2):
+        writer.scalars(step, {"loss": 0.5})
+        writer.page(page, str(tmp_path), {})
+    assert "metrics.jsonl" in writer.close()
+    assert len(lines(tmp_path)) == 2
+    for text in ("the server is gone; the run continues", "a page of nothing; the run continues"):
+        assert caplog.text.count(text) == 1

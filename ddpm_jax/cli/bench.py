@@ -26,25 +26,8 @@ not in the table. --baseline ends with 1 and names what got worse.
 
 import functools
 
-from ddpm_jax.benchmark import (
-    compiled,
-    corpus,
-    data,
-    evaluation,
-    history,
-    history_page,
-    matrix,
-    outputs,
-    page,
-    repeats,
-    sample,
-    step,
-    sweeps,
-)
-from ddpm_jax.benchmark.bench import Bench
+from ddpm_jax import names
 from ddpm_jax.cli import common
-from ddpm_jax.compilation import report, timing
-from ddpm_jax.config import load_config
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files
 
@@ -61,7 +44,8 @@ def define_flags(define):
     define.path("baseline", None, "compile: an older result to compare with")
     define.path("export", None, "compile: folder for a corpus of StableHLO modules")
     define.string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: cpu, h100, v5e")
-    define.list("axes", None, f"sweep: some of {', '.join(sweeps.SWEEPS)}; default: all")
+    axes = names.table("benchmark/sweeps.py", "SWEEPS")
+    define.list("axes", None, f"sweep: some of {', '.join(axes)}; default: all")
     define.path("results", "benchmarks", "page: folder of JSON results")
     define.path("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
     define.integer("repeat", None, "compile: processes a cell, default 1; history: compilations "
@@ -74,8 +58,8 @@ def define_flags(define):
 
 
 def _define_history(define):
-    define.enum("same", "bytes", list(history.KINDS), "history: bytes (the files of --corpus, "
-                "jaxlib alone) or source (this checkout, each JAX)")
+    define.enum("same", "bytes", names.table("benchmark/history.py", "KINDS"), "history: bytes "
+                "(the files of --corpus, jaxlib alone) or source (this checkout, each JAX)")
     define.string("releases", None, "history: 0.9.2,0.10.2 or all that the package index has for "
                   "--python")
     define.string("programs", None, "history: names of programs; default: all")
@@ -88,16 +72,21 @@ def _define_history(define):
     define.float("budget", float("inf"), "history: start no release after this many seconds")
 
 
-MEASURED = {"step": step.step, "sample": sample.sample, "data": data.data,
-            "eval": evaluation.evaluation, "statistics": evaluation.statistics}
+MEASURED = ("step", "sample", "data", "eval", "statistics")
 
 
 def _measure(what, values) -> int:
+    from ddpm_jax.benchmark import data, evaluation, sample, step
+    from ddpm_jax.benchmark.bench import Bench
+    from ddpm_jax.compilation import report, timing
+
+    measures = dict(zip(MEASURED, (step.step, sample.sample, data.data, evaluation.evaluation,
+                                   evaluation.statistics), strict=True))
     config = None
     if what != "statistics":
         config = common.required(values, "config")
     report.check_folder(values.profile)
-    rows = MEASURED[what](Bench(
+    rows = measures[what](Bench(
         config, config and common.config_name(values), values.repeats, values.seconds,
         values.compare, values.profile))
     print(timing.render(rows))
@@ -106,6 +95,8 @@ def _measure(what, values) -> int:
 
 
 def _compile(values) -> int:
+    from ddpm_jax.benchmark import matrix, outputs, repeats
+
     old = matrix.read(values.baseline) if values.baseline else None
     rows = matrix.run(matrix.cells(values.matrix), values.export, repeat=values.repeat or 1,
                       with_passes=values.passes)
@@ -124,6 +115,8 @@ def _compile(values) -> int:
 
 
 def _sweep(values) -> int:
+    from ddpm_jax.benchmark import compiled, sweeps
+
     config = common.required(values, "config")
     compiled.prepare_host()
     rows = sweeps.sweep(config, values.topology, common.config_name(values), values.axes)
@@ -135,6 +128,10 @@ def _sweep(values) -> int:
 
 
 def _corpus(values) -> int:
+    from ddpm_jax.benchmark import compiled, corpus, outputs
+    from ddpm_jax.compilation import report
+    from ddpm_jax.config import load_config
+
     report.check_folder(values.xla)
     compiled.prepare_host()
     print("\n".join(corpus.write(values.corpus, load_config)))
@@ -144,6 +141,8 @@ def _corpus(values) -> int:
 
 
 def _history(values) -> int:
+    from ddpm_jax.benchmark import history, history_page, outputs
+
     plan = history.plan(
         values.same, spec=common.required(values, "releases"), programs=values.programs or "",
         corpus_folder=values.corpus, targets=values.targets,
@@ -157,6 +156,8 @@ def _history(values) -> int:
 
 
 def _page(values) -> int:
+    from ddpm_jax.benchmark import page
+
     print(", ".join(page.write(values.results, values.page)))
     return 0
 

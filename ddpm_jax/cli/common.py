@@ -13,23 +13,13 @@ import pathlib
 import re
 import sys
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ddpm_jax.compilation.cache import enable_compilation_cache
-from ddpm_jax.config import (
-    config_path,
-    flatten,
-    load_config,
-    load_with_fields,
-    packaged_configs,
-    to_json,
-)
-from ddpm_jax.diffusion.nodes import NODES
-from ddpm_jax.diffusion.sampling import SAMPLERS
+from ddpm_jax import names
 from ddpm_jax.errors import UserError, did_you_mean
-from ddpm_jax.parallel import hosts, pod, stop, watchdog
+from ddpm_jax.parallel import pod_flags
+from ddpm_jax.storage import files
 
 
 class _PathParser(flags.ArgumentParser):
@@ -51,6 +41,8 @@ class _ConfigParser(flags.ArgumentParser):
             match = re.match(r"--?(?:no)?config\.([\w.]+)(=?)(.*)", word, re.DOTALL)
             if match:
                 fields[match[1]] = match[3] if match[2] else following
+        from ddpm_jax.config import load_with_fields
+
         return load_with_fields(os.path.expanduser(argument), fields)
 
 
@@ -90,10 +82,13 @@ class Definer:
         flag.help = text    # absl adds a line
         flags.DEFINE_flag(flag, self.values)
 
-    def config(self):
+    def config(self, of_run=False):
+        """--config and its fields, in any order. of_run: without it, that of the run in --workdir
+        or in --init_from."""
+        self._words = _with_config_first(self._words, of_run)
         config_flags.DEFINE_config_file(
             "config", None, "a config file, or the name of a packaged one "
-            f"({', '.join(packaged_configs())}); fields: --config.train.steps=1000",
+            f"({', '.join(names.packaged_configs())}); fields: --config.train.steps=1000",
             flag_values=self.values, sys_argv=self._words)
         self.values["config"].parser = _ConfigParser(self._words)
 
@@ -105,15 +100,17 @@ class Definer:
         self.bool("ema", True, "the averaged weights; --noema: the raw ones")
 
     def sampler(self):
-        self.enum("sampler", None, list(SAMPLERS), "default: the run's sampler.name")
+        samplers = names.table("diffusion/sampling.py", "SAMPLERS")
+        self.enum("sampler", None, samplers, "default: the run's sampler.name")
         self.integer("steps", None, "network calls for an image; default: the run's sampler.steps")
-        self.string("nodes", None, f"timesteps visited: {', '.join(NODES)}, or a list such as "
+        nodes = names.table("diffusion/nodes.py", "NODES")
+        self.string("nodes", None, f"timesteps visited: {', '.join(nodes)}, or a list such as "
                     "0,20,99; default: as the sampler needs")
         self.float("guidance", None, "classifier-free guidance, 1 = off; default: the run's "
                    "sampler.guidance")
 
     def pod(self):
-        pod.define_flags(self.values)
+        pod_flags.define_flags(self.values)
 
     def parse(self):
         """Read the flags; -> the words that are none. Raises UserError, flags.Error."""
@@ -133,8 +130,33 @@ class Definer:
             return did_you_mean(name, self.values, "--")
         if name.startswith("config."):
             return ": it changes a field of --config, which is missing"
-        fields = [f"config.{field}" for field in flatten(to_json(load_config("default")))]
+        fields = [f"config.{field.name}" for field in names.config_fields()]
         return did_you_mean(name, [*self.values, *fields], "--")
+
+
+def _find(words, name):
+    """-> (position, number of words, value) of --name=VALUE or --name VALUE; None where absent."""
+    for i, word in enumerate(words):
+        match = re.fullmatch(rf"--?{name}(?:=(.*))?", word, re.DOTALL)
+        if match and match[1] is not None:
+            return i, 1, match[1]
+        if match and i + 1 < len(words):
+            return i, 2, words[i + 1]
+    return None
+
+
+def _with_config_first(words, of_run) -> list[str]:
+    """--config before its fields, which ml_collections does not know earlier."""
+    found = _find(words, "config")
+    if found:
+        i, count, _ = found
+        return [*words[i:i + count], *words[:i], *words[i + count:]]
+    for flag in ("workdir", "init_from") if of_run else ():
+        run = _find(words, flag)
+        file = run and files.join(re.sub(r":\d+$", "", os.path.expanduser(run[2])), "config.json")
+        if file and files.exists(file):
+            return [f"--config={file}", *words]
+    return list(words)
 
 
 def _first_line(error) -> str:
@@ -157,12 +179,20 @@ def no_words(words) -> None:
 def config_name(values) -> str:
     """The value of --config without folder, suffix and argument; for a run's config.json the name
     of the run's folder."""
+    from ddpm_jax.config import config_path
+
     file = pathlib.Path(config_path(os.path.expanduser(values["config"].config_filename))[0])
     return file.resolve().parent.name if file.suffix == ".json" else file.stem
 
 
 def join(values, config=None):
     """Cache, pod, agreement of the hosts: before anything touches a device. -> (stop, watchdog)"""
+    import jax
+
+    from ddpm_jax.compilation.cache import enable_compilation_cache
+    from ddpm_jax.config import to_json
+    from ddpm_jax.parallel import hosts, pod, stop, watchdog
+
     cache = enable_compilation_cache()
     pinned = hosts.pin_settings()
     pod.initialize(values)

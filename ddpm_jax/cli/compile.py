@@ -13,9 +13,7 @@ needs a device. XLA's default level takes minutes for a TPU; O0 takes about one.
 
 import json
 
-from ddpm_jax.benchmark import compiled
 from ddpm_jax.cli import common
-from ddpm_jax.compilation import report
 
 
 def define_flags(define):
@@ -33,6 +31,9 @@ def define_flags(define):
 
 
 def main(values, words):
+    from ddpm_jax.benchmark import compiled
+    from ddpm_jax.compilation import report
+
     common.no_words(words)
     config, topology = common.required(values, "config"), common.required(values, "topology")
     if values.runner:

@@ -21,7 +21,6 @@ with --config.data.name=folder --config.data.dir=MY_DATA.
 import pathlib
 import sys
 
-from ddpm_jax import run_log
 from ddpm_jax.data import datasets, folders, prepare
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files, remote
@@ -89,6 +88,8 @@ def main(values, words):
     if len(words) != 1 or words[0] not in ("prepare", "info"):
         raise UserError("ddpm data: expected prepare or info, then flags (not "
                         f"{' '.join(words)!r}); see ddpm data --help")
+    from ddpm_jax import run_log
+
     name, size = values.name, values.image_size
     if name not in datasets.DATASETS:
         raise UserError(f"--name={name} is unknown; known: {', '.join(datasets.DATASETS)}")

@@ -16,8 +16,8 @@ import os
 import pathlib
 
 from ddpm_jax.cli import common
-from ddpm_jax.doctor import checks, dry_run
-from ddpm_jax.parallel import pod
+from ddpm_jax.cli.output import GREEN, RED, YELLOW, coloured
+from ddpm_jax.parallel import pod_flags
 
 
 def define_flags(define):
@@ -29,6 +29,9 @@ def define_flags(define):
 
 
 def main(values, words):
+    from ddpm_jax.doctor import checks, dry_run
+    from ddpm_jax.parallel import pod
+
     common.no_words(words)
     if os.environ.get(dry_run.WORKER):
         stop, watchdog = common.join(values)
@@ -36,7 +39,7 @@ def main(values, words):
     if values.processes:
         return report(dry_run.dry_run(values.processes, values.devices))
     port = checks.check_port(
-        pod.option(values, "coordinator_port", int, pod.DEFAULT_PORT, "JAX_COORDINATOR_PORT"),
+        pod.option(values, "coordinator_port", int, pod_flags.DEFAULT_PORT, "JAX_COORDINATOR_PORT"),
         pod.option(values, "coordinator", str, None, "DDPM_COORD"),
         pod.option(values, "process_id", int, 0, "DDPM_PROC"))
     findings = [checks.check_python(), checks.check_settings(), *checks.check_lock(),
@@ -48,8 +51,11 @@ def main(values, words):
     return report(findings)
 
 
+LABELS = {True: ("ok   ", GREEN), False: ("WRONG", RED), None: ("note ", YELLOW)}
+
+
 def report(findings) -> int:
     """Prints the findings; 1 if any is wrong."""
     for name, ok, text in findings:
-        print(f"{ {True: 'ok   ', False: 'WRONG', None: 'note '}[ok]} {name}: {text}")
+        print(f"{coloured(*LABELS[ok])} {name}: {text}")
     return int(any(ok is False for _, ok, _ in findings))

@@ -16,22 +16,11 @@ depend on the number of devices or hosts.
 
 import json
 
-import jax
-
+from ddpm_jax import names
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import features, image_files
-from ddpm_jax.evaluation.evaluate import check_options, evaluate, evaluate_run
-from ddpm_jax.evaluation.metrics import METRICS, options_read
 from ddpm_jax.evaluation.options import NN_QUERIES, REAL_BATCH, Options, StoppedError
-from ddpm_jax.evaluation.records import only_writer, read_records, shown, write_results
-from ddpm_jax.evaluation.session import Session, Splits, session_of
-from ddpm_jax.evaluation.subset import ORDER, subset
-from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
-from ddpm_jax.parallel.runners import RUNNERS
-from ddpm_jax.run_log import say
-from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
 OPTIONS = ("protocol", "quantise", "num", "bpd_num", "seed", "batch_size", "sampler", "steps",
@@ -54,7 +43,8 @@ def define_flags(define):
     define_inception_flags(define)
     define.path("samples", None, "evaluate these images instead: a folder of PNG (also of `ddpm "
                 "sample`), or an .npz or .npy with uint8 [N,H,W,C]")
-    define.list("metrics", ["bpd", "offline"], f"comma list of {', '.join(METRICS)}")
+    metrics = names.table("evaluation/metrics.py", "METRICS")
+    define.list("metrics", ["bpd", "offline"], f"comma list of {', '.join(metrics)}")
     define.integer("num", None, "generated images; default: 50,000 for fid and is, 16 for nn "
                    "alone, else 5,000")
     define.integer("bpd_num", None, "real images for bits/dim; default: all")
@@ -86,6 +76,8 @@ def _options(values) -> Options:
 
 def _refuse_unread(values, options):
     """Raise UserError for a flag that has no effect on these metrics of a run or of images."""
+    from ddpm_jax.evaluation.metrics import options_read
+
     read = options_read(options.metrics, of_model=not values.samples)
     for name in NOT_ALWAYS_READ:
         if values[name].present and name not in read:
@@ -96,6 +88,15 @@ def _refuse_unread(values, options):
 
 def _of_samples(values, options, stop):
     """-> (key of the result, the evaluation, folder of the results), as `_of_run`."""
+    import jax
+
+    from ddpm_jax.evaluation import features, image_files
+    from ddpm_jax.evaluation.evaluate import evaluate
+    from ddpm_jax.evaluation.session import Session, Splits
+    from ddpm_jax.evaluation.subset import ORDER, subset
+    from ddpm_jax.parallel.runners import RUNNERS
+    from ddpm_jax.run_log import say
+
     images = image_files.open_images(values.samples)
     for note in images.notes:
         say(note)
@@ -116,15 +117,26 @@ def _of_samples(values, options, stop):
 
 
 def _of_run(values, options, stop):
+    from ddpm_jax.evaluation.evaluate import evaluate_run
+    from ddpm_jax.evaluation.features import Model
+    from ddpm_jax.evaluation.session import session_of
+    from ddpm_jax.run_log import say
+    from ddpm_jax.sample import load_run
+
     workdir = files.resolve(common.required(values, "workdir"))
     exp, params, step, facts = load_run(workdir, step=values.step, ema=values.ema)
     session = session_of(exp, values.data_dir, folder=f"{workdir}/evaluation/{step}", stop=stop,
                          say=say)
-    model = features.Model(exp, params, facts | {"workdir": str(workdir)})
+    model = Model(exp, params, facts | {"workdir": str(workdir)})
     return step, lambda: evaluate_run(model, options, session), values.out or str(workdir)
 
 
 def main(values, words):
+    from ddpm_jax.evaluation.evaluate import check_options
+    from ddpm_jax.evaluation.records import only_writer, read_records, shown, write_results
+    from ddpm_jax.parallel import hosts
+    from ddpm_jax.run_log import say
+
     common.no_words(words)
     if not (values.samples or values.workdir):
         raise UserError("--workdir=DIR (a run) or --samples=FOLDER_OR_NPZ is missing")

@@ -9,16 +9,9 @@ Neither overwrites anything.
 
 import json
 
-import jax
-
-from ddpm_jax import __version__, checkpoints
+from ddpm_jax import __version__
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
-from ddpm_jax.formats.safetensors import save_safetensors
-from ddpm_jax.interchange import parameter_names
-from ddpm_jax.interchange.diffusers.write import write_folder
-from ddpm_jax.interchange.workdir import read_facts
-from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files
 
 USAGE = "usage: ddpm export diffusers|safetensors --workdir=DIR --out=PATH"
@@ -31,6 +24,11 @@ def define_flags(define):
 
 
 def _load(workdir, step, ema):
+    import jax
+
+    from ddpm_jax import checkpoints
+    from ddpm_jax.sample import load_run
+
     exp, params, step, _ = load_run(workdir, step=step, ema=ema, devices=jax.devices()[:1],
                                     overrides={"parallel.runner": "jit"})
     return exp, params, step, checkpoints.read_config(workdir)
@@ -39,6 +37,9 @@ def _load(workdir, step, ema):
 def export_diffusers(workdir, out, *, step=None, ema=True) -> int:
     """Write the folder; -> the step exported. Raises UserError for a model that diffusers does not
     have, naming the field."""
+    from ddpm_jax.interchange.diffusers.write import write_folder
+    from ddpm_jax.interchange.workdir import read_facts
+
     exp, params, step, config = _load(workdir, step, ema)
     facts = read_facts(workdir)
     if facts and facts["step"] == step and not facts["averaged"]:
@@ -54,6 +55,9 @@ def export_diffusers(workdir, out, *, step=None, ema=True) -> int:
 
 def export_safetensors(workdir, out, *, step=None, ema=True) -> int:
     """Write the file; -> the step exported."""
+    from ddpm_jax.formats.safetensors import save_safetensors
+    from ddpm_jax.interchange import parameter_names
+
     if files.exists(out):
         raise UserError(f"--out={out} exists: take another name, or remove it")
     exp, params, step, config = _load(workdir, step, ema)

@@ -16,7 +16,6 @@ import sys
 
 from ddpm_jax.cli import common
 from ddpm_jax.errors import UserError
-from ddpm_jax.interchange import importing
 
 USAGE = "usage: ddpm import official|diffusers --workdir=DIR ... (ddpm import --help)"
 
@@ -34,11 +33,15 @@ def _say(text):
 
 
 def _official(values, **keywords):
+    from ddpm_jax.interchange import importing
+
     importing.import_official(common.required(values, "checkpoint"),
                               common.required(values, "config"), **keywords)
 
 
 def _diffusers(values, **keywords):
+    from ddpm_jax.interchange import importing
+
     importing.import_diffusers(common.required(values, "path"), values.config, **keywords)
 
 

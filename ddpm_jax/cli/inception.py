@@ -8,7 +8,6 @@ executing anything in the file, checks sha256, names and shapes, and writes an .
 """
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation.inception import weights
 
 USAGE = "usage: ddpm inception convert IN OUT.npz | ddpm inception check [FILE]"
 
@@ -20,6 +19,8 @@ def define_flags(define):
 
 
 def _convert(values, source, target):
+    from ddpm_jax.evaluation.inception import weights
+
     facts = weights.convert(source, target, allow_unknown=values.allow_unknown_weights,
                             overwrite=values.overwrite)
     print(f"wrote {target}: 94 convolutions, source sha256 {facts['source_sha256']}, "
@@ -27,6 +28,8 @@ def _convert(values, source, target):
 
 
 def _check(values, path=None):
+    from ddpm_jax.evaluation.inception import weights
+
     if values["overwrite"].present:
         raise UserError("--overwrite has no effect on inception check; leave it out")
     found = weights.load(weights.find(path), allow_unknown=values.allow_unknown_weights)

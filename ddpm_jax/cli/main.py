@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "sample": ("sample", "draw images from a trained model"),
     "inpaint": ("inpaint", "fill in masked pixels of images with a trained model"),
     "edit": ("edit", "noise images part of the way and decode them"),
+    "report": ("report", "write RUN/index.html again, and open it"),
     "evaluate": ("evaluate", "FID, IS, KID, precision/recall, bits/dim of a model or of images"),
     "reference": ("reference", "statistics of a dataset's real images, for evaluate"),
     "reproduce": ("reproduce", "the paper's tables and figures: config, cost, band, verdict"),
@@ -26,7 +27,9 @@ SUBCOMMANDS = {
     "compile": ("compile", "compile for a TPU or GPU that is not there, and report"),
     "bench": ("bench", "measure the step, sampling, data, evaluation or compilation"),
     "doctor": ("doctor", "check this machine, a pod or a bucket before a run"),
+    "completion": ("completion", "print a script that completes commands in bash or zsh"),
 }
+WITHOUT_JAX = ("completion",)
 USER_ERROR = 2
 
 
@@ -44,6 +47,8 @@ def _print_help(module, values) -> None:
         value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         default = "" if value in (None, "") else f" (default: {value})"
         print(f"  --{name}: {flag.help}{default}")
+    for line in getattr(module, "more_help", list)():
+        print(line)
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +77,8 @@ def command(argv: list[str]) -> int:
         problem = str(error) if known else start.backend_problem(error)
         if problem is None:
             raise
-        print(f"ddpm: error: {' '.join(problem.split())}", file=sys.stderr)
+        label = output.coloured("ddpm: error:", output.RED, sys.stderr)
+        print(f"{label} {' '.join(problem.split())}", file=sys.stderr)
         return _leave_pod(error)
 
 
@@ -81,16 +87,24 @@ def _subcommand(name: str, *words: str) -> Callable[[], int | None]:
     if name not in SUBCOMMANDS:
         raise UserError(f"no subcommand {name!r}{did_you_mean(name, SUBCOMMANDS)}; known: "
                         f"{', '.join(SUBCOMMANDS)}")
-    start.start_jax()
-    module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
-    from ddpm_jax.cli.common import Definer  # not before JAX is started
-
     words = flags.FlagValues().read_flags_from_files(words)
-    define = Definer(words)
-    module.define_flags(define)
-    if any(a in ("-h", "--help", "-help") for a in words):
+    asks_for_help = any(a in ("-h", "--help", "-help") for a in words)
+    if not asks_for_help and name not in WITHOUT_JAX:
+        start.start_jax()
+    module, define = definer(name, words)
+    if asks_for_help:
         return functools.partial(_print_help, module, define.values)
     return functools.partial(module.main, define.values, define.parse())
+
+
+def definer(name: str, words=()):
+    """-> (the module of a subcommand, a Definer with its flags). Imports no JAX."""
+    from ddpm_jax.cli.common import Definer
+
+    module = importlib.import_module(f"ddpm_jax.cli.{SUBCOMMANDS[name][0]}")
+    define = Definer(words)
+    module.define_flags(define)
+    return module, define
 
 
 def _leave_pod(error: BaseException) -> int:

@@ -1,9 +1,19 @@
-"""Standard output and error that cannot end a run."""
+"""Standard output and error that cannot end a run, and have colours on a terminal alone."""
 
 import io
 import os
 import select
 import sys
+
+RED, GREEN, YELLOW = 31, 32, 33
+
+
+def coloured(text: str, colour: int, stream=None) -> str:
+    """``text`` for a stream (default: standard output); NO_COLOR and dumb terminals get none."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    if plain or not (stream or sys.stdout).isatty():
+        return text
+    return f"\033[{colour}m{text}\033[0m"
 
 
 class _Tolerant(io.FileIO):

@@ -6,19 +6,11 @@ and the features of --features images for KID, precision and recall. No image is
 cropped or left out.
 """
 
-import jax
-
 from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags
-from ddpm_jax.data.datasets import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation.evaluate import check_options
-from ddpm_jax.evaluation.make_reference import make_reference
 from ddpm_jax.evaluation.options import Options, StoppedError
-from ddpm_jax.evaluation.session import Session
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
-from ddpm_jax.parallel.runners import RUNNERS
-from ddpm_jax.run_log import say
 from ddpm_jax.storage import files
 
 
@@ -36,6 +28,15 @@ def define_flags(define):
 
 
 def main(values, words):
+    import jax
+
+    from ddpm_jax.data.datasets import open_source
+    from ddpm_jax.evaluation.evaluate import check_options
+    from ddpm_jax.evaluation.make_reference import make_reference
+    from ddpm_jax.evaluation.session import Session
+    from ddpm_jax.parallel.runners import RUNNERS
+    from ddpm_jax.run_log import say
+
     common.no_words(words)
     name, out = common.required(values, "dataset"), common.required(values, "out")
     if not out.endswith(".npz"):

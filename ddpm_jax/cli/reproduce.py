@@ -16,11 +16,8 @@ compare with, and no verdict.
 from ddpm_jax.cli import common
 from ddpm_jax.cli.evaluate import define_inception_flags
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation.html_report import number
 from ddpm_jax.evaluation.options import Options, StoppedError
-from ddpm_jax.parallel import exit_codes, hosts
-from ddpm_jax.reproduction import cells, costs, targets
-from ddpm_jax.run_log import say
+from ddpm_jax.parallel import exit_codes
 
 
 def define_flags(define):
@@ -37,6 +34,8 @@ def define_flags(define):
 
 
 def print_table(rows, header):
+    from ddpm_jax.evaluation.html_report import number
+
     texts = [[number(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(r[i]) for r in texts) for i in range(len(header))]
     for row in texts:
@@ -44,6 +43,10 @@ def print_table(rows, header):
 
 
 def main(values, words):
+    from ddpm_jax.parallel import hosts
+    from ddpm_jax.reproduction import cells, costs, targets
+    from ddpm_jax.run_log import say
+
     if len(words) != 1 or words[0] not in targets.TARGETS:
         raise UserError(f"reproduce {' '.join(words)}: expected one of "
                         f"{', '.join(targets.TARGETS)}")

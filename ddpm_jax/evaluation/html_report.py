@@ -39,10 +39,13 @@ COLOURS = ("#2457c5", "#c2410c", "#0a7d4f", "#7c3aed", "#0e7490", "#a3122a")
 
 
 def image(picture, alt="", *, css="", least_width=320) -> str:
-    """An <img> with its bytes inside; small pictures are enlarged by whole pixels."""
-    width = np.shape(picture)[1]
+    """An <img> with its bytes inside; small pictures are enlarged by whole pixels. picture: uint8
+    [h,w,C], or the bytes of a PNG file."""
+    if not isinstance(picture, bytes):
+        picture = encode_png(picture)
+    width = int.from_bytes(picture[16:20], "big")  # of the IHDR chunk, which comes first
     scale = max(1, -(-least_width // width))
-    data = base64.b64encode(encode_png(picture)).decode()
+    data = base64.b64encode(picture).decode()
     return (f'<img class="{css}" alt="{html.escape(alt)}" width="{width * scale}" '
             f'src="data:image/png;base64,{data}">')
 
@@ -115,9 +118,9 @@ def curve(series: dict, *, x_label, y_label, log_x=False, log_y=False) -> str:
     return "".join(out)
 
 
-def scrubber(frames, labels) -> str:
-    """Pictures to move through with a slider. frames: [uint8 [h,w,C]]; labels: one each."""
-    shown = "".join(image(f, str(label), css="frame") for f, label in
+def scrubber(frames, labels, *, least_width=320) -> str:
+    """Pictures to move through with a slider. frames: as ``image`` takes them; labels: one each."""
+    shown = "".join(image(f, str(label), css="frame", least_width=least_width) for f, label in
                     zip(frames, labels, strict=True))
     return ('<div class="scrub"><input type="range" min="0" step="1" style="width:20rem" '
             f'max="{len(frames) - 1}" value="{len(frames) - 1}"> <output></output><br>'
@@ -140,8 +143,8 @@ def picture_sections(pictures: dict) -> list[str]:
 def curve_sections(history: list[dict]) -> list[str]:
     """The lines of metrics.jsonl -> the loss, and the values of METRICS, against the step."""
     names = sorted({k for line in history for k in line if k != "step"})
-    lines = {n: [(h["step"], h[n]) for h in history
-                 if isinstance(h.get(n), int | float)] for n in names}
+    lines = {n: _thinned([(h["step"], h[n]) for h in history
+                          if isinstance(h.get(n), int | float)]) for n in names}
     losses = {n: v for n, v in lines.items() if n.endswith("loss")}
     measured = {}       # numbered values, as of the parts of the chain, are in one picture
     for n, v in lines.items():
@@ -150,6 +153,19 @@ def curve_sections(history: list[dict]) -> list[str]:
     out = [section("Loss", curve(losses, x_label="step", y_label="loss", log_x=True, log_y=True))
            ] if any(losses.values()) else []
     return out + [section(n, curve(v, x_label="step", y_label=n)) for n, v in measured.items()]
+
+
+def _thinned(points, most=400):
+    """At most that many points: means over stretches of equal length of log(step)."""
+    if len(points) <= most:
+        return points
+    points = np.array(points, float)
+    places = np.log(np.maximum(points[:, 0], 1))
+    bins = np.searchsorted(np.linspace(places[0], places[-1], most), places)
+    counts = np.bincount(bins)
+    sums = (np.bincount(bins, weights=points[:, k]) for k in (0, 1))
+    x, y = (total[counts > 0] / counts[counts > 0] for total in sums)
+    return list(zip(x, y, strict=True))
 
 
 def evaluation_sections(document: dict) -> list[str]:

@@ -16,6 +16,8 @@ Launchers, JobSet and sbatch rely on the codes:
 ====  ==========================================================================================
 
 The state of ``jax.distributed`` has no public accessor, hence `pod_state`.
+
+Inside a function: JAX, so that the codes can be read without it.
 """
 
 import contextlib
@@ -23,8 +25,6 @@ import os
 import re
 import sys
 import time
-
-from jax._src import distributed
 
 EXIT_RESTART = 42
 EXIT_INTERRUPTED = 130
@@ -69,6 +69,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def pod_state():
     """``jax.distributed``'s state: client (None outside a pod), process_id, num_processes, ..."""
+    from jax._src import distributed
     return distributed.global_state
 
 

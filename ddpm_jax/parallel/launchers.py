@@ -15,10 +15,7 @@ from typing import NamedTuple
 from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster, SlurmCluster
 
 from ddpm_jax.errors import UserError
-
-# JAX's own default, 8482, is closed by the firewall rules that Google Cloud makes for TPU
-# networks; 8476 is open there (jax issue 35905).
-DEFAULT_PORT = 8476
+from ddpm_jax.parallel.pod_flags import DEFAULT_PORT
 
 
 class Pod(NamedTuple):

@@ -6,7 +6,6 @@ silent wait, a check that the coordinator can be reached, and an order among the
 
 import contextlib
 import errno
-import functools
 import os
 import signal
 import socket
@@ -19,7 +18,6 @@ from absl import flags
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.exit_codes import (
-    EXIT_HUNG,
     EXIT_LOST,
     EXIT_UNREACHABLE,
     is_lost_peer,
@@ -27,32 +25,8 @@ from ddpm_jax.parallel.exit_codes import (
     log,
     pod_state,
 )
-from ddpm_jax.parallel.launchers import DEFAULT_PORT, Pod, find, split_address
-
-MULTIHOST = ["auto", "off"]
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS):
-    """Defines in `values` the flags that `initialize` and `start_watchdog` read. Each has an
-    environment variable too."""
-    string, integer, number, enum = (
-        functools.partial(define, flag_values=values) for define in
-        (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_enum))
-    enum("multihost", "auto", MULTIHOST,
-         "auto: join the other processes that the environment names (DDPM_*, Cloud TPU, GKE, "
-         "SLURM, Open MPI, Kubernetes); off: run alone (env DDPM_MULTIHOST)")
-    string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
-    integer("coordinator_port", None,
-            f"port of the coordinator (env JAX_COORDINATOR_PORT); default {DEFAULT_PORT}, on SLURM "
-            "one by the job's number", lower_bound=1, upper_bound=65535)
-    integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1)
-    integer("process_id", None, "number of this one, from 0 (env DDPM_PROC)", lower_bound=0)
-    integer("init_timeout", None, "seconds to wait for the other processes; default 300, several "
-            "TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1)
-    integer("heartbeat", None, "seconds after which a silent process counts as dead and the others "
-            "end; default 30 (env DDPM_HEARTBEAT)", lower_bound=2)
-    number("watchdog", 0.0, f"print all stacks and exit with {EXIT_HUNG} after this many seconds "
-           "without a step; 0: never (env DDPM_WATCHDOG)", lower_bound=0.0)
+from ddpm_jax.parallel.launchers import Pod, find, split_address
+from ddpm_jax.parallel.pod_flags import MULTIHOST
 
 
 def initialize(values: flags.FlagValues = flags.FLAGS) -> Pod:

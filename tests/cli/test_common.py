@@ -8,7 +8,7 @@ def parse(*words):
     define = common.Definer(words)
     define.config()
     define.workdir()
-    define.values(["ddpm", *words])
+    define.parse()
     return define.values
 
 
@@ -19,6 +19,31 @@ def test_a_packaged_config_with_changed_fields():
     assert parse("--config", "cifar10").config.data.name == "cifar10"
     with pytest.raises(UserError, match="no such file"):
         parse("--config=dogs")
+
+
+def test_fields_may_stand_before_the_config():
+    values = parse("--config.train.steps=3", "--workdir=x", "--config.model.ch", "8", "--config",
+                   "digits", "--config.seed=4")
+    assert (values.config.train.steps, values.config.model.ch, values.config.seed) == (3, 8, 4)
+    assert values.config.data.name == "digits" and values.workdir == "x"
+
+
+def test_without_a_config_a_run_goes_on_with_its_own(tmp_path):
+    def of_run(*words):
+        define = common.Definer(words)
+        define.config(of_run=True)
+        define.workdir()
+        define.path("init_from", None, "")
+        define.parse()
+        return define.values.config
+
+    config = parse("--config=digits", "--config.seed=7").config
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert of_run(f"--workdir={tmp_path}").seed == 7
+    assert of_run("--config.train.steps=3", "--workdir", str(tmp_path)).train.steps == 3
+    assert of_run(f"--workdir={tmp_path}/new", f"--init_from={tmp_path}:100").seed == 7
+    assert of_run("--config=digits", f"--workdir={tmp_path}").seed == 0
+    assert of_run(f"--workdir={tmp_path}/new") is None
 
 
 def test_each_call_has_its_own_values():

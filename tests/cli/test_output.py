@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from ddpm_jax.cli.output import RED, coloured
+
 TRAIN = [sys.executable, "-m", "ddpm_jax", "train", "--config=digits", "--config.model.ch=8",
          "--config.model.ch_mult=(1,)", "--config.model.num_res_blocks=1",
          "--config.model.attn_resolutions=()", "--config.model.num_groups=4",
@@ -133,3 +135,15 @@ def test_a_notebook_gets_its_signals_back(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "0\n", done.stderr
     assert pathlib.Path(tmp_path / "run").exists()
+
+
+def test_colours_on_a_terminal_alone(monkeypatch, tmp_path):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal, open(tmp_path / "log", "w") as log:
+        assert coloured("no", RED, terminal) == "\033[31mno\033[0m"
+        assert coloured("no", RED, log) == "no"
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert coloured("no", RED, terminal) == "no"
+    os.close(ours)

@@ -7,10 +7,13 @@ import time
 
 
 def test_train_then_extend(tmp_path, train_command, one_device):
-    for steps in (10, 15):
-        argv = train_command(tmp_path, f"--config.train.steps={steps}")
+    first = train_command(tmp_path, "--config.train.steps=10", "--config.checkpoint.every=5")
+    # The run's own config; a field stands before the folder.
+    then = [*first[:4], "--config.train.steps=15", f"--workdir={tmp_path}"]
+    for argv in (first, then):
         done = subprocess.run(argv, env=one_device, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    assert "Trained for 15 of 15 steps" in (tmp_path / "index.html").read_text()
     assert "resuming" in done.stderr and "compilation cache:" in done.stderr
     steps = [json.loads(s)["step"] for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 15]

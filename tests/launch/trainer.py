@@ -12,7 +12,8 @@ import time
 from absl import flags
 
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
-from ddpm_jax.parallel.pod import define_flags, initialize
+from ddpm_jax.parallel.pod import initialize
+from ddpm_jax.parallel.pod_flags import define_flags
 from ddpm_jax.parallel.stop import watch_for_stop
 
 flags.DEFINE_float("delay", 0.02, "seconds a step")

@@ -16,7 +16,8 @@ from absl import flags
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.exit_codes import EXIT_RESTART
 from ddpm_jax.parallel.hosts import check_same_everywhere
-from ddpm_jax.parallel.pod import define_flags, initialize
+from ddpm_jax.parallel.pod import initialize
+from ddpm_jax.parallel.pod_flags import define_flags
 from ddpm_jax.parallel.stop import watch_for_stop
 from ddpm_jax.parallel.watchdog import start_watchdog
 # What a shell starts in the background ignores SIGINT, and what nohup starts ignores SIGHUP.

@@ -34,3 +34,13 @@ def test_png(tmp_path, channels):
     read = np.asarray(Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())))
     np.testing.assert_array_equal(read.reshape(array.shape), array)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("shape, columns", [((6, 8, 8, 1), 3), ((4, 40, 40, 3), 2)])
+def test_untile_is_the_inverse_of_tile(shape, columns):
+    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    picture = pictures.tile(images, columns)
+    found = pictures.untile(pictures.decode_png(pictures.encode_png(picture)), shape[1:])
+    assert found.shape[:2] == (shape[0] // columns, columns)
+    np.testing.assert_array_equal(found.reshape(shape), images)
+    assert pictures.untile(picture[1:], shape[1:]) is None

@@ -1,0 +1,92 @@
+"""What training a config means, before it begins: `ddpm train --dry_run`."""
+
+import shlex
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import checkpoints, experiment, run_log
+from ddpm_jax.compilation.report import quantity, size
+from ddpm_jax.compilation.roofline import unet_work
+from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.storage import files
+
+COPIES = 5      # of the parameters, float32: weights, average, Adam's two moments, gradient
+
+
+class Speed(NamedTuple):
+    """A measured speed of training. fields: what the config must have."""
+
+    where: str
+    parameters: int
+    images_per_second: float
+    fields: dict
+
+
+SPEEDS = (
+    Speed("a TPU v3-8, by the paper", 35_746_307, 21.0 * 128, {"train.batch_size": 128}),
+    Speed("a TPU v3-8, by the paper", 113_673_219, 2.2 * 64, {"train.batch_size": 64}),
+    Speed("one H100, docs/h100.md", 35_746_307, 6_827, {
+        "train.batch_size": 128, "model.dtype": "bfloat16", "train.clip_scope": "global"}),
+)
+
+
+def describe(config, name: str, workdir=None) -> str:
+    """The text of a dry run. name: what --config names; workdir: the run, new or to be resumed.
+    Raises UserError as training would for its config."""
+    exp = experiment.build_model(config)
+    experiment.build_training(exp)
+    stored = to_json(config)
+    if workdir is None or not files.listing(files.join(workdir, "checkpoints")):
+        experiment.check_new(exp)
+    if workdir is not None:
+        checkpoints.claim(workdir, stored, write=False)
+    work, train = unet_work(exp.model), config.train
+    step_flops = work.train_flops * train.batch_size
+    rows = [
+        ("parameters", f"{work.parameters:,}"),
+        ("FLOPs", f"{quantity(step_flops, 'FLOP')} a step of {train.batch_size} images, "
+         f"{quantity(step_flops * train.steps, 'FLOP')} for {train.steps:,} steps (counted by "
+         "hand, without recomputation)"),
+        ("memory", f"{size(4 * COPIES * work.parameters)} a device for weights, average, moments "
+         "and gradient; activations come on top (ddpm compile shows the peak)"),
+        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+         f"{config.parallel.runner}"),
+        *(("hours", line) for line in _hours(stored, work.parameters, workdir)),
+        ("command", _command(name, stored, workdir)),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join([*_fields(stored), "", *(f"{label:<{width}}  {text}" for label, text in rows)])
+
+
+def _fields(stored) -> list[str]:
+    """The resolved config; a star marks what default.py has otherwise."""
+    default = flatten(to_json(load_config("default")))
+    return [f"{'*' if default.get(name, name) != value else ' '} {name} = {value!r}"
+            for name, value in flatten(stored).items()]
+
+
+def _hours(stored, parameters, workdir) -> list[str]:
+    """Of all steps, at speeds that were measured: in the run itself, or for this config."""
+    images, found = stored["train"]["steps"] * stored["train"]["batch_size"], []
+    lines = workdir and files.join(workdir, "metrics.jsonl")
+    if lines and files.exists(lines):
+        rates = [r["images_per_second"] for r in run_log.read_metrics(lines)
+                 if r.get("images_per_second")]
+        if rates:
+            found.append((float(np.median(rates)), "as this run was measured so far"))
+    flat = flatten(stored)
+    found += [(s.images_per_second, f"on {s.where}") for s in SPEEDS if s.parameters == parameters
+              and all(flat[name] == value for name, value in s.fields.items())]
+    return [f"{images / rate / 3600:.3g} {where} ({rate:,.0f} images/s)"
+            for rate, where in found] or ["not measured for this config; ddpm bench step measures"]
+
+
+def _command(name, stored, workdir) -> str:
+    """The line that trains: the config's name, and the fields that differ from it."""
+    base = flatten(to_json(load_config(name)))
+    changed = [f"--config.{field}={tuple(value) if isinstance(value, list) else value}"
+               for field, value in flatten(stored).items() if base.get(field, field) != value]
+    return shlex.join(["ddpm", "train", f"--config={name}", f"--workdir={workdir or 'RUN'}",
+                       *changed])
