@@ -50,13 +50,13 @@ class Experiment(NamedTuple):
 
 class Training(NamedTuple):
     """What training adds. abstract_state: TrainState of ShapeDtypeStructs;
-    loss_fn(params, Batch, Draws, named=...) -> mean loss, where named(params) is the tree that the
-    model takes; step(state, Batch, key): ``steps.train_step`` with its settings bound."""
+    gradient: ``gradients.mean_gradient`` with its settings bound, but for its view of packed
+    parameters; step(state, Batch, key): ``steps.train_step`` with its settings bound."""
 
     experiment: Experiment
     tx: optax.GradientTransformation
     abstract_state: TrainState
-    loss_fn: Callable
+    gradient: Callable
     step: Callable
 
 
@@ -134,21 +134,25 @@ def build_training(exp: Experiment) -> Training:
     loss, predict = _loss(diffusion), PARAMETERIZATIONS[diffusion.predict]
     variance = VARIANCES[diffusion.variance]
 
-    def loss_fn(params, batch, draws, named=lambda params: params):
-        params, labels = named(params), batch.labels
-        if draws.drop_label is not None:
-            labels = jnp.where(draws.drop_label, exp.model.no_label, labels)
-
-        def denoise_fn(x_t, t):
-            return exp.model.apply({"params": params}, x_t, t, draws.dropout_bits, labels)
-
-        return loss(denoise_fn, exp.schedule, to_unit_range(batch.images), draws.t, draws.noise,
-                    predict=predict, variance=variance).mean()
-
     instances = runner.num_devices // runner.num_virtual_devices  # of the step, on devices
     shards = max(1, train.clip_replicas // instances)
     clip = CLIP_SCOPES[train.clip_scope](train, shards)._replace(
         devices=max(1, instances // train.clip_replicas))
+    model = exp.model
+    if (clip.shards or 0) > runner.num_virtual_devices:  # a device has several
+        model = model.clone(by_shard=True)
+
+    def loss_fn(params, batch, draws):
+        labels = batch.labels
+        if draws.drop_label is not None:
+            labels = jnp.where(draws.drop_label, model.no_label, labels)
+
+        def denoise_fn(x_t, t):
+            return model.apply({"params": params}, x_t, t, draws.dropout_bits, labels)
+
+        return loss(denoise_fn, exp.schedule, to_unit_range(batch.images), draws.t, draws.noise,
+                    predict=predict, variance=variance).mean()
+
     gradient = functools.partial(
         mean_gradient, clip=clip, micro_batches=train.accumulation, axis_name=runner.axis_name,
         num_virtual_devices=runner.num_virtual_devices)
@@ -158,7 +162,7 @@ def build_training(exp: Experiment) -> Training:
         label_dropout=exp.model.label_dropout if exp.model.num_classes else 0.0,
         flip=config.data.flip, axis_name=runner.axis_name)
     return Training(
-        experiment=exp, tx=tx, loss_fn=loss_fn, step=step,
+        experiment=exp, tx=tx, gradient=gradient, step=step,
         abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
 
 

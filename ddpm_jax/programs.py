@@ -23,7 +23,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import Experiment, Training, cast_kernels, denoise_fn
 from ddpm_jax.parallel.loops import repeat
 from ddpm_jax.training import packing, rng
-from ddpm_jax.training.gradients import METRICS
+from ddpm_jax.training.gradients import METRICS, View
 from ddpm_jax.training.steps import Batch, to_uint8, to_unit_range
 
 
@@ -71,8 +71,9 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
     def named(params):
         return packing.unpack(packing.kernels_as(params, exp.model.dtype), like, order)
 
+    view = View(named, lambda gradient: packing.pack(gradient, order))
     train_step = functools.partial(
-        training.step, loss_fn=functools.partial(training.loss_fn, named=named))
+        training.step, gradient=functools.partial(training.gradient, view=view))
 
     def train_steps(state, batch, seed, num_steps):
         key = rng.run_key(seed, train.random)

@@ -23,6 +23,8 @@ from ddpm_jax.storage import files, pictures
 
 log = logging.getLogger(__name__)
 
+FORGOTTEN_AFTER = 30.0  # seconds, by which a rate remembers e times less
+
 
 def say(text: str) -> None:
     """A line on stderr, from the main process only."""
@@ -310,45 +312,66 @@ def plot_loss(jsonl, png) -> bool:
 
 
 class Progress(NamedTuple):
-    """update(step, **shown): numbers such as loss=0.03 are shown beside the rate."""
+    """update(step, seconds=None, **shown): numbers such as loss=0.03 are shown beside the rate;
+    seconds: what the steps since the last update took, where that is not the time since then."""
 
     update: Callable
     close: Callable
+
+
+class _Rate:
+    """Steps a second, earlier ones counting less as seconds go by."""
+
+    def __init__(self):
+        self._steps = self._seconds = 0.0
+
+    def add(self, steps, seconds):
+        kept = math.exp(-seconds / FORGOTTEN_AFTER)
+        self._steps = kept * self._steps + steps
+        self._seconds = kept * self._seconds + seconds
+
+    def texts(self, images_per_step, steps_left) -> dict[str, str]:
+        if not self._steps or not self._seconds:
+            return {}
+        rate = self._steps / self._seconds
+        left = int(steps_left / rate)
+        return {"img/s": f"{rate * images_per_step:,.1f}",
+                "left": f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"}
 
 
 def progress(total, initial=0, *, images_per_step=1, name="train", every=30.0,
              stream=None) -> Progress:
     """A bar with images/s, the numbers given to update and the time left, on stderr.
 
-    On a terminal a tqdm bar; elsewhere (a log file) one plain line every `every` seconds.
+    On a terminal a tqdm bar; elsewhere (a log file) one plain line every `every` seconds. The time
+    before the first update, which holds start and compilation, is not counted.
     """
-    stream = stream or sys.stderr
-    if stream.isatty():
+    stream, rate = stream or sys.stderr, _Rate()
+    last = {"step": initial, "time": None, "line": time.monotonic()}
+    on_terminal = stream.isatty()
+    if on_terminal:
         from tqdm import tqdm
-        bar = tqdm(total=total, initial=initial, file=stream, desc=name, unit="step",
-                   dynamic_ncols=True)
+        bar = tqdm(total=total, initial=initial, file=stream, desc=name, dynamic_ncols=True,
+                   bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
 
-        def update(step, **shown):
-            rate = bar.format_dict["rate"]
-            texts = {"img/s": f"{rate * images_per_step:,.0f}"} if rate else {}
-            bar.set_postfix({**texts, **{k: f"{v:.4g}" for k, v in shown.items()}}, refresh=False)
-            bar.update(step - bar.n)
-
-        return Progress(update, bar.close)
-
-    last = {"step": initial, "time": time.monotonic()}
-
-    def line(step, **shown):
+    def update(step, seconds=None, **shown):
         now = time.monotonic()
-        if now - last["time"] < every and step < total:
-            return
-        rate = (step - last["step"]) / max(now - last["time"], 1e-9)
+        if seconds is None and last["time"] is not None:
+            seconds = now - last["time"]
+        if seconds is not None:
+            rate.add(step - last["step"], seconds)
         last.update(step=step, time=now)
-        texts = [f"{name} {step:,}/{total:,}", f"{rate * images_per_step:,.1f} img/s"]
-        texts += [f"{k} {v:.4g}" for k, v in shown.items()]
-        if rate > 0:
-            left = int((total - step) / rate)
-            texts.append(f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-        print("  ".join(texts), file=stream, flush=True)
+        shown = {k: f"{v:.4g}" for k, v in shown.items()}
+        if on_terminal:
+            bar.set_postfix({**rate.texts(images_per_step, total - step), **shown}, refresh=False)
+            bar.update(step - bar.n)
+        elif now - last["line"] >= every or step >= total:
+            last["line"] = now
+            texts = rate.texts(images_per_step, total - step)
+            speed = [f"{texts['img/s']} img/s"] if texts else []
+            left = [f"left {texts['left']}"] if texts else []
+            print("  ".join([f"{name} {step:,}/{total:,}", *speed,
+                             *(f"{k} {v}" for k, v in shown.items()), *left]),
+                  file=stream, flush=True)
 
-    return Progress(line, lambda: None)
+    return Progress(update, bar.close if on_terminal else lambda: None)

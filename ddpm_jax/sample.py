@@ -17,9 +17,12 @@ from ddpm_jax.formats import npy
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
+from ddpm_jax.start_line import sampling_line
 from ddpm_jax.storage import files, pictures
 from ddpm_jax.storage.lock import NAME as LOCK_NAME
 from ddpm_jax.storage.lock import Lock
+
+FEW_STEPS = 50  # up to here no shorter chain is proposed
 
 
 def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
@@ -72,6 +75,9 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, l
         labels, checkpoints.class_names(workdir), exp.model.num_classes, exp.model.no_label),
         **chosen)
     batch = batch_size or exp.config.sampler.batch_size
+    fewer = ([f"--sampler=dpmpp_2m --steps=20 ({chain.num_steps / 20:.0f} x fewer network calls)"]
+             if chain.num_steps > FEW_STEPS else [])
+    say(sampling_line(exp, chain.num_steps, batch, fewer))
     out = files.resolve(out)
     request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
                            sampler=sampler or exp.config.sampler.name, **chain.choices)

@@ -28,11 +28,14 @@ from ddpm_jax.experiment import (
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
+from ddpm_jax.start_line import training_line
 from ddpm_jax.storage import files
 from ddpm_jax.storage.lock import Lock
 from ddpm_jax.training.loop import Hook, fit
 from ddpm_jax.training.optimizer import learning_rates
 from ddpm_jax.training.steps import Batch
+
+LONG_S = 10  # from here on a pause of training is named
 
 
 class InitFrom(NamedTuple):
@@ -118,28 +121,29 @@ class _Log:
                                     config.optimizer.decay_steps)
         self._writer, self._rows = run.writer, []
         self._bar = run_log.progress(config.train.steps, start, images_per_step=self._batch)
-        self._mark = (start, time.monotonic())
+        self._seconds = []  # of each step of self._rows of which they are known
         self._done = start
 
-    def __call__(self, step, values):
-        for i in range(len(values["loss"])):
+    def __call__(self, step, values, seconds):
+        count = len(values["loss"])
+        for i in range(count):
             self._rows.append({k: float(v[i]) for k, v in values.items()})
+            if seconds is not None:
+                self._seconds.append(seconds / count)
             self._done = step + i + 1
             if self._done % self._every == 0:
                 self._line(self._done)
-        self._bar.update(self._done, loss=values["loss"][-1])
+        self._bar.update(self._done, seconds, loss=values["loss"][-1])
         self._watchdog.beat(self._done)
 
     def _line(self, step):
         means = {k: float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
-        since, then = self._mark
-        self._mark = (step, time.monotonic())
+        seconds = sum(self._seconds)
+        speed = ({"images_per_second": len(self._seconds) * self._batch / seconds}
+                 if seconds else {})
         self._writer.scalars(step, {
-            **means,
-            "learning_rate": float(self._rate(step - 1 - self._updates_before)),
-            "images_per_second": (step - since) * self._batch / max(self._mark[1] - then, 1e-9),
-        })
-        self._rows = []
+            **means, "learning_rate": float(self._rate(step - 1 - self._updates_before)), **speed})
+        self._rows, self._seconds = [], []
 
     def close(self):
         if self._rows:
@@ -164,6 +168,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
     training, folder = build_training(exp), files.resolve(workdir)
     if not files.listing(folder / "checkpoints"):
         check_new(exp)
+    say(training_line(exp))
     checkpoints.read_config(folder)  # refuses a folder inside a run before the lock is made there
     with contextlib.ExitStack() as closing:
         lock = hosts.on_main_process(Lock, folder, "--workdir", say)
@@ -315,14 +320,27 @@ def _reports(run):
 
 def _hooks(run) -> list[Hook]:
     config = run.training.experiment.config
-    hooks = [Hook(config.checkpoint.every, functools.partial(_save, run), last=True)]
+    hooks = [("checkpoint", config.checkpoint.every, functools.partial(_save, run))]
     if run.evaluate and config.eval.every:
-        hooks.append(Hook(config.eval.every, functools.partial(_evaluate, run), last=True))
+        hooks.append(("evaluation", config.eval.every, functools.partial(_evaluate, run)))
     if config.eval.sample_every:
-        hooks.append(Hook(config.eval.sample_every, _grid_hook(run), last=True))
+        hooks.append(("samples", config.eval.sample_every, _grid_hook(run)))
     if run.page:
-        hooks.append(Hook(config.checkpoint.every, functools.partial(_page, run), last=True))
-    return hooks
+        hooks.append(("page", config.checkpoint.every, functools.partial(_page, run)))
+    return [Hook(every, _named_if_long(name, do), last=True) for name, every, do in hooks]
+
+
+def _named_if_long(name, do):
+    """do(step, carry), with a line where training waited long for it."""
+
+    def timed(step, carry):
+        start = time.monotonic()
+        do(step, carry)
+        seconds = time.monotonic() - start
+        if seconds >= LONG_S:
+            say(f"{name} at step {step:,}: {seconds:.0f} s, not counted in images/s and time left")
+
+    return timed
 
 
 def _page(run, step, carry):

@@ -216,13 +216,29 @@ def test_progress_in_a_log_file(monkeypatch):
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     bar = run_log.progress(1000, 100, images_per_step=4, stream=out)
-    bar.update(120, loss=0.5)  # too early for a line
+    bar.update(120, loss=0.5)  # too early for a line; what is before it is start and compilation
     bar.update(180, loss=0.25)
-    bar.update(1000, loss=0.125)  # the end is always said
+    bar.update(1000, loss=0.125)  # the end always has its line
     bar.close()
-    assert out.getvalue().splitlines() == [
-        "train 180/1,000  8.0 img/s  loss 0.25  left 0:06:50",
-        "train 1,000/1,000  3,280.0 img/s  loss 0.125  left 0:00:00"]
+    first, last = out.getvalue().splitlines()
+    assert first == "train 180/1,000  8.0 img/s  loss 0.25  left 0:06:50"
+    assert last.startswith("train 1,000/1,000  ") and last.endswith("loss 0.125  left 0:00:00")
+
+
+def test_progress_counts_the_seconds_it_is_given(monkeypatch):
+    """Not those of the clock, which hold a checkpoint of 960 s here; and a rate that changes is
+    followed."""
+    now = [0.0]
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    bar = run_log.progress(100_000, images_per_step=2, stream=out)
+    for step, clock, seconds in [(10, 75, None), (20, 1000, 40), (3020, 1300, 300)]:
+        now[0] = clock
+        bar.update(step, seconds)
+    none, slow, fast = out.getvalue().splitlines()
+    assert none == "train 10/100,000"
+    assert slow == "train 20/100,000  0.5 img/s  left 111:05:20"
+    assert " 20.0 img/s " in fast
 
 
 def test_progress_on_a_terminal():

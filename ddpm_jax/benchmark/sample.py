@@ -7,6 +7,7 @@ from ddpm_jax import programs
 from ddpm_jax.benchmark import compiled
 from ddpm_jax.benchmark.bench import Bench, first_call
 from ddpm_jax.compilation.roofline import unet_work
+from ddpm_jax.start_line import sampling_line
 
 
 def chain_run(exp, chain, batch):
@@ -22,6 +23,7 @@ def sample(bench: Bench) -> list[dict]:
     """The row of one denoising step of config.sampler."""
     exp = bench.start()
     batch, chain = exp.config.sampler.batch_size, programs.sampling_chain(exp)
+    print(sampling_line(exp, chain.num_steps, batch))
     run = chain_run(exp, chain, batch)
     first = first_call(run)
     seconds = bench.rounds({"ours": run})["ours"]

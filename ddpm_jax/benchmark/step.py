@@ -7,6 +7,7 @@ from ddpm_jax import experiment, programs
 from ddpm_jax.benchmark import peers
 from ddpm_jax.benchmark.bench import Bench, first_call, random_images, random_labels
 from ddpm_jax.compilation import roofline, timing
+from ddpm_jax.start_line import training_line
 from ddpm_jax.training.steps import Batch
 
 
@@ -39,6 +40,7 @@ def _steps(exp, num_examples):
 def step(bench: Bench) -> list[dict]:
     """Rows of one training step: ours, and that of bench.compare."""
     exp = bench.start()
+    print(training_line(exp))
     batch, compare = exp.config.train.batch_size, bench.compare
     num_examples = max(batch, 1024) if exp.config.data.resident else None
     program, run, steps = _steps(exp, num_examples)

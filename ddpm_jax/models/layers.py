@@ -10,6 +10,7 @@ block's ``layers()`` its layers. Flax's ``setup`` uses them, and so does everyth
 names, shapes or costs without running the network.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ddpm_jax.models.fused_norm import GroupNorm
+from ddpm_jax.models.shard_gradients import conv3x3, conv3x3_by_shard
 
 
 def _initializer(scale, in_axis, out_axis):
@@ -69,6 +71,7 @@ class Conv3x3(nn.Module):
     stride: int = 1
     init_scale: float = 1.0
     dtype: Any = jnp.float32
+    by_shard: bool = False
 
     @nn.nowrap
     def shapes(self):
@@ -83,13 +86,8 @@ class Conv3x3(nn.Module):
         return self.without_bias(x) + self.bias.astype(self.dtype)[None, None, None, :]
 
     def without_bias(self, x):
-        return lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            "SAME",
-            dimension_numbers=("NHWC", "OHWI", "NHWC"),
-        )
+        convolution = conv3x3_by_shard if self.by_shard else conv3x3
+        return convolution(x.astype(self.dtype), self.kernel.astype(self.dtype), self.stride)
 
 
 class Dense(nn.Module):
@@ -177,16 +175,18 @@ class ResBlock(Block):
     groups: int
     rate: float = 0.0
     dtype: Any = jnp.float32
+    by_shard: bool = False
 
     @nn.nowrap
     def layers(self):
         features_in, features, dtype = self.features_in, self.features, self.dtype
+        conv = functools.partial(Conv3x3, dtype=dtype, by_shard=self.by_shard)
         layers = {
             "norm1": GroupNorm(features_in, self.groups),
-            "conv1": Conv3x3(features_in, features, dtype=dtype),
+            "conv1": conv(features_in, features),
             "temb_proj": Dense(self.embedding, features, dtype=dtype),
             "norm2": GroupNorm(features, self.groups, rate=self.rate),
-            "conv2": Conv3x3(features, features, init_scale=0.0, dtype=dtype),
+            "conv2": conv(features, features, init_scale=0.0),
         }
         if features_in != features:
             layers["shortcut"] = Conv1x1(features_in, features, dtype=dtype)

@@ -7,6 +7,7 @@ derived from them. A new kind of block is a class in layers.py, a row of ``KINDS
 ``layout``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,7 +110,8 @@ class Kind(NamedTuple):
 KINDS = {
     "block": Kind(
         lambda s, unet: unet.checkpoint(ResBlock)(
-            s.features_in, s.features, 4 * unet.ch, unet.num_groups, unet.dropout, unet.dtype),
+            s.features_in, s.features, 4 * unet.ch, unet.num_groups, unet.dropout, unet.dtype,
+            unet.by_shard),
         lambda module, h, projection, bits: module(h, projection, bits),
         timed=True),
     "attention": Kind(
@@ -117,10 +119,12 @@ KINDS = {
         lambda module, h, *_: module(h),
         products=lambda s: 2 * s.size**4 * s.features),  # the scores, and the mean of the values
     "down": Kind(
-        lambda s, unet: Conv3x3(s.features_in, s.features, stride=2, dtype=unet.dtype),
+        lambda s, unet: Conv3x3(s.features_in, s.features, stride=2, dtype=unet.dtype,
+                                by_shard=unet.by_shard),
         lambda module, h, *_: module(h)),
     "up": Kind(
-        lambda s, unet: Conv3x3(s.features_in, s.features, dtype=unet.dtype),
+        lambda s, unet: Conv3x3(s.features_in, s.features, dtype=unet.dtype,
+                                by_shard=unet.by_shard),
         lambda module, h, *_: module(upsample_nearest(h))),
 }
 
@@ -137,7 +141,10 @@ class UNet(Block):
 
     With num_classes a label's vector is added to the timestep's (Nichol & Dhariwal 2021). Where
     label_dropout, the probability of training without the label, is above 0 one more vector stands
-    for no label (Ho & Salimans 2021)."""
+    for no label (Ho & Salimans 2021).
+
+    by_shard: its gradients are taken under ``vmap`` over shards of a batch
+    (models/shard_gradients.py)."""
 
     image_size: int = 32
     in_channels: int = 3
@@ -153,6 +160,7 @@ class UNet(Block):
     num_classes: int = 0
     label_dropout: float = 0.1
     dtype: Any = jnp.float32
+    by_shard: bool = False
 
     @property
     def no_label(self):
@@ -186,15 +194,16 @@ class UNet(Block):
     def layers(self):
         embedding, pixels, stages = 4 * self.ch, self.space_to_depth**2, self.stages()
         dtype, last = self.dtype, stages[-1].features
+        conv = functools.partial(Conv3x3, dtype=dtype, by_shard=self.by_shard)
         return {
             "temb_dense_0": Dense(self.ch, embedding, dtype=dtype),
             "temb_dense_1": Dense(embedding, embedding, dtype=dtype),
             **({"class_embedding": Embedding(self.num_labels, embedding, dtype=dtype)}
                if self.num_classes else {}),
-            "conv_in": Conv3x3(self.in_channels * pixels, self.ch, dtype=dtype),
+            "conv_in": conv(self.in_channels * pixels, self.ch),
             **{s.name: KINDS[s.kind].make(s, self) for s in stages},
             "norm_out": GroupNorm(last, self.num_groups),
-            "conv_out": Conv3x3(last, self.out_channels * pixels, init_scale=0.0, dtype=dtype),
+            "conv_out": conv(last, self.out_channels * pixels, init_scale=0.0),
         }
 
     @nn.nowrap

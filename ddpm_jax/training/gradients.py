@@ -1,6 +1,7 @@
 """The mean gradient of a batch: micro-batches, parts that are clipped on their own, devices."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,43 +38,92 @@ def clip_by_norm(grads, clip_norm):
     return grads, {"grad_norm": norm, "clip_fraction": (norm > clip_norm).astype(jnp.float32)}
 
 
+class View(NamedTuple):
+    """Parameters as an optimizer keeps them and as a loss takes them. named(params) -> the loss's
+    tree, its kernels perhaps in a smaller type; packed(gradient of that tree, float32) -> that of
+    params."""
+
+    named: Callable = lambda params: params
+    packed: Callable = lambda gradient: gradient
+
+
 def mean_gradient(
     loss_fn, params, batch, *, clip, micro_batches=1, axis_name=None, num_virtual_devices=1,
+    view=View(),  # noqa: B008
 ):
     """The mean gradient over the examples of all devices, clipped.
 
-    loss_fn(params, *batch) -> mean loss of a tree ``batch`` of arrays [b, ...]: this device's
-    examples, or with ``num_virtual_devices`` > 1 (jit) those of that many devices, one after
-    another. micro_batches: parts that a device takes one after the other, to save memory.
+    loss_fn(view.named(params), *batch) -> mean loss of a tree ``batch`` of arrays [b, ...]: this
+    device's examples, or with ``num_virtual_devices`` > 1 (jit) those of that many devices, one
+    after another. micro_batches: parts that a device takes one after the other, to save memory.
     -> (gradient, METRICS by name, scalars, equal on every device); grad_norm is before clipping,
     of the mean gradient, or the mean of the shards' norms.
     """
-    gradient = jax.value_and_grad(loss_fn)
     if clip.shards and min(clip.shards, num_virtual_devices) > 1:
         parts = min(clip.shards, num_virtual_devices)
         local = functools.partial(
             mean_gradient, loss_fn, params, clip=clip._replace(shards=clip.shards // parts),
-            micro_batches=micro_batches, num_virtual_devices=num_virtual_devices // parts)
+            micro_batches=micro_batches, num_virtual_devices=num_virtual_devices // parts,
+            view=view)
         results = jax.vmap(local)(_cut(batch, parts))
         return jax.tree.map(lambda x: x.mean(axis=0), results)
-    # A device with several shards takes one at a time already: that divides micro_batches.
-    gradient = _accumulated(gradient, max(1, micro_batches // (clip.shards or 1)),
-                            num_virtual_devices)
+    if clip.shards and clip.shards > 1:
+        return _mean(_of_shards(loss_fn, params, batch, clip, micro_batches, view), axis_name)
+    gradient = jax.value_and_grad(lambda params, *batch: loss_fn(view.named(params), *batch))
+    gradient = _accumulated(gradient, micro_batches, num_virtual_devices)
     if clip.shards is None:
         return _clipped(clip, *_mean(gradient(params, *batch), axis_name))
-    if clip.shards == 1:
-        found = gradient(params, *batch)
-        if clip.devices > 1:
-            groups = np.arange(lax.axis_size(axis_name)).reshape(-1, clip.devices).tolist()
-            found = lax.pmean(found, axis_name, axis_index_groups=groups)
-        return _mean(_clipped(clip, *found), axis_name)
+    found = gradient(params, *batch)
+    if clip.devices > 1:
+        groups = np.arange(lax.axis_size(axis_name)).reshape(-1, clip.devices).tolist()
+        found = lax.pmean(found, axis_name, axis_index_groups=groups)
+    return _mean(_clipped(clip, *found), axis_name)
 
-    def add(total, shard):
-        return jax.tree.map(jnp.add, total, _clipped(clip, *gradient(params, *shard))), None
 
-    zero = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in METRICS}
-    total, _ = lax.scan(add, zero, _cut(batch, clip.shards))
-    return _mean(jax.tree.map(lambda x: x / clip.shards, total), axis_name)
+def _of_shards(loss_fn, params, batch, clip, micro_batches, view):
+    """The mean over the shards of one device's examples, of gradients clipped one by one.
+
+    As many shards as the memory of a micro-batch holds are taken together. They share the named
+    parameters, so that ``vmap`` merges their forward passes and their activations' gradients; the
+    kernels' gradients are one a shard (models/shard_gradients.py) and stay in the type and the
+    arrays in which they were made until they are clipped.
+    """
+    gradient = _accumulated(jax.value_and_grad(loss_fn), max(1, micro_batches // clip.shards))
+    named = view.named(params)
+    most = max(1, clip.shards // micro_batches)
+    at_once = max(n for n in range(1, most + 1) if clip.shards % n == 0)
+
+    def together(batch):
+        losses, grads = jax.vmap(lambda shard: gradient(named, *shard))(_cut(batch, at_once))
+        norms = jnp.sqrt(sum(map(_squares, jax.tree.leaves(grads))))
+        scales = jnp.ones(at_once)
+        metrics = {"loss": losses, "grad_norm": norms, "clip_fraction": jnp.zeros(at_once)}
+        if clip.norm:
+            scales = clip.norm / jnp.maximum(norms, clip.norm)
+            metrics["clip_fraction"] = (norms > clip.norm).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: _weighted(g, scales / clip.shards), grads)
+        return grads, jax.tree.map(lambda x: x.sum() / clip.shards, metrics)
+
+    if at_once == clip.shards:
+        grads, metrics = together(batch)
+    else:
+        def add(total, group):
+            return jax.tree.map(jnp.add, total, together(group)), None
+
+        zero = (jax.tree.map(lambda x: jnp.zeros(x.shape), named),
+                {name: jnp.zeros(()) for name in METRICS})
+        (grads, metrics), _ = lax.scan(add, zero, _cut(batch, clip.shards // at_once))
+    return view.packed(grads), metrics
+
+
+def _squares(g):
+    """[shards, ...] -> the sum of squares of each shard, float32 [shards]"""
+    return jnp.square(g.astype(jnp.float32)).reshape(g.shape[0], -1).sum(axis=1)
+
+
+def _weighted(g, scales):
+    """[shards, ...], [shards] -> the sum over the shards of scale * g, float32 [...]"""
+    return (g.astype(jnp.float32) * scales.reshape(-1, *(1,) * (g.ndim - 1))).sum(axis=0)
 
 
 def _clipped(clip, loss, grads):
@@ -88,9 +138,10 @@ def _accumulated(gradient, micro_batches, num_virtual_devices=1):
 
     def accumulated(params, *batch):
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            part = jax.tree.map(lambda x: x.astype(jnp.float32), gradient(params, *part))
+            return jax.tree.map(jnp.add, total, part), None
 
-        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        zero = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), params)
         parts = _cut_on_devices(batch, micro_batches, num_virtual_devices)
         total, _ = lax.scan(add, zero, parts)
         return jax.tree.map(lambda x: x / micro_batches, total)

@@ -1,6 +1,8 @@
 """The training loop: fetch, dispatch, hooks. Independent of diffusion, devices and files."""
 
+import concurrent.futures
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +54,33 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], last_good: int | Non
     )
 
 
+class _Reader:
+    """Waits in a thread for the metrics of one dispatch after the other, so that the time at which
+    the device had finished is known even where the host looks later."""
+
+    def __init__(self, fetch):
+        self._fetch = fetch
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        self._since = None  # when the device began with what is read next; None: it compiles first
+
+    def submit(self, metrics):
+        return self._thread.submit(lambda: (self._fetch(metrics), time.monotonic()))
+
+    def result(self, future):
+        """-> (metrics, seconds that the device took for them, or None for the first)"""
+        metrics, finished = future.result()
+        seconds = None if self._since is None else finished - self._since
+        self._since = finished
+        return metrics, seconds
+
+    def pause(self):
+        """Time until now was not the device's: it waited for a hook."""
+        self._since = time.monotonic()
+
+    def close(self):
+        self._thread.shutdown(wait=False)
+
+
 def fit(
     state, *, step, last, program, arguments, hooks, on_metrics, should_stop, fetch,
     on_dispatch=lambda: None, last_good=lambda: None, save=lambda step, state: None,
@@ -59,20 +88,22 @@ def fit(
     """Run updates ``step`` ... ``last``-1.
 
     program.step(state, *arguments(n)) -> (state, metrics on device, each [>= n]) dispatches n <=
-    program.max_steps updates and returns before they are done; fetch(metrics) waits for them. The
-    metrics of one dispatch are read after the next is under way, but before any hook acts on the
-    state they belong to. on_dispatch() is called after each dispatch, on_metrics(step,
-    {name: [n]}) with numpy. should_stop(step) is called once a dispatch, and after hooks.
-    save(step, state) is called where a stop or an error, other than divergence, ends the loop; then
-    the error is raised.
+    program.max_steps updates and returns before they are done; fetch(metrics), in a thread, waits
+    for them. The metrics of one dispatch are read after the next is under way, but before any hook
+    acts on the state they belong to. on_dispatch() is called after each dispatch, on_metrics(step,
+    {name: [n]}, seconds) with numpy; seconds: from the end of the dispatch before, or of the hooks
+    after it, to the end of this one on the device; None for the first, which may compile.
+    should_stop(step) is called once a dispatch, and after hooks; save(step, state) where a stop or
+    an error, other than divergence, ends the loop, before the error is raised.
     """
     cadences = [h.every for h in hooks]
-    pending = None
+    pending, reader = None, _Reader(fetch)
 
     def read(before, n, metrics):
-        values = {k: np.asarray(v)[:n] for k, v in fetch(metrics).items()}
+        metrics, seconds = reader.result(metrics)
+        values = {k: np.asarray(v)[:n] for k, v in metrics.items()}
         check_finite(before, values, last_good())
-        on_metrics(before, values)
+        on_metrics(before, values, seconds)
 
     stopped = False
     try:
@@ -80,7 +111,7 @@ def fit(
             n = min(program.max_steps, next_stop(step, last, cadences) - step)
             state, metrics = program.step(state, *arguments(n))
             on_dispatch()
-            previous, pending = pending, (step, n, metrics)
+            previous, pending = pending, (step, n, reader.submit(metrics))
             step += n
             if previous:
                 read(*previous)
@@ -92,6 +123,7 @@ def fit(
                 read(*previous)
             for hook in due:
                 hook.do(step, state)
+                reader.pause()
             # Checked again: a hook may take minutes, and a signal may have cut it short.
             stopped = stopped or bool(due) and step < last and should_stop(step)
         if pending:
@@ -104,6 +136,8 @@ def fit(
                 read(*pending)
             save(step, state)
         raise
+    finally:
+        reader.close()
     if stopped:
         save(step, state)
     return Outcome(state, step, stopped)

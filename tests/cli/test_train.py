@@ -15,6 +15,7 @@ def test_train_then_extend(tmp_path, train_command, one_device):
         assert done.returncode == 0, done.stderr
     assert "Trained for 15 of 15 steps" in (tmp_path / "index.html").read_text()
     assert "resuming" in done.stderr and "compilation cache:" in done.stderr
+    assert "1 x cpu (shard_map); float32; clip 1 of " in done.stderr
     steps = [json.loads(s)["step"] for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 15]
 

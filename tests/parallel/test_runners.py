@@ -16,8 +16,9 @@ from ddpm_jax import programs
 from ddpm_jax.compilation import hlo
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.experiment import build_model, build_training
+from ddpm_jax.models import layers
 from ddpm_jax.parallel.runners import RUNNERS, fetch
-from ddpm_jax.training import rng
+from ddpm_jax.training import gradients, rng
 from ddpm_jax.training.steps import Batch, init_state
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
@@ -90,13 +91,34 @@ def test_packed_parameters_move_as_named_ones_do():
 PER_REPLICA = (("train.clip_scope", "per_replica"), ("train.clip_norm", 2.0))
 
 
-@pytest.mark.parametrize("runner, devices", [("jit", 8), ("pmap", 8), ("shard_map", 4)])
-def test_replicas_are_clipped_alike_whatever_the_devices(runner, devices):
-    want = one_step("jit", 1, PER_REPLICA)
-    assert 0 < want[1]["clip_fraction"]
-    assert_same(one_step(runner, devices, PER_REPLICA), want)
+@pytest.mark.parametrize("runner, devices, micro_batches", [
+    ("jit", 1, 1), ("jit", 4, 1), ("pmap", 8, 1), ("shard_map", 4, 1), ("shard_map", 1, 4)])
+def test_replicas_are_clipped_alike_whatever_the_devices(runner, devices, micro_batches):
+    """Where a device has one part, its gradient is an ordinary one; several are taken together."""
+    fields = (PER_REPLICA[0], ("train.clip_norm", 3.5))
+    want = one_step("jit", 8, fields)
+    assert 0 < want[1]["clip_fraction"] < 1
+    if micro_batches > 1:
+        fields = (*fields, ("train.accumulation", micro_batches))
+    assert_same(one_step(runner, devices, fields), want)
     plain = one_step("jit", 1)
     assert optax.tree.norm(jax.tree.map(lambda a, b: a - b, plain[0], want[0])) > 1e-2
+
+
+@pytest.mark.parametrize("runner", list(RUNNERS))
+def test_a_device_with_one_part_has_an_ordinary_program(runner, monkeypatch):
+    """Nothing that takes parts together is traced there."""
+    def used(*args):
+        raise AssertionError("parts taken together")
+
+    monkeypatch.setattr(gradients, "_of_shards", used)
+    monkeypatch.setattr(layers, "conv3x3_by_shard", used)
+    for devices, expected in ((8, "nothing"), (4, "parts taken together")):
+        training = build(config(runner, **dict(PER_REPLICA)), devices)
+        program = programs.train_program(training, len(IMAGES), max_steps=1)
+        with pytest.raises(AssertionError, match=expected):
+            program.step.lower(*program.arguments)
+            raise AssertionError("nothing")
 
 
 @pytest.mark.parametrize("runner", list(RUNNERS))

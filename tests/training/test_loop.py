@@ -1,3 +1,4 @@
+import time
 import types
 
 import numpy as np
@@ -27,7 +28,8 @@ def run(step, last, most, hooks=(), stop_at=None, loss=lambda s: 1.0, fails=None
         events.append(("dispatch", state, n))
         return state + n, {"loss": [loss(state + i) for i in range(n)] + [0.0] * (most - n)}
 
-    def on_metrics(step, values):
+    def on_metrics(step, values, seconds):
+        assert (seconds is None) == (not seen)
         fail("metrics", step)
         events.append(("metrics", step))
         seen.extend(range(step, step + len(values["loss"])))
@@ -109,3 +111,25 @@ def test_next_stop():
     assert next_stop(0, 100, [10, 0, 25]) == 10
     assert next_stop(20, 100, [10, 25]) == 25
     assert next_stop(95, 98, [10]) == 98
+
+
+def test_seconds_are_the_devices_without_hooks_and_without_the_first():
+    """A device that takes 0.2 s a dispatch, a host that sometimes looks late, a hook of 0.5 s."""
+    start, ready, seen = time.monotonic(), [0.0], []
+
+    def dispatch(state):
+        ready[0] = max(time.monotonic(), ready[0]) + 0.2
+        return state + 1, ready[0]
+
+    def fetch(ready):
+        time.sleep(max(0.0, ready - time.monotonic()))
+        return {"loss": [1.0]}
+
+    looks = iter([0, 0.33] * 4)
+    fit(0, step=0, last=8, program=types.SimpleNamespace(max_steps=1, step=dispatch),
+        arguments=lambda n: (), hooks=[Hook(4, lambda step, state: time.sleep(0.5))], fetch=fetch,
+        on_dispatch=lambda: time.sleep(next(looks)), should_stop=lambda step: False,
+        on_metrics=lambda step, values, seconds: seen.append(seconds))
+    assert seen.pop(0) is None and len(seen) == 7
+    assert min(seen) > 0.1  # a clock read where the host looks gives 0.07
+    assert sum(seen) < time.monotonic() - start - 1.0 - 0.2
