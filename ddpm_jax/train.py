@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.compilation.cache import count_compilations
-from ddpm_jax.config import SOURCE, from_json, to_json
+from ddpm_jax.config import SOURCE, to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.data.labels import data_facts, labels_for
@@ -25,6 +25,7 @@ from ddpm_jax.experiment import (
     new_state,
     schedule_warning,
 )
+from ddpm_jax.init_from import InitFrom, find, first_state
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
@@ -36,15 +37,6 @@ from ddpm_jax.training.optimizer import learning_rates
 from ddpm_jax.training.steps import Batch
 
 LONG_S = 10  # from here on a pause of training is named
-
-
-class InitFrom(NamedTuple):
-    """Another run, of whose weights and average at ``step`` (None: the newest) a new one starts;
-    optimizer: of its moments too."""
-
-    workdir: str
-    step: int | None = None
-    optimizer: bool = False
 
 
 class _Run(NamedTuple):
@@ -222,43 +214,11 @@ def _stored(config, folder, init_from) -> dict:
             raise UserError(f"--init_from={init_from.workdir}: {folder} holds another run already; "
                             "leave --init_from out to resume it, or take another --workdir")
     elif init_from:
-        step = _open_other(init_from)[1]
+        step = find(init_from)[1]
         old = init_from._replace(workdir=str(files.resolve(init_from.workdir)), step=step)._asdict()
     else:
         old = None
     return to_json(config) | ({SOURCE: old} if old else {})
-
-
-def _open_other(init_from):
-    """-> (stored config, step) of the run to start from."""
-    folder = files.resolve(init_from.workdir)
-    stored = checkpoints.read_config(folder)
-    if stored is None:
-        raise UserError(f"--init_from={folder}: no run here (no config.json)")
-    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
-        return stored, store.find(init_from.step)
-
-
-def _from_other(run):
-    """-> (step, TrainState) of the run that config.json names."""
-    training, source = run.training, InitFrom(**run.stored[SOURCE])
-    exp = training.experiment
-    stored, step = _open_other(source)
-    other = build_model(from_json(stored), exp.runner.mesh.devices.flat)
-    if jax.tree.map(lambda x: x.shape, other.abstract_params) != jax.tree.map(
-            lambda x: x.shape, exp.abstract_params):
-        raise UserError(f"--init_from={source.workdir}: its network has other weights; "
-                        "config.model, data.image_size, data.channels and the channels of "
-                        "diffusion.variance must be those of that run")
-    folder = files.resolve(source.workdir)
-    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
-        if source.optimizer:
-            return step, store.restore(step, training.abstract_state, exp.runner)
-        params, ema_params = (store.restore_weights(
-            step, exp.abstract_params, ema=ema, runner=exp.runner)[0] for ema in (False, True))
-    state = new_state(training)
-    count = exp.runner.put("replicated", np.int32(step))
-    return step, state._replace(step=count, params=params, ema_params=ema_params)
 
 
 def _open_folder(exp, folder, stored, closing, sink):
@@ -292,7 +252,7 @@ def _newest(run, folder):
             say(f"warning: {warning}")
         if SOURCE not in run.stored:
             return 0, run.program.start(new_state(training))
-        step, state = _from_other(run)
+        step, state = first_state(training, InitFrom(**run.stored[SOURCE]))
         run.store.save(step, training.experiment.runner.to_global(state), run.stored)
         run.store.wait()
         say(f"starting from step {step} of {run.stored[SOURCE]['workdir']}")

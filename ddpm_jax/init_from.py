@@ -1,0 +1,55 @@
+"""Another run, of whose weights a new run starts (``ddpm train --init_from``)."""
+
+import contextlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import checkpoints
+from ddpm_jax.config import from_json
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import Training, build_model, new_state
+from ddpm_jax.storage import files
+from ddpm_jax.training.steps import TrainState
+
+
+class InitFrom(NamedTuple):
+    """Another run, of whose weights and average at ``step`` (None: the newest) a new one starts;
+    optimizer: of its moments too."""
+
+    workdir: str
+    step: int | None = None
+    optimizer: bool = False
+
+
+def find(init_from: InitFrom) -> tuple[dict, int]:
+    """The stored config and the step of the run to start from. Raises UserError without one."""
+    folder = files.resolve(init_from.workdir)
+    stored = checkpoints.read_config(folder)
+    if stored is None:
+        raise UserError(f"--init_from={folder}: no run here (no config.json)")
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        return stored, store.find(init_from.step)
+
+
+def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
+    """The step and the state that a run from ``source`` starts with. Raises UserError where its
+    network has other weights."""
+    exp = training.experiment
+    stored, step = find(source)
+    other = build_model(from_json(stored), exp.runner.mesh.devices.flat)
+    if jax.tree.map(lambda x: x.shape, other.abstract_params) != jax.tree.map(
+            lambda x: x.shape, exp.abstract_params):
+        raise UserError(f"--init_from={source.workdir}: its network has other weights; "
+                        "config.model, data.image_size, data.channels and the channels of "
+                        "diffusion.variance must be those of that run")
+    folder = files.resolve(source.workdir)
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        if source.optimizer:
+            return step, store.restore(step, training.abstract_state, exp.runner)
+        params, ema_params = (store.restore_weights(
+            step, exp.abstract_params, ema=ema, runner=exp.runner)[0] for ema in (False, True))
+    state = new_state(training)
+    count = exp.runner.put("replicated", np.int32(step))
+    return step, state._replace(step=count, params=params, ema_params=ema_params)
