@@ -48,12 +48,13 @@ def test_features_are_a_share_of_sampling(tmp_path):
     work = unet_work(experiment.network(config))
     one = network.flops_per_image() + 2 * 2048 ** 2
     first = rows["Inception-2015"]
-    assert first["share_of_flops"] == pytest.approx(one / (100 * work.forward_flops), rel=1e-6)
+    steps = config.diffusion.num_timesteps
+    assert first["share_of_flops"] == pytest.approx(one / (steps * work.forward_flops), rel=1e-6)
     seconds = {name: r["seconds"]["median"] for name, r in rows.items()}
     assert first["share_of_time"] == pytest.approx(
         (seconds["Inception-2015"] + seconds["sums of features"])
-        / (100 * seconds["denoising step"]))
-    assert "of the time of 100 denoising steps" in done.stdout
+        / (steps * seconds["denoising step"]))
+    assert f"of the time of {steps} denoising steps" in done.stdout
 
 
 @pytest.mark.slow

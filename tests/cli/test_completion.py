@@ -14,7 +14,7 @@ CASES = {
     "ddpm tr": "train",
     "ddpm sample --wor": "--workdir=",
     "ddpm train --conf": "--config=",
-    "ddpm train --config=cifar10_": "cifar10_table2",
+    "ddpm train --config=cifar10_t": "cifar10_table2",
     "ddpm train --config.train.st": "--config.train.steps= --config.train.steps_per_dispatch=",
     "ddpm sample --noema --sampler=dpmpp_2": "dpmpp_2s dpmpp_2m",
     "ddpm import --ver": "--verify",

@@ -15,12 +15,13 @@ class ExactDenoiser:
     """E[eps | x_t] for pixels that are N(0, SPREAD^2), independent."""
 
     dtype = jnp.float32
+    num_classes, no_label = 0, None
 
     def __init__(self, schedule):
         self.schedule = schedule
 
-    def apply(self, variables, x_t, t):
-        del variables
+    def apply(self, variables, x_t, t, *condition):
+        del variables, condition
         a = jnp.asarray(self.schedule.alphas_cumprod)[t][:, None, None, None]
         x_start = SPREAD ** 2 * jnp.sqrt(a) / (SPREAD ** 2 * a + 1 - a) * x_t
         return (x_t - jnp.sqrt(a) * x_start) / jnp.sqrt(1 - a)

@@ -117,7 +117,7 @@ def test_another_sampler_beside_a_config(tmp_path, name):
         open_diffusers(folder)
     model = open_diffusers(folder, small_config())
     assert model.fields["diffusion"] == {
-        "num_timesteps": 50, "predict": "eps",
+        "num_timesteps": 50, "predict": "eps", "zero_terminal_snr": False,
         "schedule": {"name": "linear", "beta_start": 0.0001, "beta_end": 0.03}}
     assert "sampler" not in model.fields and name in model.notes[0]
     path.write_text(json.dumps({**chain, "_class_name": name, "trained_betas": [0.1]}))
