@@ -20,9 +20,8 @@ from ddpm_jax.parallel.pod import initialize
 from ddpm_jax.parallel.pod_flags import define_flags
 from ddpm_jax.parallel.stop import watch_for_stop
 from ddpm_jax.parallel.watchdog import start_watchdog
-# What a shell starts in the background ignores SIGINT, and what nohup starts ignores SIGHUP.
+# What a shell starts in the background ignores SIGINT, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 define_flags()
 words = flags.FLAGS(["x", *sys.argv[1:]])[1:]
 pod = initialize()
@@ -80,11 +79,12 @@ def free_port():
 
 
 
-# Starts what follows with signals ignored, as nohup does. Between fork and exec of this process
-# Python code may not run: JAX has threads.
+# Starts what follows with signals ignored, as nohup does, and with SIGHUP heard though nohup
+# started the tests. Between fork and exec of this process Python code may not run: JAX has threads.
 IGNORING = """
 import os, signal, sys
-for number in sys.argv[1].split(","):
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for number in sys.argv[1].split(",") if sys.argv[1] else ():
     signal.signal(int(number), signal.SIG_IGN)
 os.execv(sys.argv[2], sys.argv[2:])
 """
@@ -109,7 +109,7 @@ class Processes:
             self.files.append(file)
             before = [sys.executable, "-c", IGNORING, ",".join(str(int(n)) for n in ignored)]
             self.popen.append(subprocess.Popen(
-                [*(before if ignored else ()), sys.executable, "-c", PROGRAM, *flags, *words],
+                [*before, sys.executable, "-c", PROGRAM, *flags, *words],
                 stdout=file, stderr=subprocess.STDOUT, env=e))
 
     def __enter__(self):
