@@ -63,7 +63,7 @@ def test_without_classes_the_loss_is_that_of_the_network_alone(fields, options):
             variance=VARIANCES["fixed_small"], **options).mean()
 
     ours, wanted = (jax.make_jaxpr(f)(exp.abstract_params, batch, draws)
-                    for f in (build_training(exp).loss_fn, plain))
+                    for f in (build_training(exp).step.keywords["loss_fn"], plain))
     assert str(ours) == str(wanted)
     assert "class_embedding" not in exp.abstract_params
 
