@@ -142,8 +142,8 @@ def build_training(exp: Experiment) -> Training:
     if (clip.shards or 0) > runner.num_virtual_devices:  # a device has several
         model = model.clone(by_shard=True)
 
-    def loss_fn(params, batch, draws):
-        labels = batch.labels
+    def loss_fn(params, batch, draws, named=lambda params: params):
+        params, labels = named(params), batch.labels
         if draws.drop_label is not None:
             labels = jnp.where(draws.drop_label, model.no_label, labels)
 

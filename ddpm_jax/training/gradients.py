@@ -39,9 +39,9 @@ def clip_by_norm(grads, clip_norm):
 
 
 class View(NamedTuple):
-    """Parameters as an optimizer keeps them and as a loss takes them. named(params) -> the loss's
-    tree, its kernels perhaps in a smaller type; packed(gradient of that tree, float32) -> that of
-    params."""
+    """Parameters as an optimizer keeps them and as a network takes them. named(params) -> the
+    network's tree, its kernels perhaps in a smaller type; packed(gradient of that tree, float32)
+    -> that of params."""
 
     named: Callable = lambda params: params
     packed: Callable = lambda gradient: gradient
@@ -53,9 +53,10 @@ def mean_gradient(
 ):
     """The mean gradient over the examples of all devices, clipped.
 
-    loss_fn(view.named(params), *batch) -> mean loss of a tree ``batch`` of arrays [b, ...]: this
-    device's examples, or with ``num_virtual_devices`` > 1 (jit) those of that many devices, one
-    after another. micro_batches: parts that a device takes one after the other, to save memory.
+    loss_fn(params, *batch, named=view.named) -> mean loss of a tree ``batch`` of arrays [b, ...],
+    of the network with named(params), by default params: this device's examples, or with
+    ``num_virtual_devices`` > 1 (jit) those of that many devices, one after another. micro_batches:
+    parts that a device takes one after the other, to save memory.
     -> (gradient, METRICS by name, scalars, equal on every device); grad_norm is before clipping,
     of the mean gradient, or the mean of the shards' norms.
     """
@@ -69,7 +70,7 @@ def mean_gradient(
         return jax.tree.map(lambda x: x.mean(axis=0), results)
     if clip.shards and clip.shards > 1:
         return _mean(_of_shards(loss_fn, params, batch, clip, micro_batches, view), axis_name)
-    gradient = jax.value_and_grad(lambda params, *batch: loss_fn(view.named(params), *batch))
+    gradient = jax.value_and_grad(functools.partial(loss_fn, named=view.named))
     gradient = _accumulated(gradient, micro_batches, num_virtual_devices)
     if clip.shards is None:
         return _clipped(clip, *_mean(gradient(params, *batch), axis_name))

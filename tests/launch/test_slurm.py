@@ -88,6 +88,7 @@ def cluster(tmp_path):
     conf.write_text(CONF.format(d=d, host=socket.gethostname().split(".")[0], port=port,
                                 port1=port1, port2=port2, cpus=os.cpu_count()))
     env = {**os.environ, "SLURM_CONF": str(conf), "JAX_PLATFORMS": "cpu",
+           "SHELL": "/bin/bash",  # which salloc starts, and a CI machine may not name
            "XLA_FLAGS": xla_flags(2)}
     daemons = [subprocess.Popen([shutil.which("slurmctld") or "/usr/sbin/slurmctld", "-D", "-f",
                                  conf], env=env, stdout=subprocess.DEVNULL,
@@ -139,6 +140,9 @@ def state(env, job):
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.filterwarnings(  # of a fork for a terminal, before exec
+    "ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning",
+    "ignore:(?s).*_at_fork:pytest.PytestUnraisableExceptionWarning")
 def test_train_sbatch(cluster):
     """One test, so that parallel test runners make one cluster."""
     run_sigterm_requeue_resume(*cluster)

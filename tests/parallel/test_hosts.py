@@ -35,7 +35,8 @@ def test_versions_name_what_must_agree():
      "XLA_FLAGS=--xla_cpu_enable_fast_math=true (process 0 has none)")])
 def test_settings_in_the_shell_of_one_host_are_named(tmp_path, variable, value, line):
     with Processes(tmp_path, ["facts"], 2, env=lambda i: {
-            "CONFIG": "abc", **({variable: value} if i else {})}) as run:
+            "CONFIG": "abc", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            **({variable: value} if i else {})}) as run:
         assert run.wait() == [2, 2], run.text(0)
         assert all(f"process 1 on {socket.gethostname()}: {line}" in run.text(i) for i in (0, 1))
 
