@@ -121,6 +121,7 @@ print(int(status["VmHWM"].split()[0]) / 2**20)
 """
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_256_model_converts_in_little_memory(tmp_path):

@@ -93,6 +93,7 @@ def test_targets_end_to_end_on_digits(tmp_path):
     assert [p.name for p in steps if p.name.isdigit()] == ["4"]       # trained once for all
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_draw_and_score_what_one_does(tmp_path):

@@ -161,6 +161,7 @@ def test_256_net_agrees():
     assert 0.1 < errors["scale"] < 10 and errors["eps"] < 1e-4
 
 
+@pytest.mark.soak
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow

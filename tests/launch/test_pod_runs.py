@@ -131,6 +131,7 @@ def uninterrupted(tmp_path_factory):
     return d
 
 
+@pytest.mark.soak
 def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, uninterrupted):
     """1x2 and 2x1 agree; a run that starts as one and goes on as the other does too."""
     alone, changed = tmp_path / "alone", tmp_path / "changed"
@@ -143,7 +144,7 @@ def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, unint
     assert_same_parameters(alone, changed)
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, who):
     work = tmp_path / "run"
     command = train_command(work, steps=100_000, devices=2)
@@ -163,6 +164,7 @@ def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, 
         np.testing.assert_allclose(got[step], expected[step], rtol=1e-6, err_msg=f"step {step}")
 
 
+@pytest.mark.soak
 def test_single_process_stops_and_continues(tmp_path):
     work = tmp_path / "run"
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
@@ -180,6 +182,7 @@ def test_single_process_stops_and_continues(tmp_path):
     assert sorted(losses(work)) == list(range(1, saved + 3))
 
 
+@pytest.mark.soak
 def test_sigterm_during_an_evaluation(tmp_path):
     """The step it belongs to is saved before; the restart evaluates it first."""
     work = tmp_path / "run"
@@ -224,6 +227,7 @@ def test_sigterm_during_the_compilation(tmp_path):
 KILLS = int(os.environ.get("DDPM_TEST_KILLS", 4))  # more of them find what is rarer
 
 
+@pytest.mark.soak
 def test_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
     """kill -9 of worker or coordinator at random moments, saves at every second step."""
     work, rng, reached = tmp_path / "run", random.Random(0), 0
@@ -320,13 +324,14 @@ def assert_same_parameters(a, b):
             np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_eight_devices_as_one_two_and_four_processes(eight, one_by_eight, processes):
     work, _ = eight(processes)
     assert_same(losses(work), losses(one_by_eight), 6)
     assert_same_parameters(work, one_by_eight)
 
 
+@pytest.mark.soak
 def test_pmap_in_two_processes_trains_saves_and_resumes(eight, one_by_eight):
     eight(2, steps=3, runner="pmap")
     work, text = eight(2, steps=6, runner="pmap")
@@ -356,6 +361,7 @@ def test_run_on_a_bucket(tmp_path, storage):
     assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
 
 
+@pytest.mark.soak
 def test_evaluation_of_a_run_on_a_bucket(tmp_path, storage):
     """Two hosts; what a cut-off evaluation left on the bucket is not made again."""
     import io
@@ -429,6 +435,7 @@ def fashion(tmp_path, storage, monkeypatch):
     return url
 
 
+@pytest.mark.soak
 def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, fashion):
     """At the restart nothing is downloaded."""
     from ddpm_jax.data.datasets import open_source
