@@ -44,7 +44,7 @@ def test_dry_run_that_is_ended_leaves_no_process():
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(150) == 143
+    assert process.wait(60) == 143
     assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
 
 

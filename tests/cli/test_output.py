@@ -26,7 +26,7 @@ def saved(workdir):
 
 
 def wait_for_steps(workdir, count=5):
-    deadline = time.time() + 300
+    deadline = time.time() + 60
     lines = workdir / "metrics.jsonl"
     while not (lines.exists() and lines.read_text().count("\n") >= count):
         assert time.time() < deadline

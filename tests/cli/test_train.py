@@ -30,7 +30,7 @@ def test_sigterm_saves_and_exits_with_42(tmp_path, train_command, one_device):
             assert run.poll() is None and time.time() < deadline
             time.sleep(0.1)
         run.send_signal(signal.SIGTERM)
-        _, err = run.communicate(timeout=150)
+        _, err = run.communicate(timeout=60)
     finally:
         run.kill()
     assert run.returncode == 42, err

@@ -19,7 +19,7 @@ spec.loader.exec_module(local)
 def run(tmp_path, program, *options, processes=2):
     return subprocess.run(
         [sys.executable, LOCAL, f"--processes={processes}", f"--logdir={tmp_path}", *options, "--",
-         sys.executable, "-c", program], capture_output=True, text=True, timeout=150)
+         sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
 def test_all_done_is_0_and_only_process_0_is_shown(tmp_path):
@@ -68,7 +68,7 @@ def start(tmp_path, wait=0, stdout=subprocess.DEVNULL, before=()):
 
 
 def until(tmp_path, word):
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 30
     while not all((tmp_path / f"process_{i}.log").exists()
                   and word in (tmp_path / f"process_{i}.log").read_text() for i in (0, 1)):
         assert time.monotonic() < deadline
@@ -79,7 +79,7 @@ def until(tmp_path, word):
 def test_signals_go_to_all(tmp_path, number):
     process = start(tmp_path, before=HEARING)
     process.send_signal(number)
-    assert process.wait(150) == 42
+    assert process.wait(30) == 42
 
 
 def test_second_ctrl_c_ends_all_at_once(tmp_path):
@@ -96,7 +96,7 @@ def test_output_without_a_reader_ends_nothing(tmp_path):
     os.close(write)
     os.close(read)
     process.send_signal(signal.SIGTERM)  # process 0 prints, and there is no reader
-    assert process.wait(150) == 42
+    assert process.wait(30) == 42
 
 
 @pytest.mark.parametrize("codes, order, expected", [

@@ -151,7 +151,7 @@ def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, 
     process = start(tmp_path / "logs", 2, 1, command)
     wait_for_step(process, work, 4)
     os.kill(children(process)[who], signal.SIGTERM)
-    assert process.wait(150) == 42, texts(tmp_path / "logs")
+    assert process.wait(60) == 42, texts(tmp_path / "logs")
     stopped = [int(x) for x in re.findall(r"stopping at step (\d+)", texts(tmp_path / "logs"))]
     assert len(stopped) == 2 and stopped[0] == stopped[1]
     assert [p.name for p in (work / "checkpoints").iterdir()] == [str(stopped[0])]
@@ -174,7 +174,7 @@ def test_single_process_stops_and_continues(tmp_path):
     wait_for_step(process, work, 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # a second one leaves the save alone
-    assert process.wait(150) == 42
+    assert process.wait(60) == 42
     [saved] = [int(p.name) for p in (work / "checkpoints").iterdir()]
     done = subprocess.run(train_command(work, steps=saved + 2, devices=1), env=env,
                           capture_output=True, text=True)
@@ -195,7 +195,7 @@ def test_sigterm_during_an_evaluation(tmp_path):
         assert process.poll() is None and time.time() < deadline, texts(tmp_path / "logs")
         time.sleep(0.01)
     os.kill(children(process)[1], signal.SIGTERM)
-    assert process.wait(150) == 42, texts(tmp_path / "logs")
+    assert process.wait(100) == 42, texts(tmp_path / "logs")
     text = run(tmp_path / "again", 2, 1, command)
     assert "from step 4" in text
     lines = [json.loads(x) for x in (work / "metrics.jsonl").read_text().splitlines()]
@@ -219,8 +219,8 @@ def test_sigterm_during_the_compilation(tmp_path):
     time.sleep(1)
     os.kill(children(process)[1], signal.SIGTERM)
     started = time.time()
-    assert process.wait(150) == 42, texts(tmp_path / "logs")
-    assert time.time() - started < 60
+    assert process.wait(30) == 42, texts(tmp_path / "logs")
+    assert time.time() - started < 25
     assert "nothing unsaved" in texts(tmp_path / "logs")
 
 
@@ -264,12 +264,12 @@ def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninte
     run(tmp_path / "a", 1, 2, command(tmp_path / "one"))
     process = start(tmp_path / "b", 2, 1, command(tmp_path / "two"))
     shards = tmp_path / "two" / "shards"
-    deadline = time.time() + 150
+    deadline = time.time() + 100
     while not list(shards.glob("shard-*.npz")):
         assert process.poll() is None and time.time() < deadline, texts(tmp_path / "b")
         time.sleep(0.01)
     os.kill(children(process)[1], signal.SIGTERM)
-    code = process.wait(150)
+    code = process.wait(60)
     assert code in (0, 42), texts(tmp_path / "b")  # 0: it was quicker
     before = {p.name: p.stat().st_mtime_ns for p in shards.glob("shard-*.npz")}
     if code == 42:
@@ -356,7 +356,7 @@ def test_run_on_a_bucket(tmp_path, storage):
          "images = np.load(io.BytesIO(fs.cat('ddpm/samples/samples.npz')))['arr_0']\n"
          "print(json.dumps([[json.loads(x)['step'] for x in lines], images.shape,\n"
          "      sorted(int(p.split('/')[-1]) for p in fs.ls('ddpm/run/checkpoints'))]))"],
-        capture_output=True, text=True, timeout=150)
+        capture_output=True, text=True, timeout=60)
     steps, shape, checkpoints = json.loads(done.stdout)
     assert steps == list(range(1, 9)) and shape == [4, 8, 8, 1] and checkpoints == [4, 8]
 
@@ -465,12 +465,12 @@ def test_sigterm_while_data_is_staged(tmp_path, fashion):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", stuck], env=env, stderr=subprocess.PIPE,
                                text=True)
-    deadline = time.time() + 150
+    deadline = time.time() + 60
     while not list((tmp_path / "stages").rglob(".*array_record*.partial")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=150)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 42, error
     done = subprocess.run([sys.executable, "-m", "ddpm_jax", *flags], env=env,
                           capture_output=True, text=True)

@@ -99,7 +99,7 @@ def cluster(tmp_path):
                                          node, "-f", conf], env=env, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL))
     try:
-        deadline, idle = time.time() + 150, ""
+        deadline, idle = time.time() + 40, ""
         while idle.strip() != "2 idle" and time.time() < deadline:
             time.sleep(0.5)
             idle = subprocess.run(["timeout", "5", "sinfo", "-h", "-o", "%D %t"], env=env,
@@ -119,7 +119,7 @@ def cluster(tmp_path):
 
 
 def run(env, *argv):
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

@@ -125,7 +125,7 @@ class Processes:
     def text(self, i):
         return pathlib.Path(self.files[i].name).read_text()
 
-    def until(self, word, seconds=150):
+    def until(self, word, seconds=60):
         deadline = time.time() + seconds
         while not all(word in self.text(i) for i in range(len(self.popen))):
             assert time.time() < deadline, [self.text(i) for i in range(len(self.popen))]
@@ -133,7 +133,7 @@ class Processes:
                 [self.text(i) for i in range(len(self.popen))]
             time.sleep(0.05)
 
-    def wait(self, seconds=150):
+    def wait(self, seconds=60):
         deadline = time.time() + seconds
         return [p.wait(max(0.1, deadline - time.time())) for p in self.popen]
 

@@ -30,7 +30,7 @@ def test_sigterm_during_a_compilation_ends_all_with_42(tmp_path, who):
     with Processes(tmp_path, ["compile"], 2) as run:
         run.until("READY")
         run.popen[who].send_signal(signal.SIGTERM)
-        assert run.wait(150) == [42, 42]
+        assert run.wait(25) == [42, 42]
     assert "nothing unsaved" in run.text(who) and "is leaving" in run.text(1 - who)
 
 
@@ -41,7 +41,7 @@ def test_sigterm_where_the_other_is_done_leaves_it_its_code(tmp_path, who):
     with Processes(tmp_path, [], 2, env={"LATE": str(who)}) as run:
         run.until("END")
         run.popen[who].send_signal(signal.SIGTERM)
-        codes = run.wait(150)
+        codes = run.wait(60)
     assert (codes[who], codes[1 - who]) == (42, 0), (run.text(0), run.text(1))
 
 
@@ -59,7 +59,7 @@ def test_single_process_leaves_during_a_compilation(tmp_path):
     with Processes(tmp_path, ["compile"], 1) as run:
         run.until("READY")
         run.popen[0].send_signal(signal.SIGTERM)
-        assert run.wait(150) == [42]
+        assert run.wait(20) == [42]
 
 
 OTHERS = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
@@ -70,7 +70,7 @@ def test_terminals_and_batch_systems_are_heard_like_sigterm(tmp_path, number):
     with Processes(tmp_path, ["loop"], 1) as run:
         run.until("READY")
         run.popen[0].send_signal(number)
-        assert run.wait(150) == [42]
+        assert run.wait(20) == [42]
     assert run.text(0).count("SAVED") == 1 and f"on {number.name}" in run.text(0)
     assert "Traceback" not in run.text(0)
 
@@ -102,7 +102,7 @@ def test_sigint_during_a_compilation(tmp_path):
     with Processes(tmp_path, ["compile"], 1) as run:
         run.until("READY")
         run.popen[0].send_signal(signal.SIGINT)
-        assert run.wait(150) == [42]
+        assert run.wait(20) == [42]
     with Processes(tmp_path, ["compile"], 1) as run:
         run.until("READY")
         run.popen[0].send_signal(signal.SIGINT)
@@ -128,7 +128,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(tmp_path, number):
         time.sleep(0.5)
         assert run.popen[0].poll() is None and "SAVE" not in run.text(0)
         run.popen[0].send_signal(signal.SIGTERM)
-        assert run.wait(150) == [42]
+        assert run.wait(20) == [42]
 
 
 def test_stop_puts_the_old_handler_back():

@@ -47,7 +47,7 @@ def test_a_process_that_is_killed_leaves_the_old_file(tmp_path):
             "from ddpm_jax.storage import files\n"
             "with files.whole_file(sys.argv[1]) as file:\n"
             "    file.write(bytes(10**6)); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], timeout=150)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], timeout=60)
     assert done.returncode == -signal.SIGKILL and files.read_bytes(tmp_path / "x") == b"old"
     [left] = [name for name in files.listing(tmp_path) if name != "x"]
     assert left.startswith(".x.") and left.endswith(files.PARTIAL)

@@ -164,7 +164,7 @@ def test_one_process_downloads_and_the_others_wait(tmp_path, storage, stages):
     for i in range(5):
         (tmp_path / f"set/{i}").write_bytes(bytes(100_000))
     put(tmp_path / "set", f"{storage}/once/set")
-    done = [p.communicate(timeout=150) for p in [child(STAGE.format("once")) for _ in range(3)]]
+    done = [p.communicate(timeout=60) for p in [child(STAGE.format("once")) for _ in range(3)]]
     assert len({out for out, _ in done}) == 1 and pathlib.Path(done[0][0].strip(), "set/4").exists()
     assert sum("staging" in err for _, err in done) == 1, done
 
@@ -183,7 +183,7 @@ def test_a_waiting_process_goes_on_where_a_killed_one_was(tmp_path, storage, sta
                   "    if path.endswith('2'): open(to, 'wb').write(b'half'); time.sleep(600)\n"
                   "    return get(path, to)\n"
                   "fs.get_file = slow\n" + STAGE.format("killed"))
-    deadline = time.time() + 150
+    deadline = time.time() + 60
     while not list(stages.glob("*.partial/set/.2.*.partial")):
         assert first.poll() is None and time.time() < deadline
         time.sleep(0.02)
@@ -191,7 +191,7 @@ def test_a_waiting_process_goes_on_where_a_killed_one_was(tmp_path, storage, sta
     assert "waiting for it" in second.stderr.readline()
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    out, err = second.communicate(timeout=150)
+    out, err = second.communicate(timeout=60)
     assert "2 files, 2.0 MB, 2 there already" in err, err
     for i in range(4):
         assert pathlib.Path(out.strip(), f"set/{i}").read_bytes() == (
@@ -261,7 +261,7 @@ def test_no_extra_is_one_line():
             "from ddpm_jax.cli.main import main\n"
             "sys.exit(main(['data', 'info', '--name=folder', '--dir=gs://ddpm/x']))")
     process = child(code)
-    err = process.communicate(timeout=150)[1]
+    err = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "; pip install gcsfs" in err.splitlines()[-1], err
 
 
