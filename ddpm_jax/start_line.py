@@ -32,21 +32,18 @@ MEASURED = (  # docs/h100.md: versions and commands
 _FLOAT32_PRODUCTS = {"tpu": "bfloat16", "gpu": "TF32"}
 _BFLOAT16 = "--config.model.dtype=bfloat16 (factor unmeasured)"
 _FASTER_DTYPES = {("gpu", "float32"): _BFLOAT16, ("tpu", "float32"): _BFLOAT16}
-# Against the clip of several parts on one device (benchmarks/NOTES.md, "Per-replica clip").
-_GLOBAL_CLIP = {}
 
 
 def training_line(exp: Experiment) -> str:
     """Of `ddpm train` and `ddpm bench step`. Without a clip of several parts on one device the
     program is that of the global clip."""
-    train, num_devices, platform = exp.config.train, exp.runner.num_devices, _device(exp).platform
+    train, num_devices = exp.config.train, exp.runner.num_devices
     images = max(1, train.batch_size // num_devices)
     parts = train.clip_replicas if train.clip_scope == "per_replica" else 1
     clip = f"clip {train.clip_norm:g} of {'the whole batch' if parts == 1 else f'{parts} parts'}"
-    flags = [_FASTER_DTYPES.get((platform, exp.config.model.dtype))]
+    flags = [_FASTER_DTYPES.get((_device(exp).platform, exp.config.model.dtype))]
     if parts > num_devices:
-        factor = _GLOBAL_CLIP.get(platform, "factor unmeasured")
-        flags.append(f"--config.train.clip_scope=global ({factor})")
+        flags.append("--config.train.clip_scope=global (factor unmeasured)")
     return _line(exp, [clip if train.clip_norm else "no clip", f"{images} images a device"],
                  _measured(exp, "parts" if parts > num_devices else "global", images),
                  "images/s", flags)

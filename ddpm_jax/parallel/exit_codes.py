@@ -41,11 +41,10 @@ def leave(code: int):
     them 10 s to come here with the same error, then goes; they end within the heartbeat. Returns
     where there is no pod, and for the codes 0 and EXIT_RESTART, which take the ordinary way.
     """
-    client = pod_state().client
-    if client is None or code in (0, EXIT_RESTART):
+    if code in (0, EXIT_RESTART) or not in_pod():
         return
     with contextlib.suppress(Exception):
-        client.wait_at_barrier("ddpm/error", int(1000 * LEAVE_PATIENCE_S))
+        pod_state().client.wait_at_barrier("ddpm/error", int(1000 * LEAVE_PATIENCE_S))
     if pod_state().process_id == 0:
         time.sleep(1.0)  # the service lives here: let the others go first
     sys.stdout.flush()
@@ -54,8 +53,9 @@ def leave(code: int):
 
 
 def in_pod() -> bool:
-    """Whether `initialize` has joined other processes."""
-    return pod_state().client is not None
+    """Whether `initialize` has joined other processes. Imports no JAX: without it there are none.
+    """
+    return "jax" in sys.modules and pod_state().client is not None
 
 
 def is_lost_peer(error: BaseException) -> bool:
