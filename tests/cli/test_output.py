@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from terminals import forking
 
 from ddpm_jax.cli.output import RED, coloured
 
@@ -26,7 +27,7 @@ def saved(workdir):
 
 
 def wait_for_steps(workdir, count=5):
-    deadline = time.time() + 60
+    deadline = time.time() + 300  # the start of a program beside two others
     lines = workdir / "metrics.jsonl"
     while not (lines.exists() and lines.read_text().count("\n") >= count):
         assert time.time() < deadline
@@ -42,12 +43,6 @@ def test_a_run_goes_on_to_its_end(tmp_path, ending):
     done = subprocess.run(["bash", "-c", f"{command} {ending}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert saved(tmp_path / "run") == [20]
-
-
-# A terminal needs a fork; what JAX and Python warn of there does not matter, since exec follows.
-forking = pytest.mark.filterwarnings(
-    "ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning",
-    "ignore:(?s).*_at_fork:pytest.PytestUnraisableExceptionWarning")
 
 
 @contextlib.contextmanager

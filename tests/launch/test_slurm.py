@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from terminals import forking
 from xla_flags import xla_flags
 
 HERE = pathlib.Path(__file__).parent
@@ -140,9 +141,7 @@ def state(env, job):
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.filterwarnings(  # of a fork for a terminal, before exec
-    "ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning",
-    "ignore:(?s).*_at_fork:pytest.PytestUnraisableExceptionWarning")
+@forking
 def test_train_sbatch(cluster):
     """One test, so that parallel test runners make one cluster."""
     run_sigterm_requeue_resume(*cluster)
