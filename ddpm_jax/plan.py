@@ -10,6 +10,8 @@ from ddpm_jax import checkpoints, experiment, run_log
 from ddpm_jax.compilation.report import quantity, size
 from ddpm_jax.compilation.roofline import unet_work
 from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.reproduction.paper_results import V3_8
+from ddpm_jax.start_line import MEASURED
 from ddpm_jax.storage import files
 
 COPIES = 5      # of the parameters, float32: weights, average, Adam's two moments, gradient
@@ -24,11 +26,14 @@ class Speed(NamedTuple):
     fields: dict
 
 
+_H100 = MEASURED[0]
 SPEEDS = (
-    Speed("a TPU v3-8, by the paper", 35_746_307, 21.0 * 128, {"train.batch_size": 128}),
-    Speed("a TPU v3-8, by the paper", 113_673_219, 2.2 * 64, {"train.batch_size": 64}),
-    Speed("one H100, docs/h100.md", 35_746_307, 6_827, {
-        "train.batch_size": 128, "model.dtype": "bfloat16", "train.clip_scope": "global"}),
+    *(Speed("a TPU v3-8, by the paper", parameters, paper["steps_per_s"] * paper["batch"],
+            {"train.batch_size": paper["batch"]})
+      for parameters, paper in ((35_746_307, V3_8[32]), (113_673_219, V3_8[256]))),
+    Speed("one H100, docs/h100.md", _H100.parameters, _H100.images_per_second, {
+        "train.batch_size": _H100.images, "model.dtype": _H100.dtype,
+        "train.clip_scope": _H100.clip}),
 )
 
 
