@@ -43,7 +43,7 @@ new_enough() {
 }
 
 make_venv() {
-    for python in ${DDPM_PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    for python in ${DDPM_PYTHON:-python3.13 python3.12 python3.11 python3}; do
         if new_enough "$python"; then
             "$python" -m venv "$VENV"
             return

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # uv asks its own list of authorities unless told to ask the machine, as pip does.
 export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
 venv=${DDPM_VENV_LOWEST:-.venv-tests-lowest}
-make_venv "$venv"
+PYTHON_VERSIONS="3.11 3.12 3.13" make_venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check uv
 "$venv/bin/uv" pip install -q --python "$venv/bin/python" --resolution lowest-direct -e . \
     'pytest>=8' 'hypothesis>=6.100' 'pytest-xdist>=3.6' 'pytest-timeout>=2.3'
