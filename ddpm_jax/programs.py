@@ -250,26 +250,32 @@ def sample_program(experiment: Experiment, chain: Chain, finish=to_uint8, *, ext
         prepare=functools.partial(cast_kernels, experiment))
 
 
-def progressive_program(experiment: Experiment, chain: Chain, every: int):
+def progressive_program(experiment: Experiment, chain: Chain, every: int, images=None):
     """As ``sample_program``, also the x_0 predicted at t = ..., 2 every, every, 0: -> (uint8
-    [B,H,W,C], uint8 [B,frames,H,W,C] from noise to image)."""
+    [B,H,W,C], uint8 [N,frames,H,W,C] from noise to image). N: B, or ``images`` or more, of which
+    the first are those of index 0, 1, ... below ``images``."""
     start, step = _reverse_process(experiment, chain)
-    frames = -(-chain.num_steps // every)
+    frames, devices = -(-chain.num_steps // every), experiment.runner.num_virtual_devices
+
+    def kept_of(index):
+        wanted = len(index) if images is None else -(-images // devices) * devices
+        return min(len(index), wanted)  # on each device, or of all where it sees all
 
     def start_keeping(seed, index):
         carry = start(seed, index)
-        return carry, jnp.zeros((len(index), frames, *experiment.image_shape))
+        return carry, jnp.zeros((kept_of(index), frames, *experiment.image_shape))
 
-    def step_keeping(params, carry, i, *rest):
+    def step_keeping(params, carry, i, seed, index):
         # A frame is overwritten until its last step.
         carry, kept = carry
-        carry, x_start = step(params, carry, i, *rest)
-        return carry, kept.at[:, frames - 1 - (chain.num_steps - 1 - i) // every].set(x_start)
+        carry, x_start = step(params, carry, i, seed, index)
+        frame = frames - 1 - (chain.num_steps - 1 - i) // every
+        return carry, kept.at[:, frame].set(x_start[:kept_of(index)])
 
     return repeat(
         experiment.runner, start_keeping, step_keeping,
         lambda carry, *_: (to_uint8(carry[0][0]), to_uint8(carry[1])), chain.num_steps,
-        args=("replicated", "replicated", "batch"),
+        args=("replicated", "replicated", "batch"), results=("batch", "batch"),
         prepare=functools.partial(cast_kernels, experiment))
 
 

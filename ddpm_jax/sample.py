@@ -1,6 +1,7 @@
 """Draw images from a trained run, in resumable shards, and write pictures of them."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
+from ddpm_jax.compilation.ahead import compiled_ahead
 from ddpm_jax.config import from_json, override
 from ddpm_jax.data.labels import by_class, chosen_labels
 from ddpm_jax.errors import UserError
@@ -23,14 +25,17 @@ from ddpm_jax.storage.lock import NAME as LOCK_NAME
 from ddpm_jax.storage.lock import Lock
 
 FEW_STEPS = 50  # up to here no shorter chain is proposed
+PROGRESSIVE_IMAGES, FRAMES = 8, 10  # rows and columns, about, of progressive.png
 
 
-def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
-    """-> (Experiment, weights on the devices, step, facts) of a run, from its stored config.
+@contextlib.contextmanager
+def opened(workdir, *, step=None, overrides=None, devices=None):
+    """-> (Experiment, read) of a run, from its stored config: read(ema) -> (weights on the devices,
+    facts), of checkpoint ``step``, or the newest.
 
     overrides: {'parallel.runner': 'jit', ...}, applied to the stored config. facts: what identifies
     the weights wherever the run lies: step, weights (ema or raw) and their sha256. Raises UserError
-    where there is no run, no checkpoint, or a damaged one.
+    where there is no run, no checkpoint, or (read) a damaged one.
     """
     folder = files.resolve(workdir)
     stored = checkpoints.read_config(folder)
@@ -39,16 +44,24 @@ def load_run(workdir, *, step=None, ema=True, overrides=None, devices=None):
     config = from_json(stored)
     override(config, overrides or {})
     exp = build_model(config, devices)
-    store = checkpoints.Checkpoints(folder, read_only=True)
-    try:
-        params, step = store.restore_weights(
-            step, exp.abstract_params, ema=ema, runner=exp.runner)
-    finally:
-        store.close()
-    if ema and (warning := checkpoints.start_warning(folder, config.ema.decay, step)):
-        say(warning)
-    return exp, params, step, {"step": step, "weights": "ema" if ema else "raw",
-                               "weights_sha256": _sha256(params)}
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        step = store.find(step)
+
+        def read(ema):
+            params, _ = store.restore_weights(step, exp.abstract_params, ema=ema, runner=exp.runner)
+            if ema and (warning := checkpoints.start_warning(folder, config.ema.decay, step)):
+                say(warning)
+            return params, {"step": step, "weights": "ema" if ema else "raw",
+                            "weights_sha256": _sha256(params)}
+
+        yield exp, read
+
+
+def load_run(workdir, *, ema=True, **of_opened):
+    """-> (Experiment, weights on the devices, step, facts) of a run; see ``opened``."""
+    with opened(workdir, **of_opened) as (exp, read):
+        params, facts = read(ema)
+    return exp, params, facts["step"], facts
 
 
 def _sha256(params) -> str:
@@ -69,29 +82,35 @@ def sample(workdir, out, *, num, step=None, seed=0, batch_size=None, ema=True, l
     label that is no class, a run that cannot be read, or an ``out`` with anything else in it.
     """
     check_numbers(seed, num=num, batch_size=batch_size)
-    exp, params, step, facts = load_run(workdir, step=step, ema=ema)
-    sampler = chosen.pop("sampler", None)
-    chain = programs.sampling_chain(exp, name=sampler, labels=chosen_labels(
-        labels, checkpoints.class_names(workdir), exp.model.num_classes, exp.model.no_label),
-        **chosen)
-    batch = batch_size or exp.config.sampler.batch_size
-    fewer = ([f"--sampler=dpmpp_2m --steps=20 ({chain.num_steps / 20:.0f} x fewer network calls)"]
-             if chain.num_steps > FEW_STEPS else [])
-    say(sampling_line(exp, chain.num_steps, batch, fewer))
+    with opened(workdir, step=step) as (exp, read):
+        sampler = chosen.pop("sampler", None)
+        chain = programs.sampling_chain(exp, name=sampler, labels=chosen_labels(
+            labels, checkpoints.class_names(workdir), exp.model.num_classes, exp.model.no_label),
+            **chosen)
+        batch = batch_size or min(exp.config.sampler.batch_size, num)
+        fewer = ([f"--sampler=dpmpp_2m --steps=20 ({chain.num_steps / 20:.0f} x fewer network "
+                  "calls)"] if chain.num_steps > FEW_STEPS else [])
+        say(sampling_line(exp, chain.num_steps, batch, fewer))
+        program, ahead = _program(exp, chain, batch)
+        with ahead:
+            params, facts = read(ema)
     out = files.resolve(out)
     request = facts | dict(seed=seed, num=num, batch_size=batch, steps=chain.num_steps,
                            sampler=sampler or exp.config.sampler.name, **chain.choices)
     with claimed(out, request, workdir):
         labels = {name: np.asarray(x) for name, x in chain.condition(np.arange(num)).items()}
-        if not draw(out, lambda: _producer(exp, chain, params, seed, batch), num=num, batch=batch,
-                    stop=stop, beside=labels):
+        draw_batch = functools.partial(_draw_batch, exp, program, params, seed, batch)
+        frames = []  # of the first batch, once it is drawn
+        if not draw(out, lambda: _producer(draw_batch, frames), num=num, batch=batch, stop=stop,
+                    beside=labels):
             return False
-        frames, columns = _progressive(exp, chain, params, seed)
+        frames = frames[0] if frames else draw_batch(0)[1]  # the first batch was drawn before
         if hosts.is_main_process():
             images = files.read_npz(out / "samples.npz")["arr_0"]
             shown, across = by_class(labels["labels"]) if labels else (range(min(num, 100)), None)
             pictures.write_png(out / "grid.png", pictures.tile(images[list(shown)], across))
-            pictures.write_png(out / "progressive.png", pictures.tile(frames, columns))
+            pictures.write_png(out / "progressive.png", pictures.tile(
+                frames.reshape(-1, *exp.image_shape), frames.shape[1]))
             for i, image in enumerate(images if png else ()):
                 pictures.write_png(out / "png" / f"{i:06d}.png", image)
     say(f"{num} images: {out}/samples.npz, grid.png, progressive.png")
@@ -139,6 +158,9 @@ def _check_request(out, old, request, workdir):
     if "workdir" in old:  # older versions identified the weights by it, step and ema
         kept = {k: v for k, v in request.items() if not k.startswith("weights")}
         request = kept | {"workdir": workdir, "ema": request["weights"] == "ema"}
+    if "task" not in old and old["num"] <= min(old["batch_size"], request["batch_size"]):
+        # One batch, as it is now.
+        old = old | {"batch_size": request["batch_size"]}
     wrong = [f"{k}: {old.get(k)!r} -> {request.get(k)!r}" for k in request | old
              if old.get(k) != request.get(k)]
     if wrong:
@@ -178,22 +200,33 @@ def draw(out, producer: Callable, *, num, batch, stop, name="sample", beside=Non
     return True
 
 
-def _producer(exp, chain, params, seed, batch):
-    program = programs.sample_program(exp, chain)
+def _program(exp, chain, batch):
+    """-> (``programs.progressive_program`` that keeps a few images, context that compiles it where
+    it is one program)"""
+    runner, every = exp.runner, max(1, -(-chain.num_steps // FRAMES))
+    program = programs.progressive_program(exp, chain, every, images=PROGRESSIVE_IMAGES)
+    if not runner.loops_on_device:
+        return program, contextlib.nullcontext()
+    *_, total = hosts.local_slots(runner, batch)
+    return program, compiled_ahead(
+        program, runner.abstract("replicated", exp.abstract_params), np.uint32(0),
+        runner.abstract("batch", jax.ShapeDtypeStruct((total,), np.int32)))
 
+
+def _draw_batch(exp, program, params, seed, batch, start):
+    """-> (uint8 [B,H,W,C], uint8 [images,frames,H,W,C] from noise to image), B at least batch"""
+    # Always the whole batch's shape: one program for all of them, the last one too.
+    index = hosts.local_indices(exp.runner, start, batch)
+    images, frames = program(params, np.uint32(seed), index)
+    return (hosts.all_rows(exp.runner, images),
+            hosts.all_rows(exp.runner, frames)[:PROGRESSIVE_IMAGES])
+
+
+def _producer(draw_batch, frames):
     def produce(start, count):
-        # Always the whole batch's shape: one program for all of them, the last one too.
-        index = hosts.local_indices(exp.runner, start, batch)
-        return {"images": hosts.all_rows(
-            exp.runner, program(params, np.uint32(seed), index))[:count]}
+        images, some = draw_batch(start)
+        if start == 0:
+            frames.append(some)
+        return {"images": images[:count]}
 
     return produce
-
-
-def _progressive(exp, chain, params, seed, images=8, frames=10):
-    """x_0 predictions of a few images on the way from noise, [images*frames,H,W,C] row by row."""
-    every = max(1, -(-chain.num_steps // frames))
-    program = programs.progressive_program(exp, chain, every)
-    _, kept = program(params, np.uint32(seed), hosts.local_indices(exp.runner, 0, images))
-    kept = hosts.all_rows(exp.runner, kept)[:images]
-    return kept.reshape(-1, *exp.image_shape), kept.shape[1]

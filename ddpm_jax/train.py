@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
-from ddpm_jax.compilation.cache import count_compilations
+from ddpm_jax.compilation.ahead import compiled_ahead
 from ddpm_jax.config import SOURCE, to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
@@ -188,12 +188,12 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
             f"{exp.runner.num_devices} x {jax.devices()[0].device_kind} ({exp.runner.name}), "
             f"{sum(x.size for x in jax.tree.leaves(exp.abstract_params)):,} parameters, "
             f"steps {step:,} to {last:,} -> {folder}")
-        with contextlib.closing(_Log(run, step)) as log, _reports(run) as report:
+        with contextlib.closing(_Log(run, step)) as log:
             watchdog.pause()
             outcome = fit(
                 carry, step=step, last=last, program=program, arguments=arguments,
-                hooks=_hooks(run), on_dispatch=report, on_metrics=log, should_stop=stop.requested,
-                fetch=fetch, last_good=store.latest,
+                hooks=_hooks(run), on_dispatch=functools.partial(stop.unsaved, True),
+                on_metrics=log, should_stop=stop.requested, fetch=fetch, last_good=store.latest,
                 save=functools.partial(_save_at_end, run))
         watchdog.pause()
         store.wait()
@@ -244,7 +244,19 @@ def _open_folder(exp, folder, stored, closing, sink):
 
 
 def _newest(run, folder):
-    """-> (step, carry) of the newest checkpoint, or of a new state."""
+    """-> (step, carry) of the newest checkpoint, or of a new state. The training step is compiled
+    meanwhile, where there is one to take."""
+    if (run.store.latest() or 0) >= run.training.experiment.config.train.steps:
+        return _newest_state(run, folder)
+    carry, batch, *_ = run.program.arguments
+    with compiled_ahead(run.program.step, carry, batch, np.uint32(0), np.int32(0)) as compiled:
+        found = _newest_state(run, folder)
+    if compiled:
+        say(str(max(compiled, key=lambda program: program.seconds)))
+    return found
+
+
+def _newest_state(run, folder):
     step, training = run.store.latest(), run.training
     if step is None:
         warning = schedule_warning(training.experiment)
@@ -260,22 +272,6 @@ def _newest(run, folder):
     say(f"resuming {folder} from step {step}")
     state = run.store.restore(step, training.abstract_state, training.experiment.runner)
     return step, run.program.start(state)
-
-
-@contextlib.contextmanager
-def _reports(run):
-    """-> on_dispatch for ``fit``, which prints what the first dispatch compiled."""
-    with contextlib.ExitStack() as counting:
-        compiled = counting.enter_context(count_compilations())
-
-        def report():
-            if compiled:
-                say(str(max(compiled, key=lambda program: program.seconds)))
-                compiled.clear()
-                counting.close()
-            run.stop.unsaved(True)
-
-        yield report
 
 
 def _hooks(run) -> list[Hook]:

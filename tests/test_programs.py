@@ -54,6 +54,12 @@ def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is()
             assert frames.shape == (4, 2, 4, 4, 1)
             # At t = 0 the mean of the last step is the predicted x_0.
             assert np.abs(frames[:, -1].astype(int) - wanted).max() <= 1
+            # Of a part of the images: the first ones.
+            some = exp.runner.local(
+                programs.progressive_program(where, chain, 4, images=1)(*args)[1])
+            assert len(some) == (1 if runner == "jit" else devices)
+            first = frames[index[0]] if runner == "pmap" else frames[0]
+            assert np.abs(some[0].astype(int) - first).max() <= 1
     assert wanted.std() > 1 and len(np.unique(wanted.reshape(4, -1), axis=0)) == 4
 
 

@@ -9,6 +9,7 @@ from tiny_run import Stop, Watchdog, config, train
 
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax import train as training
+from ddpm_jax.compilation.cache import count_compilations
 from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
@@ -46,7 +47,11 @@ def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsy
     {"parallel.runner": "jit"}, {"parallel.runner": "pmap"}, {"data.resident": False},
 ])
 def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fields):
-    train(tmp_path, **fields)
+    with count_compilations() as programs:
+        train(tmp_path, **fields)
+    # Under pmap it is one of several lambdas.
+    assert sum("train_steps" in p.name for p in programs) == (
+        "pmap" not in fields.values()), programs
     ours, theirs = (read_metrics(p / "metrics.jsonl") for p in (tmp_path, straight))
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
@@ -155,8 +160,6 @@ def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
 
 
 def test_the_loop_compiles_once(tmp_path):
-    from ddpm_jax.compilation.cache import count_compilations
-
     train(tmp_path, **{"train.steps": 4})
     with count_compilations() as programs:
         train(tmp_path, **{"train.steps": 12, "checkpoint.every": 3})

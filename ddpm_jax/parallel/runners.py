@@ -148,16 +148,17 @@ def pmap_runner(devices) -> Runner:
         shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1:])
         return np.moveaxis(np.asarray(x).reshape(shape), axis, 0)
 
+    whole = NamedSharding(_mesh(ours), P()) if ours else None
+
     def put(placement, tree):
         if axes[placement] is None:
-            local_mesh = Mesh(np.array(ours), (AXIS,), axis_types=(AxisType.Auto,))
-            return jax.device_put(tree, NamedSharding(local_mesh, P()))
+            return jax.device_put(tree, whole)
         return jax.tree.map(lambda x: cut(placement, x), tree)
 
     def abstract(placement, tree):
         def one(s):
             if axes[placement] is None:
-                return jax.ShapeDtypeStruct(s.shape, s.dtype)
+                return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole)
             axis = list(SPECS[placement]).index(AXIS)
             shape = list(s.shape)
             shape[axis] //= mesh.size
