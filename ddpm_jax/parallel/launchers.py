@@ -66,6 +66,7 @@ LAUNCHERS = (
     Launcher("PMIx", "PMIX_RANK"),
     Launcher("indexed Kubernetes job", "JOB_COMPLETION_INDEX"),
 )
+OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"
 VARIABLES = {"coordinator": "DDPM_COORD", "num_processes": "DDPM_NPROC", "process_id": "DDPM_PROC"}
 
 
@@ -130,7 +131,7 @@ def _detect(coordinator: str | None, port: int | None, timeout: int) -> Pod | No
     """A launcher's whole set of variables, else JAX's detectors, else what a launcher names."""
     rows = [pod for row in LAUNCHERS if (pod := _read(row, port)) and pod.num_processes != 1]
     whole = [pod for pod in rows if None not in pod[:3]]
-    if whole and not OmpiCluster.is_env_present():  # Open MPI 4, which JAX knows, with its port
+    if whole and OPEN_MPI_4 not in os.environ:  # which JAX knows, with its port
         return whole[0]
     found = _by_jax(coordinator, port, timeout)
     partial = rows[0] if rows else None
@@ -174,6 +175,9 @@ def _by_jax(coordinator: str | None, port: int | None, timeout: int, detectors=N
         for env in detectors or ClusterEnv._cluster_types:
             # K8sCluster needs a package and permissions, and comes after the table.
             if env.opt_in_only_method or env is K8sCluster and not detectors:
+                continue
+            # For Open MPI 5, JAX from 0.12 on needs a package too.
+            if env is OmpiCluster and OPEN_MPI_4 not in os.environ and not find_spec("mpi4py"):
                 continue
             method = env.name or env.__name__
             try:
