@@ -1,5 +1,6 @@
 """What the measurements of `ddpm bench` share: options, random images, first call, profile."""
 
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -7,8 +8,11 @@ import jax
 import numpy as np
 
 from ddpm_jax import experiment
-from ddpm_jax.compilation import cache, report, timing
+from ddpm_jax.compilation import cache, profiles, report, timing
+from ddpm_jax.errors import UserError
 from ddpm_jax.storage import files
+
+COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer"
 
 
 class Bench(NamedTuple):
@@ -25,6 +29,8 @@ class Bench(NamedTuple):
     def start(self) -> experiment.Experiment:
         """The experiment on this machine, with the compilation cache on."""
         print(f"compilation cache: {cache.enable_compilation_cache() or 'off'}")
+        if self.profile:
+            _without_command_buffers()
         return experiment.build_model(self.config)
 
     def rounds(self, candidates) -> dict[str, list[float]]:
@@ -38,19 +44,34 @@ class Bench(NamedTuple):
             config=self.name, dtype=self.config.model.dtype, runner=self.config.parallel.runner,
             **facts)
 
-    def trace(self, call, lowered) -> None:
-        """Trace one call into --profile and print its kernels. lowered() -> the program lowered."""
+    def trace(self, call, lowered, *, seconds, steps, steps_in_text=1) -> dict:
+        """Trace one call into --profile, print where its time goes and hold it against `seconds`,
+        those of a step. lowered() -> the program lowered; steps: of a call; steps_in_text: of a
+        call as the program's text counts it. -> what a row keeps of it; {} without kernels."""
         folder = report.check_folder(self.profile)
         with jax.profiler.trace(str(folder)):
             call()
-        found = timing.kernel_times(folder, lowered().compile().as_text())
+        try:
+            found = profiles.table(
+                folder, lowered().compile().as_text(), platform=jax.devices()[0].platform,
+                steps=steps, steps_in_text=steps_in_text)
+        except UserError as error:  # the rows are measured all the same
+            print(error)
+            return {}
         files.write_json(folder / "kernels.json", found, sort_keys=False)
-        for name, seconds in found["by_class"].items():
-            print(f"  {seconds * 1e3:10.2f} ms  {name}")
-        for row in found["kernels"][:15]:
-            print(f"  {row['seconds'] * 1e3:10.2f} ms  {row['count']:6d} x  {row['name']} "
-                  f"({row['class']})")
-        print(f"trace: {folder} (TensorBoard or Perfetto)")
+        print(profiles.render(found))
+        print("\n".join(profiles.check(found, seconds)))
+        print(f"trace: {folder} (TensorBoard or Perfetto); every kernel: kernels.json there")
+        kept = ("seconds", "busy_s", "parts", "by_class")
+        return {"profile": {key: found[key] for key in kept}}
+
+
+def _without_command_buffers() -> None:
+    """Have XLA launch a GPU's kernels one by one: those of a CUDA graph carry no instruction's name
+    in a trace. Before the first use of a device; the rows' XLA_FLAGS show it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if COMMAND_BUFFERS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {COMMAND_BUFFERS}=".strip()
 
 
 def random_images(exp, count) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import experiment, programs
-from ddpm_jax.compilation import cache, report, roofline
+from ddpm_jax.compilation import cache, rates, report, roofline
 from ddpm_jax.compilation.topology import describe
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.inception import network
@@ -175,12 +175,13 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
                  "parameters": roofline.unet_work(exp.model).parameters},
     }
     if machine.chip is not None:
-        found |= _on_chip(machine, made, found)
+        found |= _on_chip(machine, made, found, config.model.dtype)
     return result._replace(report=found)
 
 
-def _on_chip(machine, made, found) -> dict:
-    """Parts of the report that need a chip's figures: fit (if compiled), roofline, speed."""
+def _on_chip(machine, made, found, dtype) -> dict:
+    """Parts of the report that need a chip's figures: fit (if compiled), roofline,
+    at_measured_rates (if compiled, and there are rates), speed."""
     chip, devices, parts = machine.chip, len(machine.devices), {}
     hbm = chip.per_device(chip.hbm_bytes)
     if "memory" in found:
@@ -189,6 +190,11 @@ def _on_chip(machine, made, found) -> dict:
     parts["roofline"] = roofline.roofline(
         chip, devices=devices, slices=machine.slices, flops=made.flops,
         bytes_per_device=found["hlo"]["bytes"] if "hlo" in found else None, payload=made.payload)
+    reduce = parts["roofline"]["all_reduce_s"]
+    timed = rates.estimate(chip, dtype, found["hlo"]["by_class"]) if "hlo" in found else None
+    if timed and reduce is not None:
+        parts["at_measured_rates"] = timed | {
+            "seconds": timed["seconds"] + reduce, "all_reduce_s": reduce}
     parts["speed"] = [roofline.at_mfu(chip, devices=devices, flops=made.flops, steps=made.calls,
                                       mfu=mfu) for mfu in MFUS]
     return parts

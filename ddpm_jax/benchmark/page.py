@@ -22,11 +22,17 @@ step|sample|data|eval` are measured on the machine named.
 
 
 def _load(folder: pathlib.Path) -> dict[str, list[dict]]:
-    """{file name: rows} of every result in the folder; UserError where there is none."""
+    """{name: rows} of every result: of a file, or of all files of a folder in it, whose rows are
+    then called by their files' names; UserError where there is none."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         rows = json.loads(file.read_text())
         found[file.stem] = rows if isinstance(rows, list) else [rows]
+    for inner in sorted({file.parent for file in folder.glob("*/*.json")}):
+        rows = [{**row, "row": file.stem} for file in sorted(inner.glob("*.json"))
+                for row in json.loads(file.read_text()) if "bench" in row]
+        found |= {inner.name: rows} if rows else {}
+    found = dict(sorted(found.items()))
     if not found:
         raise UserError(f"results: no JSON in {folder}; write some with ddpm bench ... --out")
     return found
@@ -67,13 +73,30 @@ def _measured(rows: list[dict]) -> str:
     for r in rows:
         s = r["seconds"]
         lines.append([
-            r["bench"], r["name"], f"{r.get('config', '')} {r.get('dtype', '')}".strip(),
+            r.get("row", r["bench"]), r["name"],
+            f"{r.get('config', '')} {r.get('dtype', '')}".strip(),
             f"{r['devices']} x {r['device_kind']}" if r["device_kind"] else "host",
             f"{s['median'] * 1e3:,.2f}", f"{s['low'] * 1e3:,.2f} to {s['high'] * 1e3:,.2f}",
             f"{r['images_per_s']:,.1f}", "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}",
-            str(r.get("ratio", ""))])
+            str(r.get("ratio") or (r.get("note", "") if "row" in r else ""))])
     return markdown(["what", "by", "config", "machine", "median ms", "range", "images/s", "MFU",
-                      "ratio"], lines)
+                      "ratio"], lines) + _parts([r for r in rows if r.get("profile")])
+
+
+def _parts(rows: list[dict]) -> str:
+    """A table of the parts of a step, ms, a column for each row with a profile; '' without one."""
+    if not rows:
+        return ""
+    parts = dict.fromkeys(part for r in rows for part in r["profile"]["parts"])
+    lines = []
+    for part in parts:
+        found = [r["profile"]["parts"].get(part) for r in rows]
+        lines.append([part, *(f"{f['seconds'] * 1e3:.2f} ({f['launches']:,.0f})" if f else ""
+                              for f in found)])
+    lines.append(["all kernels", *(f"{r['profile']['seconds'] * 1e3:.2f}" for r in rows)])
+    lines.append(["measured step", *(f"{r['seconds']['median'] * 1e3:.2f}" for r in rows)])
+    head = ["ms of a step (kernels)", *(r.get("row", r["bench"]) for r in rows)]
+    return "\n\n" + markdown(head, lines)
 
 
 def _plots(rows: list[dict], folder: pathlib.Path, name: str) -> list[str]:
@@ -115,15 +138,18 @@ def _plots(rows: list[dict], folder: pathlib.Path, name: str) -> list[str]:
 
 
 def _versions(rows: list[dict]) -> str:
-    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items() if v)
-                             for r in rows if "versions" in r}))
+    return "; ".join(sorted({", ".join(
+        f"{k} {v}" for k, v in {**r["versions"], "commit": r.get("commit"),
+                                "date": r.get("date")}.items() if v)
+        for r in rows if "versions" in r}))
 
 
 def write(folder, target) -> list[str]:
     """Write the page `target` from the results in `folder`, plots beside them. -> paths written.
 
-    A file holds rows of `ddpm bench`, or one report of `ddpm compile`. A file NAME.md beside
-    NAME.json is put above its table.
+    A file holds rows of `ddpm bench`, or one report of `ddpm compile`; a folder, such files of
+    measured rows. A file NAME.md beside NAME.json, or beside the folder NAME, is put above its
+    table.
     """
     folder, target = pathlib.Path(folder), pathlib.Path(target)
     text, written = [HEAD.format(folder=folder.name)], []

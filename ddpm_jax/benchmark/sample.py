@@ -6,6 +6,7 @@ import numpy as np
 from ddpm_jax import programs
 from ddpm_jax.benchmark import compiled
 from ddpm_jax.benchmark.bench import Bench, first_call
+from ddpm_jax.compilation import timing
 from ddpm_jax.compilation.roofline import unet_work
 from ddpm_jax.start_line import sampling_line
 
@@ -27,11 +28,14 @@ def sample(bench: Bench) -> list[dict]:
     run = chain_run(exp, chain, batch)
     first = first_call(run)
     seconds = bench.rounds({"ours": run})["ours"]
-    if bench.profile:
-        made = compiled.sample(exp, None)
-        bench.trace(run, lambda: made.jitted.lower(*made.args))
+    traced = {}
+    if bench.profile:  # where loops run on the host, kernels are not those of this program's text
+        made, steps = compiled.sample(exp, None), chain.num_steps
+        traced = bench.trace(
+            run, lambda: made.jitted.lower(*made.args), steps=steps, steps_in_text=steps,
+            seconds=timing.Times.of(seconds).median / steps)
     row = bench.row("sample", "ddpm_jax", [t / chain.num_steps for t in seconds], images=batch,
                     flops=batch * chain.passes * unet_work(exp.model).forward_flops,
-                    first_call=first, denoising_steps=chain.num_steps)
+                    first_call=first, denoising_steps=chain.num_steps, **traced)
     row["finished_images_per_s"] = row["images_per_s"] / chain.num_steps
     return [row]

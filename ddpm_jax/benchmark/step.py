@@ -50,12 +50,13 @@ def step(bench: Bench) -> list[dict]:
         candidates[compare], scale[compare] = peers.training(compare, exp.config, exp.schedule)
     times = {name: [t / scale[name] for t in seconds]
              for name, seconds in bench.rounds(candidates).items()}
-    if bench.profile:
-        bench.trace(run, lambda: program.step.lower(*program.arguments))
+    traced = bench.profile and bench.trace(
+        run, lambda: program.step.lower(*program.arguments),
+        seconds=timing.Times.of(times["ddpm_jax"]).median, steps=steps)
     rows = [bench.row("step", name, seconds, images=batch,
                       flops=batch * roofline.unet_work(exp.model).train_flops)
             for name, seconds in times.items()]
-    rows[0] |= {"first_call": first, "steps_per_dispatch": program.max_steps}
+    rows[0] |= {"first_call": first, "steps_per_dispatch": program.max_steps} | (traced or {})
     if compare:
         ratio = timing.ratios(times[compare], times["ddpm_jax"])
         rows[0]["ratio"] = f"{ratio.median:.2f} x {compare} ({ratio.low:.2f} ... {ratio.high:.2f})"

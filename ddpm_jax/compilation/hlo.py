@@ -22,6 +22,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute
 # What differs between two compilations of one program without the program differing.
 ORIGIN = re.compile(r', (?:metadata=\{(?:[^{}"]|"[^"]*")*\}|stack_frame_id=\d+)')
 ORIGIN_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+OP_NAME = re.compile(r'[{ ]op_name="((?:[^"\\]|\\.)*)"')
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 
 
@@ -53,13 +54,26 @@ class Program(NamedTuple):
 class Kernel(NamedTuple):
     """One launch. name: as XLA names it, without number; kind: a row of CLASSES; bytes: operands
     and results in full; sliced: only the parts of them that are touched, where they are sliced;
-    runs: how often a call of the program runs it."""
+    flops: of a convolution of cuDNN, else 0; runs: how often a call of the program runs it."""
 
     name: str
     kind: str
     bytes: int
     sliced: int
+    flops: int
     runs: int
+
+
+def op_name(instruction: Instruction) -> str:
+    """Path of the source's operation, such as 'jit(f)/jvp(UNet)/norm_out/add'; '' without one."""
+    found = OP_NAME.search(instruction.rest)
+    return found[1] if found else ""
+
+
+def shapes(type: str) -> list[tuple[int, ...]]:
+    """Of each array of a type: '(f32[2,3]{1,0}, u8[])' -> [(2, 3), ()]."""
+    return [tuple(int(d.strip("<=")) for d in dims.split(",") if d.strip("<="))
+            for _, dims in ARRAY.findall(type)]
 
 
 def array_bytes(type: str) -> int:
@@ -237,23 +251,56 @@ def _base(name: str) -> str:
     return ".".join(words).removesuffix("_fusion") or name
 
 
-# First match names the class. Where: the name of the kernel, its opcode, what a fusion holds, and
-# the names of the source's operations (`op_name`), each a test on one string or set.
+def _cudnn_flops(i: Instruction, types: dict[str, str]) -> int:
+    """2 x weights x images x pixels of the smaller map; 0 for anything but a cuDNN convolution."""
+    target = i.attribute("custom_call_target") or ""
+    if not target.startswith("__cudnn$conv") or len(i.operands) < 2:
+        return 0
+    result, first, second = (shapes(t)[0] for t in (
+        i.type, types[i.operands[0]], types[i.operands[1]]))
+    weights, *maps = ((result, first, second) if "Filter" in target else (second, first, result))
+    features = (i.attribute("dim_labels") or "b01f").partition("_")[0].index("f")
+    return 2 * math.prod(weights) * min(math.prod(m) // m[features] for m in maps)
+
+
+class Launch(NamedTuple):
+    """What the class of a kernel is read from. name: as Kernel's; opcodes: its own and those of
+    its fusion; source: the custom call's target and the `op_name`s; type: of its result."""
+
+    name: str
+    opcodes: set[str]
+    source: str
+    type: str
+
+    @property
+    def reduces(self) -> bool:
+        return "reduce" in self.name or "reduce" in self.opcodes
+
+    @property
+    def one_shape(self) -> bool:
+        """Whether the results are several of one shape: sums that share their operands."""
+        found = shapes(self.type)
+        return len(found) > 1 and len(set(found)) == 1
+
+
+# First match names the class. The three kinds of reduction run at very different rates on a GPU
+# (rates.py).
 CLASSES = {
-    "collective": lambda name, opcodes, source: any(
-        o.removesuffix("-start") in COLLECTIVES for o in opcodes),
-    "convolution": lambda name, opcodes, source: "convolution" in opcodes or "conv" in name.split(
-        "convert")[0].split("-") or "$conv" in source,
-    "matrix product": lambda name, opcodes, source: "dot" in opcodes or "gemm" in name
-        or "$gemm" in source or "cublas" in source,
-    "random bits": lambda name, opcodes, source: "rng-bit-generator" in opcodes
-        or "random_bits" in source or "threefry" in source,
-    "concatenation": lambda name, opcodes, source: "concatenate" in name,
-    "reduction": lambda name, opcodes, source: "reduce" in name or "reduce" in opcodes,
-    "copy and transposition": lambda name, opcodes, source: name.startswith(
+    "collective": lambda k: any(o.removesuffix("-start") in COLLECTIVES for o in k.opcodes),
+    "convolution": lambda k: "convolution" in k.opcodes or "conv" in k.name.split(
+        "convert")[0].split("-") or "$conv" in k.source,
+    "matrix product": lambda k: "dot" in k.opcodes or "gemm" in k.name or "$gemm" in k.source
+        or "cublas" in k.source,
+    "random bits": lambda k: "rng-bit-generator" in k.opcodes or "random_bits" in k.source
+        or "threefry" in k.source,
+    "concatenation": lambda k: "concatenate" in k.name,
+    "reduction in a loop fusion": lambda k: k.name.startswith("loop_") and "reduce" in k.name,
+    "reduction to several sums": lambda k: k.reduces and k.one_shape,
+    "reduction": lambda k: k.reduces,
+    "copy and transposition": lambda k: k.name.startswith(
         ("copy", "transpose", "input_transpose", "wrapped_transpose", "loop_transpose",
          "wrapped_copy", "bitcast")),
-    "elementwise": lambda name, opcodes, source: True,
+    "elementwise": lambda k: True,
 }
 
 
@@ -263,23 +310,24 @@ def kernels(program: Program, run: Execution) -> list[Kernel]:
     for i, runs in run.lines:
         body = program.computations.get(i.attribute("calls"), []) if i.opcode == "fusion" else []
         opcodes = {i.opcode} | {x.opcode for x in body}
-        source = (i.attribute("custom_call_target") or "") + " " + (i.attribute("op_name") or "")
-        name = _base(i.name)
-        kind = next(k for k, test in CLASSES.items() if test(name, opcodes, source))
+        source = " ".join([i.attribute("custom_call_target") or "", *map(op_name, [i, *body])])
+        launch = Launch(_base(i.name), opcodes, source, i.type)
+        kind = next(kind for kind, test in CLASSES.items() if test(launch))
         full = array_bytes(i.type) + sum(array_bytes(run.types.get(o, "")) for o in i.operands)
-        out.append(Kernel(name, kind, full, _sliced_bytes(program, i, run.types), runs))
+        out.append(Kernel(launch.name, kind, full, _sliced_bytes(program, i, run.types),
+                          _cudnn_flops(i, run.types), runs))
     return out
 
 
 def _table(kernels: list[Kernel], key: str) -> dict:
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, dict[str, int]] = {}
     for k in kernels:
-        row = rows.setdefault(getattr(k, key), [0, 0, 0])
-        row[0] += k.runs
-        row[1] += k.runs * k.bytes
-        row[2] += k.runs * k.sliced
-    order = sorted(rows.items(), key=lambda item: -item[1][1])
-    return {name: {"kernels": n, "bytes": b, "bytes_sliced": s} for name, (n, b, s) in order}
+        row = rows.setdefault(getattr(k, key), {"kernels": 0, "bytes": 0, "bytes_sliced": 0})
+        for field, value in (("kernels", 1), ("bytes", k.bytes), ("bytes_sliced", k.sliced)):
+            row[field] += k.runs * value
+        if k.flops:
+            row["flops"] = row.get("flops", 0) + k.runs * k.flops
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def summary(text: str) -> dict:

@@ -291,6 +291,12 @@ def render(report: dict) -> str:
                      f"{_seconds(roof['memory_s'])}, all-reduce {_seconds(roof['all_reduce_s'])}; "
                      f"{quantity(roof['intensity'])} FLOP/byte, ridge {quantity(roof['ridge'])}) "
                      "[estimated]"))
+    timed = report.get("at_measured_rates")
+    if timed:
+        dearest = ", ".join(f"{kind} {_seconds(s)}" for kind, s in timed["by_class"].items())
+        rows.append(("at measured rates", f"{_seconds(timed['seconds'])} a call: {dearest} "
+                     f"[estimated; rates of each class measured on {timed['device_kind']}, "
+                     f"{timed['dtype']}, commit {timed['commit']}, {timed['date']}]"))
     for at in report.get("speed", []):
         rows.append((f"at {at['mfu']:.0%} MFU", f"{at['steps_per_s']:.3g} calls/s, whole run "
                      f"{at['hours']:.3g} h, {at['chip_hours']:.3g} chip-hours [estimated]"))

@@ -1,13 +1,11 @@
-"""Timing of things that run: repeats in rounds, a median with its spread, a table of kernels."""
+"""Timing of things that run: repeats in rounds, a median with its spread."""
 
-import collections
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ddpm_jax.compilation import hardware, hlo, report
+from ddpm_jax.compilation import hardware, report
 
 SCHEMA = 1
 
@@ -82,34 +80,3 @@ def render(rows: list[dict]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
                      for line in lines)
-
-
-def kernel_times(trace_folder, optimized_hlo: str = "") -> dict:
-    """The costliest kernels of a profile that `jax.profiler.trace` wrote into `trace_folder`.
-
-    Events named like an instruction of `optimized_hlo` get its class; events of other names are
-    left out. -> {'by_class': {class: seconds}, 'kernels': [{name, class, count, seconds}]}
-    """
-    from jax.profiler import ProfileData
-
-    program = hlo.parse(optimized_hlo)
-    run = hlo.execution(program)
-    kinds = {i.name: k.kind for (i, _), k in zip(run.lines, hlo.kernels(program, run),
-                                                 strict=True)}
-    seconds: collections.Counter = collections.Counter()
-    counts: collections.Counter = collections.Counter()
-    for file in sorted(pathlib.Path(trace_folder).rglob("*.xplane.pb")):
-        for plane in ProfileData.from_file(str(file)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    stats = dict(event.stats)
-                    name = str(stats.get("hlo_op", event.name)).removeprefix("%")
-                    if name in kinds:
-                        seconds[name] += event.duration_ns / 1e9
-                        counts[name] += 1
-    by_class: collections.Counter = collections.Counter()
-    for name, s in seconds.items():
-        by_class[kinds[name]] += s
-    return {"by_class": dict(by_class.most_common()),
-            "kernels": [{"name": name, "class": kinds[name], "count": counts[name], "seconds": s}
-                        for name, s in seconds.most_common(50)]}

@@ -106,6 +106,23 @@ def test_counts_of_a_program_written_by_hand():
     assert found["by_name"]["loop_multiply"]["bytes"] == multiply
 
 
+def test_flops_of_cudnns_convolutions():
+    # 3x3, 3 -> 8 channels, 2 images, 16x16 -> 8x8 pixels with stride 2: the same for all three.
+    work = 2 * 9 * 3 * 8 * 2 * 64
+    x, y, w = "bf16[2,16,16,3]", "bf16[2,8,8,8]", "bf16[8,3,3,3]"
+    for kind, first, second, result in (("Forward", x, w, y), ("BackwardInput", y, w, x),
+                                        ("BackwardFilter", x, y, w)):
+        text = f"""HloModule jit_f
+
+ENTRY %main (a: {first}, b: {second}) -> {result} {{
+  %a = {first} parameter(0)
+  %b = {second} parameter(1)
+  ROOT %c = ({result}, u8[0]) custom-call(%a, %b), dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{kind}"
+}}
+"""  # noqa: E501
+        assert hlo.summary(text)["by_class"]["convolution"]["flops"] == work
+
+
 def test_an_unknown_trip_count_counts_once_and_says_so():
     found = hlo.summary(PROGRAM.replace("direction=LT", "direction=NE"))
     assert found["loops"] == [{"name": "while.1", "trips": None}]
