@@ -12,7 +12,7 @@
 # train; without it they use made-up images. COMMIT: what the rows are of (default: git's).
 set -uo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
-ddpm=(${PYTHON:-python} -m ddpm_jax)
+ddpm=("${PYTHON:-python}" -m ddpm_jax)
 rows_of=("${PYTHON:-python}" "$home/benchmarks/gpu_rows.py")
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
@@ -49,7 +49,7 @@ tiny=() config=cifar10 large=celebahq256 image=32 train_seconds=300 start_steps=
 if [ "${1:-}" = --list ]; then rows; exit 0; fi
 if [ "${1:-}" = --tiny ]; then
     shift
-    config=digits large=digits image=8 train_seconds=2 chain=5
+    config=digits large=digits image=8 train_seconds=30 chain=5
     # shellcheck disable=SC2054 # the comma is Python's
     tiny=(--config.model.ch=4 "--config.model.ch_mult=(1,)" --config.model.num_res_blocks=1
           "--config.model.attn_resolutions=()" --config.model.num_groups=2
@@ -63,7 +63,7 @@ work=$folder/work  # traces, runs, the cache of the start rows: not to be commit
 mkdir -p "$work"
 measure=(--seconds=20 --repeats=20)
 [ ${#tiny[@]} = 0 ] || measure=(--seconds=0 --repeats=3)
-common=(--config=$config --config.model.dtype=bfloat16 --config.train.clip_scope=global
+common=("--config=$config" --config.model.dtype=bfloat16 --config.train.clip_scope=global
         --config.train.steps_per_dispatch=1)
 
 # Each function writes the file $out; "${tiny[@]}" comes last, so that it decides.
@@ -81,7 +81,7 @@ profile() {
 }
 
 large() {
-    "${ddpm[@]}" bench step --config=$large --config.model.dtype=bfloat16 "${measure[@]}" \
+    "${ddpm[@]}" bench step "--config=$large" --config.model.dtype=bfloat16 "${measure[@]}" \
         --config.train.clip_scope=global --config.train.steps_per_dispatch=1 \
         --config.train.batch_size=64 --out="$out" "$@" "${tiny[@]}"
 }
@@ -118,11 +118,12 @@ train() {  # five minutes of training, then 100 samples
         --config.ema.decay=0.999 "${tiny[@]}" &
     local run=$!
     (sleep "${TRAIN_SECONDS:-$train_seconds}"; kill -TERM $run 2>/dev/null) &
+    local timer=$!
     wait $run  # SIGTERM: it saves and ends
+    kill $timer 2>/dev/null
     rm -rf "$work/samples"
     "${rows_of[@]}" command "$work/sample.json" sample samples100 -- \
-        "${ddpm[@]}" sample --workdir="$work/run" --num=100 --out="$work/samples" \
-        --config.sampler.batch_size=100 || return 1
+        "${ddpm[@]}" sample --workdir="$work/run" --num=100 --out="$work/samples" || return 1
     cp "$work/samples/grid.png" "$folder/train-samples.png"
     "${rows_of[@]}" run "$out" "$work/run" "$work/sample.json"
 }

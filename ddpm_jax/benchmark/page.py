@@ -16,7 +16,7 @@ Written by `ddpm bench page` from the JSON in `{folder}`; do not edit. What was 
 Rows of `ddpm bench compile` and `ddpm compile` are the compiler's own figures for machines that
 need not be there: instructions, kernels, collectives and memory are those of one compilation by the
 versions named (a GPU's compiler may decide otherwise in another process, xla #49047; `--repeat`
-shows it), bytes moved and roofline times are **estimated**. Rows of `ddpm bench
+shows it), bytes moved, roofline times and times at measured rates are **estimated**. Rows of `ddpm bench
 step|sample|data|eval` are measured on the machine named.
 """
 
@@ -45,13 +45,14 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _compiled(rows: list[dict]) -> str:
-    """A table of compilations; those with a machine's chip also show whether they fit."""
-    lines = []
+    """A table of compilations; those with a machine's chip also show whether they fit, those with
+    measured rates of it (rates.py) how long a call would take."""
+    lines, timed = [], any("at_measured_rates" in r for r in rows)
     for r in rows:
         name = r.get("cell") or " ".join(
             str(r["about"][k]) for k in ("program", "config", "runner", "dtype", "topology"))
         if "error" in r or "hlo" not in r:
-            lines.append([name, r.get("error") or r.get("why", ""), *[""] * 10])
+            lines.append([name, r.get("error") or r.get("why", ""), *[""] * (10 + timed)])
             continue
         h, fit = r["hlo"], r.get("fit")
         reduces = ", ".join(f"{n} {c['count']} ({report.size(c['bytes'])})"
@@ -62,10 +63,12 @@ def _compiled(rows: list[dict]) -> str:
             f"{sum(s['wall_s'] for s in r['warm'].values()):.1f}" if r.get("warm") else "",
             f"{r['stablehlo']['instructions']:,}", f"{h['instructions']:,}", f"{h['kernels']:,}",
             report.size(h["bytes"]), report.size(r["cost"]["bytes"]), reduces,
-            report.size(r["memory"]["peak"]), f"{fit['free']:.0%}" if fit else "n/a"])
+            report.size(r["memory"]["peak"]), f"{fit['free']:.0%}" if fit else "n/a",
+            *([f"{r['at_measured_rates']['seconds'] * 1e3:,.1f}" if "at_measured_rates" in r
+               else "n/a"] if timed else [])])
     return markdown(["program", "wall s", "compile CPU-s", "warm wall s", "StableHLO", "HLO",
                       "kernels", "moved (counted)", "moved (XLA)", "collectives", "peak memory",
-                      "HBM free"], lines)
+                      "HBM free", *(["ms at measured rates (estimated)"] if timed else [])], lines)
 
 
 def _measured(rows: list[dict]) -> str:

@@ -1,0 +1,58 @@
+"""benchmarks/gpu.sh, on a CPU with --tiny: rows, a call that goes on, a row that fails."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_jax.compilation import parts
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks/gpu.sh"
+
+
+def call(*words, **variables):
+    return subprocess.run(
+        ["bash", SCRIPT, *map(str, words)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "COMMIT": "abc1234", **variables})
+
+
+def test_every_row_fits_a_call_and_has_a_function():
+    rows = [line.split() for line in call("--list").stdout.splitlines()]
+    names = [row[0] for row in rows]
+    assert len(set(names)) == len(names) >= 20
+    assert all(int(seconds) <= 570 for _, seconds, *_ in rows)
+    text = SCRIPT.read_text()
+    assert all(f"\n{function}() {{" in text for _, _, function, *_ in rows)
+    assert call().returncode == 2
+
+
+def test_a_row_that_would_end_too_late_is_left_for_the_next_call(tmp_path):
+    (tmp_path / "step128.json").write_text("[]")
+    done = call(tmp_path, "step128", "step512", LIMIT="100")
+    assert done.returncode == 75 and not (tmp_path / "step512.json").exists()
+    assert "== step128: " in done.stdout and "exists" in done.stdout
+    assert done.stdout.endswith("== failed: none; left for the next call: step512\n")
+    assert call(tmp_path, "step128").returncode == 0
+
+
+@pytest.mark.slow
+def test_tiny(tmp_path):
+    done = call("--tiny", tmp_path, "profile128", "start-cold", "celebahq256-step64",
+                LIMIT="600")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = json.loads((tmp_path / "profile128.json").read_text())
+    assert row["commit"] == "abc1234" and row["date"] and row["device_kind"] == "cpu"
+    profile = row["profile"]
+    for part in ("convolution, forward", "convolution, filter gradient",
+                 "convolution, input gradient", "norm sums, backward", "norm apply, forward",
+                 "optimizer, clip, average, data, sampler"):
+        assert profile["parts"][part]["seconds"] > 0 and part in parts.PARTS
+    assert profile["seconds"] == pytest.approx(sum(
+        p["seconds"] for p in profile["parts"].values()))
+    [start] = json.loads((tmp_path / "start-cold.json").read_text())
+    assert start["bench"] == "start" and start["seconds"]["median"] > 1
+    again = call("--tiny", tmp_path, "profile128", "start-cold")
+    assert again.returncode == 0 and "FAILED" not in again.stderr

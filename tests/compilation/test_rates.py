@@ -1,0 +1,29 @@
+import pytest
+
+from ddpm_jax.compilation import hardware, rates
+
+H100 = hardware.CHIPS["h100"]
+
+
+def test_rates_by_hand():
+    rate = rates.Rate(kernels=10, us=1020.0, work=3e9, launch_us=2.0)
+    assert rate.per_second == pytest.approx(3e12)
+    assert rate.seconds(5, 6e9) == pytest.approx(10e-6 + 2e-3)
+    # Twice the work in as many kernels: only what lies beyond the launches doubles.
+    convolution = rates.H100.classes["convolution"]
+    one, two = (rates.estimate(H100, "bfloat16", {"convolution": {
+        "kernels": 1, "bytes_sliced": 1, "flops": flops}})["seconds"] for flops in (1e9, 2e9))
+    assert two - one == pytest.approx(1e9 / convolution.per_second)
+    assert 600e12 < convolution.per_second < 798e12  # the card's measured matrix rate
+
+
+def test_what_has_no_rate():
+    rows = {"elementwise": {"kernels": 1, "bytes_sliced": 1}}
+    assert rates.estimate(H100, "float32", rows) is None
+    assert rates.estimate(hardware.CHIPS["v3"], "bfloat16", rows) is None
+    alone = rates.estimate(H100, "bfloat16", rows)["seconds"]
+    also = rates.estimate(H100, "bfloat16", {
+        **rows, "collective": {"kernels": 1, "bytes_sliced": 10**9}})
+    assert also["seconds"] == alone
+    new = rates.estimate(H100, "bfloat16", {"a class of its own": rows["elementwise"]})
+    assert new["seconds"] == alone
