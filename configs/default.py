@@ -68,7 +68,13 @@ def get_config():
             eps_rule="tensorflow",      # tensorflow (the paper's), optax
         ),
         ema=dict(decay=0.9999),
-        parallel=dict(runner="shard_map"),    # jit, pmap, shard_map
+        parallel=dict(
+            runner="shard_map",   # jit, pmap, shard_map
+            shards=1,             # devices over which the state is cut, in training; 1 = whole on
+                                  # each; more need runner jit
+            cut="optimizer",      # optimizer (moments and average: ZeRO-1), params (weights too:
+                                  # FSDP)
+        ),
         checkpoint=dict(
             every=10_000,
             keep=3,               # newest

@@ -363,9 +363,11 @@ def _items(state) -> dict:
 
 
 def _same(written, read) -> bool:
-    """Equal in shape and in the sum of their bits (which NaN has too)."""
+    """Equal in shape and in the sum of their bits (which NaN has too), in what this process has."""
     if isinstance(written, jax.Array):
-        written = written.addressable_data(0)  # replicated: one copy is all of it
+        parts = {str(s.index): s for s in written.addressable_shards}.values()
+        return written.shape == read.shape and all(
+            _same(np.asarray(s.data), read[s.index]) for s in parts)
     a, b = np.ascontiguousarray(written), np.ascontiguousarray(read)
     bits = f"u{a.dtype.itemsize}"
     return a.shape == b.shape and a.dtype == b.dtype and (
@@ -373,12 +375,11 @@ def _same(written, read) -> bool:
 
 
 def _on_all_devices(like, runner):
-    """What Orbax restores: one copy on every device of every process."""
+    """What Orbax restores: laid out as ``like`` where that has shardings, else whole everywhere."""
     if runner is None:
         return like
-    sharding = jax.sharding.NamedSharding(runner.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), like)
+    whole = jax.sharding.NamedSharding(runner.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda s: s.update(sharding=s.sharding or whole), like)
 
 
 def _as_programs_take(tree, runner):

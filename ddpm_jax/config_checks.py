@@ -11,7 +11,8 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel.runners import RUNNERS
+from ddpm_jax.parallel.cut import CUTS
+from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
 from ddpm_jax.training.gradients import Clip
 from ddpm_jax.training.optimizer import EPS_RULES
@@ -99,6 +100,7 @@ TRAINING_RANGES = {
     "optimizer.b2": _real(0, 1, open_high=True),
     "optimizer.eps": _real(0, LARGEST, open_low=True),
     "ema.decay": _real(0, 1, open_high=True),
+    "parallel.shards": Range(1, 2**24),
     "checkpoint.every": Range(1, INT32),
     "checkpoint.keep": Range(1, INT32),
     "checkpoint.keep_every": Range(0, INT32),
@@ -205,14 +207,18 @@ def check_training(config, num_devices: int) -> None:
                         f"diffusion.loss={diffusion.loss}, which is the bound; leave it at target")
     row(CLIP_SCOPES, "train.clip_scope", train.clip_scope)
     row(rng.GENERATORS, "train.random", train.random)
+    row(CUTS, "parallel.cut", config.parallel.cut)
     row(EPS_RULES, "optimizer.eps_rule", config.optimizer.eps_rule)
     parts = num_devices * train.accumulation
     if train.batch_size % parts:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by {parts} "
             f"({num_devices} devices x train.accumulation={train.accumulation})")
-    if CLIP_SCOPES[train.clip_scope](train, 1).shards:
+    clips_parts = bool(CLIP_SCOPES[train.clip_scope](train, 1).shards)
+    if clips_parts:
         _check_clip_replicas(train, num_devices)
+    if config.parallel.shards > 1:
+        _check_shards(config, num_devices, clips_parts)
     if train.steps * train.batch_size >= 2**32:
         raise UserError(f"config.train.steps={train.steps} times train.batch_size="
                         f"{train.batch_size} reaches 2**32 images: lower one of them")
@@ -235,3 +241,18 @@ def _check_clip_replicas(train, num_devices):
     ):
         raise UserError(f"config.train.accumulation={train.accumulation} does not divide the "
                         f"{train.batch_size // shards} images of a clipped part evenly")
+
+
+def _check_shards(config, num_devices, clips_parts):
+    parallel = config.parallel
+    if parallel.runner not in CUTTING_RUNNERS:
+        raise UserError(f"config.parallel.shards={parallel.shards} needs parallel.runner="
+                        f"{' or '.join(CUTTING_RUNNERS)}, not {parallel.runner}")
+    if num_devices % parallel.shards:
+        fitting = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        raise UserError(f"config.parallel.shards={parallel.shards} does not divide the "
+                        f"{num_devices} devices; take one of {', '.join(map(str, fitting))}")
+    if clips_parts and "params" in CUTS[parallel.cut]:
+        raise UserError(f"config.parallel.cut={parallel.cut} does not go with train.clip_scope="
+                        f"{config.train.clip_scope}, which needs the whole gradient of each part; "
+                        "take parallel.cut=optimizer, or in a new run train.clip_scope=global")

@@ -26,7 +26,9 @@ from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_ter
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
-from ddpm_jax.parallel.runners import RUNNERS, Runner
+from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links
+from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS, Runner
+from ddpm_jax.training import packing
 from ddpm_jax.training.gradients import mean_gradient
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.steps import TrainState, init_state, to_unit_range, train_step
@@ -49,7 +51,8 @@ class Experiment(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What training adds. abstract_state: TrainState of ShapeDtypeStructs;
+    """What training adds. experiment: its runner is that of training; abstract_state: TrainState
+    of ShapeDtypeStructs, with shardings where it is cut over devices, as ``cut`` has it;
     gradient: ``gradients.mean_gradient`` with its settings bound, but for its view of packed
     parameters; step(state, Batch, key): ``steps.train_step`` with its settings bound."""
 
@@ -58,6 +61,11 @@ class Training(NamedTuple):
     abstract_state: TrainState
     gradient: Callable
     step: Callable
+    cut: Cut | None = None
+
+    def placement(self, state):
+        """Of a TrainState, named or packed, or its abstract one, on the runner's devices."""
+        return "replicated" if self.cut is None else self.cut.shardings(state)
 
 
 def _call(function, field, keywords, **others):
@@ -127,9 +135,10 @@ def build_training(exp: Experiment) -> Training:
 
     Raises UserError naming the field that is impossible, or does not fit the number of devices.
     """
-    config, runner = exp.config, exp.runner
-    diffusion, train = config.diffusion, config.train
-    check_training(config, runner.num_devices)
+    config = exp.config
+    check_training(config, exp.runner.num_devices)
+    exp, cut = _cut_state(exp)
+    runner, diffusion, train = exp.runner, config.diffusion, config.train
     tx = _call(make_optimizer, "optimizer", dict(config.optimizer))
     loss, predict = _loss(diffusion), PARAMETERIZATIONS[diffusion.predict]
     variance = VARIANCES[diffusion.variance]
@@ -161,9 +170,27 @@ def build_training(exp: Experiment) -> Training:
         num_timesteps=diffusion.num_timesteps, dropout_shapes=exp.model.dropout_shapes(),
         label_dropout=exp.model.label_dropout if exp.model.num_classes else 0.0,
         flip=config.data.flip, axis_name=runner.axis_name)
-    return Training(
-        experiment=exp, tx=tx, gradient=gradient, step=step,
+    training = Training(
+        experiment=exp, tx=tx, gradient=gradient, step=step, cut=cut,
         abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
+    if cut is None:
+        return training
+    return training._replace(abstract_state=runner.abstract(
+        training.placement(training.abstract_state), training.abstract_state))
+
+
+def _cut_state(exp):
+    """-> (the Experiment on devices over which config.parallel cuts the state, Cut or None)."""
+    parallel, mesh = exp.config.parallel, exp.runner.mesh
+    if parallel.shards == 1:
+        return exp, None
+    runner = CUTTING_RUNNERS[parallel.runner](mesh.devices.flat, parallel.shards)
+    if not shares_links(runner.mesh):
+        raise UserError(f"config.parallel.shards={parallel.shards} does not divide the devices of "
+                        "one slice; take a divisor of their number")
+    cut = make_cut(runner.mesh, exp.abstract_params, fields=CUTS[parallel.cut],
+                   order=packing.order_on(mesh.devices.flat[0].platform))
+    return exp._replace(runner=runner._replace(loops_on_device=exp.runner.loops_on_device)), cut
 
 
 def _loss(diffusion):
@@ -204,7 +231,7 @@ def new_state(training: Training) -> TrainState:
     """The state before the first update, on the runner's devices, from config.seed."""
     exp = training.experiment
     state = jax.jit(lambda: init_state(exp.init_params(), training.tx))()
-    return exp.runner.put("replicated", jax.tree.map(np.asarray, state))
+    return exp.runner.put(training.placement(state), jax.tree.map(np.asarray, state))
 
 
 def cast_kernels(experiment: Experiment, params):

@@ -48,8 +48,9 @@ def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
     with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
         if source.optimizer:
             return step, store.restore(step, training.abstract_state, exp.runner)
-        params, ema_params = (store.restore_weights(
-            step, exp.abstract_params, ema=ema, runner=exp.runner)[0] for ema in (False, True))
+        params, ema_params = (store.restore_weights(step, like, ema=ema, runner=exp.runner)[0]
+                              for ema, like in ((False, training.abstract_state.params),
+                                                (True, training.abstract_state.ema_params)))
     state = new_state(training)
     count = exp.runner.put("replicated", np.int32(step))
     return step, state._replace(step=count, params=params, ema_params=ema_params)

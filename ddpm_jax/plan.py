@@ -10,6 +10,7 @@ from ddpm_jax import checkpoints, experiment, run_log
 from ddpm_jax.compilation.report import quantity, size
 from ddpm_jax.compilation.roofline import unet_work
 from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.parallel.cut import held_bytes
 from ddpm_jax.reproduction.paper_results import V3_8
 from ddpm_jax.start_line import MEASURED
 from ddpm_jax.storage import files
@@ -41,7 +42,7 @@ def describe(config, name: str, workdir=None) -> str:
     """The text of a dry run. name: what --config names; workdir: the run, new or to be resumed.
     Raises UserError as training would for its config."""
     exp = experiment.build_model(config)
-    experiment.build_training(exp)
+    training = experiment.build_training(exp)
     stored = to_json(config)
     if workdir is None or not files.listing(files.join(workdir, "checkpoints")):
         experiment.check_new(exp)
@@ -54,7 +55,7 @@ def describe(config, name: str, workdir=None) -> str:
         ("FLOPs", f"{quantity(step_flops, 'FLOP')} a step of {train.batch_size} images, "
          f"{quantity(step_flops * train.steps, 'FLOP')} for {train.steps:,} steps (counted by "
          "hand, without recomputation)"),
-        ("memory", f"{size(4 * COPIES * work.parameters)} a device for weights, average, moments "
+        ("memory", f"{size(_state_bytes(training, work))} a device for weights, average, moments "
          "and gradient; activations come on top (ddpm compile shows the peak)"),
         ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
          f"{config.parallel.runner}"),
@@ -63,6 +64,13 @@ def describe(config, name: str, workdir=None) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join([*_fields(stored), "", *(f"{label:<{width}}  {text}" for label, text in rows)])
+
+
+def _state_bytes(training, work) -> int:
+    state = training.abstract_state
+    if training.cut is None:
+        return 4 * COPIES * work.parameters
+    return sum(held_bytes(part)[0] for part in (state, state.ema_params))  # so lies the gradient
 
 
 def _fields(stored) -> list[str]:

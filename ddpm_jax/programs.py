@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config_checks import SAMPLER_DEFAULTS, check_guidance, sampler_row
+from ddpm_jax.config_checks import (
+    CLIP_SCOPES,
+    SAMPLER_DEFAULTS,
+    check_guidance,
+    sampler_row,
+)
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.inpainting import Visits, inpaint_step
@@ -54,7 +59,7 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
     exp = training.experiment
     train, runner, like = exp.config.train, exp.runner, exp.abstract_params
     max_steps = max_steps or (train.steps_per_dispatch if runner.loops_on_device else 1)
-    order = packing.ORDERS.get(runner.mesh.devices.flat[0].platform, packing.AS_THEY_ARE)
+    order = packing.order_on(runner.mesh.devices.flat[0].platform)
     if num_examples is None:
         select, placement = _streamed, "steps"
         shape, examples = exp.image_shape, (max_steps, train.batch_size)
@@ -68,12 +73,9 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
     def pack(state):
         return packing.pack_state(state, like, order)
 
-    def named(params):
-        return packing.unpack(packing.kernels_as(params, exp.model.dtype), like, order)
-
-    view = View(named, lambda gradient: packing.pack(gradient, order))
-    train_step = functools.partial(
-        training.step, gradient=functools.partial(training.gradient, view=view))
+    abstract_carry = jax.eval_shape(pack, training.abstract_state)
+    at, carry_at = map(training.placement, (training.abstract_state, abstract_carry))
+    train_step = _packed_step(training, order, carry_at)
 
     def train_steps(state, batch, seed, num_steps):
         key = rng.run_key(seed, train.random)
@@ -89,16 +91,49 @@ def train_program(training: Training, num_examples: int | None, *, max_steps=Non
         rows = {name: jnp.zeros(max_steps) for name in METRICS}
         return jax.lax.fori_loop(0, num_steps, update, (state, rows))
 
-    placements = ("replicated", placement, "replicated", "replicated")
-    abstract = (jax.eval_shape(pack, training.abstract_state),
+    placements = (carry_at, placement, "replicated", "replicated")
+    abstract = (abstract_carry,
                 batch, jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32))
-    unpack = runner.compile(lambda carry: packing.unpack_state(carry, like, order),
-                            ("replicated",), ("replicated",))
+
+    def unpack(carry):
+        return packing.unpack_state(carry, like, order)
+
+    state = ema_params = runner.compile(unpack, (carry_at,), (at,))
+    if training.cut is not None:  # samplers and metrics take whole weights
+        ema_params = runner.compile(unpack, (carry_at.ema_params,), ("replicated",))
     return TrainProgram(
-        max_steps=max_steps, start=runner.compile(pack, ("replicated",), ("replicated",)),
-        step=runner.compile(train_steps, placements, ("replicated", "replicated"), donate=(0,)),
-        state=unpack, ema_params=lambda carry: unpack(carry.ema_params),
+        max_steps=max_steps, start=runner.compile(pack, (at,), (carry_at,)),
+        step=runner.compile(train_steps, placements, (carry_at, "replicated"), donate=(0,)),
+        state=state, ema_params=lambda carry: ema_params(carry.ema_params),
         arguments=tuple(map(runner.abstract, placements, abstract)))
+
+
+def _packed_step(training, order, carry_at):
+    """training.step on packed states, which lie as ``carry_at`` has it."""
+    exp, cut = training.experiment, training.cut
+
+    def named(params):
+        return packing.unpack(packing.kernels_as(params, exp.model.dtype), exp.abstract_params,
+                              order)
+
+    view = View(named, lambda gradient: packing.pack(gradient, order))
+    if cut is None:
+        return functools.partial(
+            training.step, gradient=functools.partial(training.gradient, view=view))
+    view = view._replace(spread=cut.spread)
+    train = exp.config.train
+    if CLIP_SCOPES[train.clip_scope](train, 1).shards is None:  # parts have gradients of their own
+        view = view._replace(named=lambda params: cut.gathered(named(params)))
+
+    def gradient(*args):
+        gradient, metrics = training.gradient(*args, view=view)
+        return cut.spread(gradient), metrics
+
+    def step(*args):
+        state, metrics = training.step(*args, gradient=gradient)
+        return jax.lax.with_sharding_constraint(state, carry_at), metrics
+
+    return step
 
 
 def _streamed(batch, seed, step, i):

@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.compilation.ahead import compiled_ahead
+from ddpm_jax.compilation.report import size
 from ddpm_jax.config import SOURCE, to_json
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
@@ -27,6 +28,7 @@ from ddpm_jax.experiment import (
 )
 from ddpm_jax.init_from import InitFrom, find, first_state
 from ddpm_jax.parallel import hosts
+from ddpm_jax.parallel.cut import held_bytes
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.run_log import say
 from ddpm_jax.start_line import training_line
@@ -156,11 +158,11 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
     saved). Raises UserError for what the user can mend; what was trained before an error, other
     than divergence, is saved.
     """
-    exp = build_model(config)
-    training, folder = build_training(exp), files.resolve(workdir)
+    training, folder = build_training(build_model(config)), files.resolve(workdir)
+    exp = training.experiment
     if not files.listing(folder / "checkpoints"):
         check_new(exp)
-    say(training_line(exp))
+    _say_start(training)
     checkpoints.read_config(folder)  # refuses a folder inside a run before the lock is made there
     with contextlib.ExitStack() as closing:
         lock = hosts.on_main_process(Lock, folder, "--workdir", say)
@@ -202,6 +204,15 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
         say(f"{'stopped at' if stopped else 'done:'} step {outcome.step}; checkpoints "
             f"{store.steps()}; {folder}/: {', '.join(writer.close())}")
         return not stopped
+
+
+def _say_start(training):
+    exp, parallel = training.experiment, training.experiment.config.parallel
+    say(training_line(exp))
+    if training.cut is not None:
+        here, whole = held_bytes(training.abstract_state)
+        say(f"state cut over {parallel.shards} devices ({parallel.cut}): {size(here)} of "
+            f"{size(whole)} on each")
 
 
 def _stored(config, folder, init_from) -> dict:

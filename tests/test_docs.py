@@ -143,6 +143,20 @@ def test_the_configuration_page_is_that_of_the_default_config():
         flatten(to_json(load_config("default"))))
 
 
+def test_the_scaling_page_is_that_of_its_script():
+    make = load(ROOT / "docs" / "make_scaling.py")
+    assert make.PAGE.read_text() == make.page(), "run python docs/make_scaling.py"
+    # By hand: 36 bytes a parameter at 819 GB/s; 8 chips pass 7/8 of 8 bytes at 200 GB/s.
+    model, chip = make.Model("x", 1_000_000, 0, 1, 1), make.CHIPS["v5e"]
+    whole, cut = (make.step(model, chip, 8, 1, make.KINDS[k]) for k in ("replicated", "ZeRO-1"))
+    assert whole.update == pytest.approx(36e6 / 819e9) == 8 * cut.update
+    assert whole.links == pytest.approx(7e6 / 200e9) == cut.links
+    # Two slices exchange what one slice cannot sum: 4 bytes, in 256 parts, at 3.125 GB/s.
+    for kind in make.KINDS.values():
+        assert make.step(model, chip, 512, 1, kind).between == pytest.approx(4e6 / 256 / 3.125e9)
+        assert make.step(model, chip, 256, 1, kind).between == 0
+
+
 def test_the_readme_is_short_and_the_citation_names_this_version():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
     assert f"\nversion: {ddpm_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()

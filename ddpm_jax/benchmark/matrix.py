@@ -18,7 +18,11 @@ from ddpm_jax.storage.files import write_json
 
 AXES = ("program", "config", "runner", "dtype", "level", "topology")
 DEFAULTS = {"program": ["train_step"], "config": ["digits"], "runner": ["shard_map"],
-            "dtype": ["float32"], "level": ["O0"], "topology": ["cpu:8"], "set": []}
+            "dtype": ["float32"], "level": ["O0"], "topology": ["cpu:8"], "set": [], "sets": [[]]}
+# The paper's two 256x256 models, their state whole and cut over 8 neighbours.
+CUT = {"config": ["lsun_bedroom", "lsun_bedroom_large"], "runner": ["jit"], "dtype": ["bfloat16"],
+       "set": ["train.clip_scope=global", "train.steps_per_dispatch=1"],
+       "sets": [[], ["parallel.shards=8"], ["parallel.shards=8", "parallel.cut=params"]]}
 MATRICES = {
     # A minute on two cores: what a change to the code should be tried with.
     "small": {"program": ["train_step", "sample"], "runner": ["jit", "shard_map"],
@@ -30,11 +34,15 @@ MATRICES = {
                  "runner": ["jit", "pmap", "shard_map"], "dtype": ["float32", "bfloat16"],
                  "topology": ["cpu:8"], "set": ["train.clip_replicas=8",
                                                 "sampler.batch_size=64"]},
+    # Each cell takes one to two minutes of two cores.
+    "cut": {**CUT, "topology": ["v5litepod-8", "h100:8"]},
+    "cut_pod": {**CUT, "topology": ["v5e-256"], "set": [*CUT["set"], "train.batch_size=2048"]},
 }
 
 
 class Cell(NamedTuple):
-    """One compilation. settings: further config fields, 'a.b=c'."""
+    """One compilation. settings: further config fields, 'a.b=c', of the table's set and of one of
+    its sets."""
 
     program: str
     config: str
@@ -69,8 +77,8 @@ def cells(spec: str) -> list[Cell]:
         raise UserError(f"matrix: {spec!r} must hold lists under {', '.join(DEFAULTS)}"
                         + (f"; not {', '.join(sorted(unknown))}" if unknown else ""))
     full = {**DEFAULTS, **table}
-    return [Cell(*values, tuple(full["set"]))
-            for values in itertools.product(*(full[axis] for axis in AXES))]
+    return [Cell(*values, (*full["set"], *more))
+            for *values, more in itertools.product(*(full[axis] for axis in (*AXES, "sets")))]
 
 
 def command(cell: Cell, out: str) -> list[str]:

@@ -13,8 +13,8 @@ from ddpm_jax.training.steps import Batch
 
 def _steps(exp, num_examples):
     """-> (program, run()), which waits for at least peers.STEPS steps, and the steps of a run."""
-    runner, batch = exp.runner, exp.config.train.batch_size
-    training = experiment.build_training(exp)
+    training, batch = experiment.build_training(exp), exp.config.train.batch_size
+    runner = training.experiment.runner
     program = programs.train_program(training, num_examples)
     max_steps = program.max_steps
     if num_examples:

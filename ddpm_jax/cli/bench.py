@@ -39,8 +39,8 @@ def define_flags(define):
     define.path("out", None, "write the result as JSON into this new file")
     define.string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
     define.path("profile", None, "step, sample: new folder for a trace")
-    define.path("matrix", "small", "compile: small, absent, programs or a JSON file of "
-                  "lists by program, config, runner, dtype, level, topology, set")
+    define.path("matrix", "small", "compile: small, absent, programs, cut, cut_pod or a JSON file "
+                  "of lists by program, config, runner, dtype, level, topology, set, sets")
     define.path("baseline", None, "compile: an older result to compare with")
     define.path("export", None, "compile: folder for a corpus of StableHLO modules")
     define.string("topology", "h100", "sweep: a kind of machine of `ddpm compile`: cpu, h100, v5e")

@@ -2,7 +2,8 @@
 
 A runner is data and functions; nothing else in the program branches on devices. Every argument and
 result has a placement: ``replicated`` (the same on all devices), ``batch`` (axis 0 is sharded over
-the devices), ``steps`` (axis 1 is: a batch for each step of a dispatch).
+the devices), ``steps`` (axis 1 is: a batch for each step of a dispatch), and under jit also a tree
+of shardings (parallel/cut.py).
 """
 
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
+CUT_AXIS = "shards"  # of the jit runner's mesh: the devices over which a state is cut
 _LOOPS_ON_HOST = {"cpu"}
 SPECS = {"replicated": P(), "batch": P(AXIS), "steps": P(None, AXIS)}
 
 
 class Runner(NamedTuple):
-    """mesh: one axis over all devices of all processes, a process's devices side by side.
+    """mesh: one axis over all devices of all processes, a process's devices side by side; CUT_AXIS
+    is a second one, of neighbours.
     axis_name: the axis that collectives name; None under jit, where the function sees whole arrays.
     num_virtual_devices: devices over which such an array is sharded (1 elsewhere).
     compile(fn, args, results, donate=()): fn on all devices; args, results: placements.
@@ -52,9 +55,11 @@ def fetch(tree):
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
 
 
-def _mesh(devices) -> Mesh:
-    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+def _mesh(devices, shards=1) -> Mesh:
+    devices = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)))
+    if shards == 1:
+        return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(devices.reshape(-1, shards), (AXIS, CUT_AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
 def _loops_on_device(mesh) -> bool:
@@ -65,16 +70,20 @@ def _global_arrays(mesh):
     """put, abstract, local for runners whose arrays are global."""
 
     def put(placement, tree):
-        sharding = NamedSharding(mesh, SPECS[placement])
+        if not isinstance(placement, str):  # every process has all of it
+            return jax.tree.map(_put_whole, placement, tree)
+        sharding = _sharding(mesh, placement)
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
         )
 
     def abstract(placement, tree):
-        sharding = NamedSharding(mesh, SPECS[placement])
+        if isinstance(placement, str):
+            sharding = _sharding(mesh, placement)
+            placement = jax.tree.map(lambda _: sharding, tree)
         return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-        )
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            tree, placement)
 
     def local(x):
         shards = sorted(x.addressable_shards, key=lambda s: s.index[0].start or 0)
@@ -83,17 +92,30 @@ def _global_arrays(mesh):
     return put, abstract, local
 
 
+def _put_whole(sharding, x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _sharding(mesh, placement):
+    if not isinstance(placement, str):
+        return placement
+    devices = AXIS if len(mesh.axis_names) == 1 else mesh.axis_names
+    return NamedSharding(mesh, P(*(devices if name == AXIS else name for name in SPECS[placement])))
+
+
 def _shardings(mesh, placements):
-    return tuple(NamedSharding(mesh, SPECS[k]) for k in placements)
+    return tuple(_sharding(mesh, k) for k in placements)
 
 
 def _single(placements, values):
     return values if len(placements) > 1 else values[0]
 
 
-def jit_runner(devices) -> Runner:
-    """Global view: XLA's partitioner divides the program."""
-    mesh = _mesh(devices)
+def jit_runner(devices, shards=1) -> Runner:
+    """Global view: XLA's partitioner divides the program. shards: a divisor of the number of
+    devices, the length of CUT_AXIS."""
+    mesh = _mesh(devices, shards)
     put, abstract, local = _global_arrays(mesh)
 
     def compile(fn, args, results, donate=()):
@@ -105,7 +127,7 @@ def jit_runner(devices) -> Runner:
         )
 
     def constrain(x):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, SPECS["batch"]))
+        return jax.lax.with_sharding_constraint(x, _sharding(mesh, "batch"))
 
     return Runner("jit", mesh, None, mesh.size, compile, put, abstract, lambda tree: tree, local,
                   _loops_on_device(mesh), constrain)
@@ -203,3 +225,5 @@ RUNNERS: dict[str, Callable[[Any], Runner]] = {
     "pmap": pmap_runner,
     "shard_map": shard_map_runner,
 }
+# Those whose mesh can have CUT_AXIS: (devices, shards) -> Runner.
+CUTTING_RUNNERS: dict[str, Callable[[Any, int], Runner]] = {"jit": jit_runner}

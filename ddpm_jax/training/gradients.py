@@ -41,10 +41,12 @@ def clip_by_norm(grads, clip_norm):
 class View(NamedTuple):
     """Parameters as an optimizer keeps them and as a network takes them. named(params) -> the
     network's tree, its kernels perhaps in a smaller type; packed(gradient of that tree, float32)
-    -> that of params."""
+    -> that of params. spread(gradient of params) -> the same, of which each device keeps its part
+    where the state is cut over devices."""
 
     named: Callable = lambda params: params
     packed: Callable = lambda gradient: gradient
+    spread: Callable = lambda gradient: gradient
 
 
 def mean_gradient(
@@ -73,7 +75,8 @@ def mean_gradient(
     gradient = jax.value_and_grad(functools.partial(loss_fn, named=view.named))
     gradient = _accumulated(gradient, micro_batches, num_virtual_devices)
     if clip.shards is None:
-        return _clipped(clip, *_mean(gradient(params, *batch), axis_name))
+        loss, grads = _mean(gradient(params, *batch), axis_name)
+        return _clipped(clip, loss, view.spread(grads))
     found = gradient(params, *batch)
     if clip.devices > 1:
         groups = np.arange(lax.axis_size(axis_name)).reshape(-1, clip.devices).tolist()

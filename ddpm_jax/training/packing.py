@@ -19,6 +19,10 @@ ORDERS = {"tpu": (1, 2, 3, 0)}
 AS_THEY_ARE = (0, 1, 2, 3)
 
 
+def order_on(platform):
+    return ORDERS.get(platform, AS_THEY_ARE)
+
+
 class Packed(NamedTuple):
     """kernels: {'OxHxWxI': [n, ...]}, the leaves of two axes and more, those of one shape stacked;
     vectors [m]: the rest."""

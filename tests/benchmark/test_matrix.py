@@ -14,10 +14,14 @@ def test_products_and_names():
     words = matrix.command(cells[0], "out")
     assert "--topology=cpu:8" in words and "--config.sampler.batch_size=64" in words
     assert "--optimization_level=O0" in words
+    settings = [c.settings for c in matrix.cells("cut") if c.topology == "h100:8"]
+    assert len(settings) == 6 and settings[2] == (
+        "train.clip_scope=global", "train.steps_per_dispatch=1", "parallel.shards=8",
+        "parallel.cut=params")
 
 
 def test_bad_tables(tmp_path):
-    with pytest.raises(UserError, match="small, absent, programs"):
+    with pytest.raises(UserError, match="small, absent, programs, cut"):
         matrix.cells("nothing")
     for text in ('{"runners": ["jit"]}', '{"runner": "jit"}', "[1]", "{"):
         (tmp_path / "m.json").write_text(text)

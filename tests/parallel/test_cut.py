@@ -1,0 +1,191 @@
+"""A state that is cut over devices: the same numbers, less memory, read back on any number of them.
+
+Unclipped gradients are compared, by their norm and Adam's first moment: the clip hides a wrong
+scale.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import digits
+
+from ddpm_jax import programs
+from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.compilation import hlo
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import build_model, build_training
+from ddpm_jax.parallel import cut
+from ddpm_jax.parallel.runners import fetch
+from ddpm_jax.training import packing
+from ddpm_jax.training.steps import Batch, init_state
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_are_cut_too(monkeypatch):
+    monkeypatch.setattr(cut, "WHOLE_BYTES", 0)
+
+
+def config(shards, kind, **fields):
+    c = digits()
+    c.data.image_size = 4
+    c.model.update(ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
+    c.train.update(batch_size=8, clip_norm=0.0, clip_scope="global", clip_replicas=8)
+    c.parallel.update(runner="jit", shards=shards, cut=kind)
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+class Made(NamedTuple):
+    training: Any
+    program: Any
+    compiled: Any
+
+    def start(self):
+        """A carry with weights of order one: at the initial ones gradients nearly vanish."""
+        params = jax.tree.map(
+            lambda p: np.asarray(p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape)),
+            self.training.experiment.init_params())
+        state = jax.tree.map(np.asarray, init_state(params, self.training.tx))
+        return self.program.start(self.training.experiment.runner.put(
+            self.training.placement(state), state))
+
+    def steps(self, carry, count):
+        """-> (carry, metrics of each step)"""
+        data = self.training.experiment.runner.put(
+            "replicated", Batch(IMAGES.reshape(len(IMAGES), -1)))
+        found = []
+        for _ in range(count):
+            carry, metrics = self.compiled(carry, data, np.uint32(0), np.int32(1))
+            found.append({name: float(fetch(x)[0]) for name, x in metrics.items()})
+        return carry, found
+
+
+@functools.cache
+def made(shards=1, kind="optimizer", scope="global"):
+    training = build_training(build_model(
+        config(shards, kind, **{"train.clip_scope": scope})))
+    program = programs.train_program(training, len(IMAGES), max_steps=1)
+    return Made(training, program, program.step.lower(*program.arguments).compile())
+
+
+@functools.cache
+def two_steps(*args):
+    one = made(*args)
+    carry, metrics = one.steps(one.start(), 2)
+    return one.program.state(carry), metrics
+
+
+def assert_close(got, want):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got),
+                            jax.tree.leaves(want), strict=True):
+        scale = max(np.abs(np.asarray(b)).max(), 1e-3)
+        np.testing.assert_allclose(a, b, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+CASES = [(8, "optimizer"), (4, "params"), (8, "optimizer", "per_replica")]
+
+
+@pytest.mark.parametrize("args", CASES)
+def test_the_numbers_are_those_of_a_whole_state(args):
+    (state, metrics), (want, wanted) = two_steps(*args), two_steps()
+    assert_close(state, want)
+    for one, other in zip(metrics, wanted, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+        if "per_replica" not in args:  # there the norm is the mean of the parts'
+            assert one == pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.parametrize("args", CASES)
+def test_a_device_has_its_part_of_the_state_and_of_the_work(args):
+    state, _ = two_steps(*args)
+    fields = cut.CUTS[args[1]]
+    for name in state._fields:
+        arrays = jax.tree.leaves(getattr(state, name))
+        kernels = [x for x in arrays if x.ndim > 1]
+        here = sum(x.addressable_data(0).nbytes for x in kernels)
+        assert here == sum(x.nbytes for x in kernels) / (args[0] if name in fields else 1), name
+        assert all(x.addressable_data(0).shape == x.shape for x in arrays if x.ndim < 2)
+    of, whole = made(*args).compiled, made().compiled
+    assert of.cost_analysis()["flops"] < 1.2 * whole.cost_analysis()["flops"]
+    saved = sum(x.nbytes for name in fields for x in jax.tree.leaves(getattr(state, name)))
+    arguments = [x.memory_analysis().argument_size_in_bytes for x in (of, whole)]
+    assert arguments[0] < arguments[1] - 0.6 * saved
+
+
+def test_a_whole_step_of_cut_weights_gathers_kernels_and_not_activations():
+    collectives = hlo.summary(made(4, "params").compiled.as_text())["collectives"]
+    kernels = 4 * sum(x.size for x in jax.tree.leaves(two_steps(4, "params")[0].params)
+                      if x.ndim > 1)
+    assert collectives["all-gather"]["bytes"] <= 2 * kernels / 4  # counted: what a device gives
+
+
+def test_checkpoints_fit_any_number_of_shards(tmp_path):
+    store, source = Checkpoints(tmp_path, keep=9), made(4, "params")
+    carry, _ = source.steps(source.start(), 1)
+    saved = source.program.state(carry)
+    store.save(1, saved, {})
+    want, _ = source.steps(carry, 1)
+    for shards, kind in ((1, "optimizer"), (2, "params"), (4, "params"), (8, "optimizer")):
+        training = build_training(build_model(config(shards, kind)))
+        read = store.restore(1, training.abstract_state, training.experiment.runner)
+        jax.tree.map(np.testing.assert_array_equal, read, saved)
+        for x, like in zip(jax.tree.leaves(read), jax.tree.leaves(training.abstract_state),
+                           strict=True):
+            assert like.sharding is None or x.sharding == like.sharding
+        store.save(10 * shards, read, {})  # and back
+    for step, one in ((10, source), (20, source), (80, source), (40, made(8, "optimizer"))):
+        read = store.restore(step, one.training.abstract_state, one.training.experiment.runner)
+        new, _ = one.steps(one.program.start(read), 1)
+        same = np.testing.assert_array_equal if one is source else assert_close
+        jax.tree.map(same, one.program.state(new), source.program.state(want))
+    store.close()
+
+
+def test_whole_weights_for_samples():
+    one = made(4, "params")
+    for x, whole in zip(jax.tree.leaves(one.program.ema_params(one.start())),
+                        jax.tree.leaves(one.training.abstract_state.params), strict=True):
+        assert x.addressable_data(0).shape == whole.shape
+
+
+def test_small_stacks_stay_whole_and_output_channels_are_cut(monkeypatch):
+    like = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in {
+        "a": (64, 3, 3, 32), "b": (64, 3, 3, 32), "dense": (32, 64), "out": (3, 3, 3, 64),
+        "odd": (3, 5), "bias": (64,)}.items()}
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "shards"))
+    order = packing.ORDERS["tpu"]
+    axes = cut.make_cut(mesh, like, fields=(), order=order).axes
+    assert axes == {(64, 3, 3, 32): 0, (2, 3, 3, 32, 64): 4, (32, 64): 1, (1, 32, 64): 2,
+                    (3, 3, 3, 64): 3, (1, 3, 3, 64, 3): 3}
+    stacked = packing.pack(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), like), order)
+    assert {x.shape for x in stacked.kernels.values()} >= {s for s in axes if len(s) in (3, 5)}
+    monkeypatch.setattr(cut, "WHOLE_BYTES", 4 * 2 * 64 * 9 * 32 - 1)
+    assert set(cut.make_cut(mesh, like, fields=(), order=order).axes) == {
+        (64, 3, 3, 32), (2, 3, 3, 32, 64)}
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"shards": 3}, "shards=3 does not divide the 8 devices; take one of 1, 2, 4, 8$"),
+    ({"shards": 0}, "parallel.shards=0 must be a whole number in 1"),
+    ({"shards": 4, "runner": "shard_map"}, "shards=4 needs parallel.runner=jit, not shard_map"),
+    ({"shards": 4, "cut": "zero"}, "parallel.cut='zero' is not known; known: optimizer, params"),
+    ({"shards": 4, "cut": "params", "scope": "per_replica"},
+     "cut=params does not go with train.clip_scope=per_replica.* take parallel.cut=optimizer")])
+def test_bad_input(fields, message):
+    c = config(1, "optimizer", **{"train.clip_scope": fields.pop("scope", "global")})
+    c.parallel.update(fields)
+    with pytest.raises(UserError, match=message) as caught:
+        build_training(build_model(c))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_is_not_cut_over_slices():
+    devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
+    assert cut.shares_links(SimpleNamespace(devices=devices.reshape(2, 4)))
+    assert not cut.shares_links(SimpleNamespace(devices=devices.reshape(1, 8)))
