@@ -291,9 +291,7 @@ class Checkpoints:
             read = self._manager.restore(step, args=args.Composite(**{
                 name: args.StandardRestore(tree) for name, tree in _items(like).items()}))
         return _as_programs_take(like._replace(
-            params=read.params, ema_params=read.ema_params, step=read.training["step"],
-            opt_state=read.training["opt_state"],
-        ), runner)
+            params=read.params, ema_params=read.ema_params, **read.training), runner)
 
     def restore_weights(self, step: int | None, like, *, ema: bool, runner=None):
         """-> (params, step): the weights alone, laid out as by ``restore``. step None: the newest.
@@ -302,8 +300,7 @@ class Checkpoints:
         it is damaged.
         """
         step = self.find(step)
-        args = self._ocp.args
-        item = "ema_params" if ema else "params"
+        args, item = self._ocp.args, "ema_params" if ema else "params"
         with self._damage(step):
             read = self._manager.restore(step, args=args.Composite(
                 **{item: args.StandardRestore(_on_all_devices(like, runner))}))
@@ -364,10 +361,13 @@ def _items(state) -> dict:
 
 def _same(written, read) -> bool:
     """Equal in shape and in the sum of their bits (which NaN has too), in what this process has."""
+    parts = [(written, ...)]
     if isinstance(written, jax.Array):
-        parts = {str(s.index): s for s in written.addressable_shards}.values()
-        return written.shape == read.shape and all(
-            _same(np.asarray(s.data), read[s.index]) for s in parts)
+        parts = {str(s.index): (s.data, s.index) for s in written.addressable_shards}.values()
+    return written.shape == read.shape and all(_same_bits(x, read[i]) for x, i in parts)
+
+
+def _same_bits(written, read):
     a, b = np.ascontiguousarray(written), np.ascontiguousarray(read)
     bits = f"u{a.dtype.itemsize}"
     return a.shape == b.shape and a.dtype == b.dtype and (

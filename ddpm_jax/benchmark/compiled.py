@@ -131,13 +131,14 @@ PROGRAMS = {"train_step": train_step, "unrolled": unrolled, "sample": sample,
 
 def step_parts(config) -> dict[str, str]:
     """What a training step of `config` holds besides the network: present, and how, or absent."""
-    train = config.train
+    train, parallel = config.train, config.parallel
     return {
         "dropout": str(config.model.dropout) if config.model.dropout else "absent",
         "clip": f"{train.clip_norm} {train.clip_scope}" if train.clip_norm else "absent",
         "EMA": str(config.ema.decay) if config.ema.decay else "absent",
         "optimizer": f"Adam, eps as {config.optimizer.eps_rule}",
         "random": train.random,
+        **({"state": f"{parallel.cut} cut over {parallel.shards}"} if parallel.shards > 1 else {}),
     }
 
 

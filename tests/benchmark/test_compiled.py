@@ -74,7 +74,9 @@ def test_a_report_from_a_config():
 def test_what_a_step_lacks_is_called_absent():
     config = tiny(**{"model.dropout": 0.0, "train.clip_norm": 0.0})
     parts = compiled.step_parts(config)
-    assert parts["dropout"] == parts["clip"] == "absent" != parts["EMA"]
+    assert parts["dropout"] == parts["clip"] == "absent" != parts["EMA"] and "state" not in parts
+    parts = compiled.step_parts(tiny(**{"parallel.shards": 2, "parallel.cut": "params"}))
+    assert parts["state"] == "params cut over 2"
 
 
 def test_bad_input():

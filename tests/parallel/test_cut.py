@@ -34,7 +34,8 @@ def small_arrays_are_cut_too(monkeypatch):
 def config(shards, kind, **fields):
     c = digits()
     c.data.image_size = 4
-    c.model.update(ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
+    c.model.update(ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2,
+                   dropout=0.0)
     c.train.update(batch_size=8, clip_norm=0.0, clip_scope="global", clip_replicas=8)
     c.parallel.update(runner="jit", shards=shards, cut=kind)
     c.update_from_flattened_dict(fields)
