@@ -74,6 +74,7 @@ def get_config():
                                   # each; more need runner jit
             cut="optimizer",      # optimizer (moments and average: ZeRO-1), params (weights too:
                                   # FSDP)
+            norm_kernel="xla",    # on NVIDIA GPUs, kernels: triton, triton_padded (more shapes)
         ),
         checkpoint=dict(
             every=10_000,

@@ -11,6 +11,8 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
+from ddpm_jax.models import norm_tiles
+from ddpm_jax.models.fused_norm import FORMS
 from ddpm_jax.parallel.cut import CUTS
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
@@ -137,6 +139,7 @@ def check_model(config) -> None:
     sampler_row(config.sampler)
     check_guidance(config.model, config.sampler.guidance)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
+    row(FORMS, "parallel.norm_kernel", config.parallel.norm_kernel)
     row(DTYPES, "model.dtype", config.model.dtype)
     if config.sampler.steps > diffusion.num_timesteps:
         raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
@@ -194,6 +197,24 @@ def check_guidance(model, guidance) -> None:
     if not model.label_dropout:
         raise UserError(f"sampler.guidance={guidance} needs a model that is trained without labels "
                         "too, and this one is not (model.label_dropout=0); leave it at 1")
+
+
+def check_norm_kernel(parallel, runner) -> None:
+    """Raise UserError for kernels that the devices of ``runner`` or the installed JAX cannot run.
+    """
+    name, platform = parallel.norm_kernel, runner.mesh.devices.flat[0].platform
+    if not FORMS[name].kernels:
+        return
+    why, others = norm_tiles.missing(), ""
+    if platform not in norm_tiles.PLATFORMS:
+        why = f"its kernels are for NVIDIA GPUs, and the devices are {platform}"
+    elif runner.num_virtual_devices > 1:
+        why = (f"parallel.runner={runner.name} cuts the program for {runner.num_devices} devices, "
+               "and kernels cannot be cut")
+        others = "parallel.runner=shard_map, or "
+    if why:
+        raise UserError(f"config.parallel.norm_kernel={name}: {why}; take {others}"
+                        "parallel.norm_kernel=xla")
 
 
 def check_training(config, num_devices: int) -> None:

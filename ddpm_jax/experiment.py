@@ -17,6 +17,7 @@ from ddpm_jax.config_checks import (
     CLIP_SCOPES,
     DTYPES,
     check_model,
+    check_norm_kernel,
     check_training,
     weights_row,
 )
@@ -114,13 +115,15 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     check_model(config)
     hosts.pin_settings()
     runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
-    data, model, betas = config.data, network(config), _betas(config.diffusion)
+    check_norm_kernel(config.parallel, runner)
+    data, plain, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
-    init_params = jax.jit(lambda: _init_params(model, config.seed))  # traced once for both uses
+    init_params = jax.jit(lambda: _init_params(plain, config.seed))  # traced once for both uses
     return Experiment(
         config=config, image_shape=(data.image_size, data.image_size, data.channels),
-        schedule=schedule, betas=betas, model=model, runner=runner,
+        schedule=schedule, betas=betas, runner=runner,
+        model=plain.clone(norm_form=config.parallel.norm_kernel),
         init_params=init_params, abstract_params=jax.eval_shape(init_params))
 
 

@@ -20,7 +20,7 @@ ARROWS = {
     "data": {"formats", "storage"},
     "names": set(),
     "config": {"diffusion", "names", "storage"},
-    "config_checks": {"config", "data", "diffusion", "parallel", "training"},
+    "config_checks": {"config", "data", "diffusion", "models", "parallel", "training"},
     "experiment": {"config_checks", "diffusion", "models", "parallel", "training"},
     "start_line": {"compilation", "experiment"},
     "checkpoints": {"config", "parallel", "storage"},

@@ -159,8 +159,9 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
     machine = describe(topology)
     exp = experiment.build_model(config, machine.devices)
     made = PROGRAMS[program](exp, num_examples)
-    result = report.compile_and_report(made.jitted, made.args, options=options,
-                                       programs_cache=machine.chip is None)
+    with machine.lowering():
+        result = report.compile_and_report(made.jitted, made.args, options=options,
+                                           programs_cache=machine.chip is None)
     devices = len(machine.devices)
     found = result.report | {
         "about": {

@@ -4,6 +4,7 @@ No accelerator is needed: `libtpu` (TPU) and the CUDA plugin (GPU) hold the comp
 describe a topology instead of devices. `cpu:8` means eight devices of this process's CPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from ddpm_jax.compilation import hardware
 from ddpm_jax.errors import UserError
@@ -37,6 +39,15 @@ class Topology(NamedTuple):
     @property
     def chips(self) -> int:
         return len(self.devices) // (self.chip.devices_per_chip if self.chip else 1)
+
+    def lowering(self):
+        """A context in which kernels can be lowered for GPUs that this process does not have: from
+        JAX 0.12 on their compiler has to know the device."""
+        if self.chip is None or self.chip.target is None:
+            return contextlib.nullcontext()
+        device = AbstractDevice(device_kind=self.devices[0].device_kind, num_cores=None,
+                                platform="gpu")
+        return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def known() -> str:

@@ -3,15 +3,21 @@
 Forward and backward pass are written by hand for the bytes they move: both read the activation once
 for all sums and once to apply, keep only the activation itself (in the compute type) and a few
 numbers a channel, and the barriers stop XLA from sharing a float32 copy of it between the two
-reads. What each barrier and each form saves is measured in benchmarks/NOTES.md.
+reads. What each barrier and each form saves is measured in benchmarks/NOTES.md. ``FORMS`` has a row
+for what XLA compiles, and others for the kernels of norm_kernels.py.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ddpm_jax.models import norm_kernels, norm_tiles
+from ddpm_jax.models.norm_kernels import Act
 
 DROPOUT_BITS = 16  # a probability is a multiple of 2**-16: 0.1 is drawn as 0.100006
 
@@ -57,8 +63,13 @@ def _join_channels(sums, pixels, groups):
     return channel, mean, jnp.maximum(variance, 0.0)
 
 
-def _drop(x, keep, rate):
-    return x * keep * (1.0 / (1.0 - _threshold(rate) / 2**DROPOUT_BITS))
+def _drop(x, keep, kept):
+    return x * keep * kept
+
+
+def _kept(rate):
+    """What dropout multiplies by."""
+    return 1.0 / (1.0 - _threshold(rate) / 2**DROPOUT_BITS)
 
 
 def _threshold(rate):
@@ -69,65 +80,53 @@ def _pixels(v):
     return v[:, None, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate):
-    """Group norm of x + shift, then SiLU where ``silu``, then dropout at ``rate`` where bits is
-    not None.
-
-    x [B,H,W,C] any float type; shift float32 [B,C] or None: added inside the norm, so it needs no
-    extra pass over x; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None; rate in [0, 1).
-    -> [B,H,W,C] in x's type.
-    """
-    return _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate)[0]
-
-
-def _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate):
-    # Without this barrier a TPU repeats threefry at each use and writes the compared bits as
-    # float32 (NOTES.md, "and the mask behind a barrier").
-    keep = None if bits is None else lax.optimization_barrier(bits >= _threshold(rate))
+def _forward(x, keep, shift, scale, bias, act):
     # Without this barrier XLA joins the sums over pixels and channels and reads x again for each
     # (NOTES.md, "barrier after the pixel sums").
     x, (first, *sums) = lax.optimization_barrier((x, _channel_sums(x)))
     first = first if shift is None else first + shift
-    channel, mean, variance = _join_channels((first, *sums), x.shape[1] * x.shape[2], groups)
-    inverse = lax.rsqrt(variance + eps)
+    channel, mean, variance = _join_channels((first, *sums), x.shape[1] * x.shape[2], act.groups)
+    inverse = lax.rsqrt(variance + act.eps)
     factor = inverse * scale[None, :]
     offset = bias[None, :] - (mean if shift is None else mean - shift) * factor
     y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
-    if silu:
+    if act.silu:
         y = y * jax.nn.sigmoid(y)
     if keep is not None:
-        y = _drop(y, keep, rate)
-    return y.astype(x.dtype), (x, shift, scale, bias, keep, channel, mean, inverse)
+        y = _drop(y, keep, act.kept)
+    return x, y.astype(x.dtype), channel, mean, inverse
 
 
-def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
-    x, shift, scale, bias, keep, channel, mean, inverse = saved
-    centre = mean if shift is None else mean - shift
-
-    def normalised_and_gradient(x, g):
-        xhat = (x.astype(jnp.float32) - _pixels(centre)) * _pixels(inverse)
-        dy = g.astype(jnp.float32)
-        if keep is not None:
-            dy = _drop(dy, keep, rate)
-        if silu:
-            y = xhat * scale[None, None, None, :] + bias[None, None, None, :]
-            sigmoid = jax.nn.sigmoid(y)
-            dy = dy * sigmoid * (1.0 + y * (1.0 - sigmoid))
-        return xhat, dy
-
-    xhat, dy = normalised_and_gradient(x, g)
+def _backward_sums(act, x, g, keep, centre, inverse, scale, bias):
+    xhat, dy = _normalised_and_gradient(act, x, g, keep, centre, inverse, scale, bias)
     # Rows first: summed over both axes at once, dy is written as float32 and read back by XLA
     # (NOTES.md, "backward sums of the norm over rows").
     sums = lax.optimization_barrier((dy.sum(axis=1), (dy * xhat).sum(axis=1)))
     sum_dy, sum_dy_xhat = (v.sum(axis=1) for v in sums)
     # Without this barrier XLA reads x and g again for the sums over the batch and keeps a float32
     # dy (NOTES.md, "barrier after the pixel sums").
-    x, g, sum_dy, sum_dy_xhat = lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
+    return lax.optimization_barrier((x, g, sum_dy, sum_dy_xhat))
+
+
+def _normalised_and_gradient(act, x, g, keep, centre, inverse, scale, bias):
+    xhat = (x.astype(jnp.float32) - _pixels(centre)) * _pixels(inverse)
+    dy = g.astype(jnp.float32)
+    if keep is not None:
+        dy = _drop(dy, keep, act.kept)
+    if act.silu:
+        y = xhat * scale[None, None, None, :] + bias[None, None, None, :]
+        sigmoid = jax.nn.sigmoid(y)
+        dy = dy * sigmoid * (1.0 + y * (1.0 - sigmoid))
+    return xhat, dy
+
+
+def _backward(x, g, keep, shift, scale, bias, channel, mean, inverse, act, sums=_backward_sums):
+    centre = mean if shift is None else mean - shift
+    x, g, sum_dy, sum_dy_xhat = sums(act, x, g, keep, centre, inverse, scale, bias)
     pixels = x.shape[1] * x.shape[2]
-    sums = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
-    mean_dy, mean_dy_xhat = _group_mean(sums, groups)
-    xhat, dy = normalised_and_gradient(x, g)
+    both = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
+    mean_dy, mean_dy_xhat = _group_mean(both, act.groups)
+    xhat, dy = _normalised_and_gradient(act, x, g, keep, centre, inverse, scale, bias)
     dx = _pixels(inverse) * (
         dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
     )
@@ -136,7 +135,99 @@ def _group_norm_act_bwd(groups, eps, silu, rate, saved, g):
         mean_xhat = (channel - mean) * inverse
         dshift = sum_dy * scale[None, :] - pixels * (mean_dy + mean_xhat * mean_dy_xhat)
         dshift = inverse * dshift
-    return dx.astype(x.dtype), dshift, sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
+    return dx.astype(x.dtype), dshift, sum_dy, sum_dy_xhat
+
+
+class Form(NamedTuple):
+    """One way of computing the norm; act: norm_kernels.Act.
+
+    forward(x, keep, shift, scale, bias, act) -> x for ``backward``, the result, and float32 [B,C]
+    each: the channel's own mean, its group's mean, 1 / deviation.
+    kernels: it has some for NVIDIA GPUs, and uses XLA's operations for other platforms.
+    backward(x, g, keep, shift, scale, bias, channel, mean, inverse, act) -> dx, dshift, and float32
+    [B,C] each: the sums over the pixels of dy and dy * xhat."""
+
+    forward: Callable
+    backward: Callable
+    kernels: bool = False
+
+
+def kernels_form(padded, interpret=False) -> Form:
+    """The kernels of norm_kernels.py where the program is compiled for an NVIDIA GPU and the shape
+    has a plan; XLA's form elsewhere. padded, interpret: as in norm_tiles.Plan."""
+
+    def on_cuda(kernels, otherwise, *args):
+        if interpret:
+            return kernels(*args)
+        return lax.platform_dependent(*args, cuda=kernels, default=otherwise)
+
+    def forward(*args):
+        *arrays, act = args
+        plan = norm_tiles.fused_plan(arrays[0], act.groups, padded, interpret)
+        if plan is None:
+            return _forward(*args)
+
+        def kernels(x, *rest):
+            x = lax.optimization_barrier(x)  # or what reads it later would repeat what makes it
+            return x, *norm_kernels.forward(plan, act, x, *rest)
+
+        return on_cuda(kernels, functools.partial(_forward, act=act), *arrays)
+
+    def sums(act, *arrays):
+        plan = norm_tiles.sums_plan(arrays[0], padded, interpret)
+        if plan is None:
+            return _backward_sums(act, *arrays)
+
+        def kernels(x, g, *rest):
+            x, g = lax.optimization_barrier((x, g))
+            return x, g, *norm_kernels.backward_sums(plan, act, x, g, *rest)
+
+        return on_cuda(kernels, functools.partial(_backward_sums, act), *arrays)
+
+    def backward(*args):
+        *arrays, act = args
+        plan = norm_tiles.fused_plan(arrays[0], act.groups, padded, interpret)
+        if plan is None:
+            return _backward(*args, sums=sums)
+        return on_cuda(functools.partial(norm_kernels.backward, plan, act),
+                       functools.partial(_backward, act=act), *arrays)
+
+    return Form(forward, backward, kernels=True)
+
+
+FORMS = {
+    "xla": Form(_forward, _backward),
+    "triton": kernels_form(padded=False),  # the form that was measured
+    "triton_padded": kernels_form(padded=True),
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+def group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate, form="xla"):
+    """Group norm of x + shift, then SiLU where ``silu``, then dropout at ``rate`` where bits is
+    not None.
+
+    x [B,H,W,C] any float type; shift float32 [B,C] or None: added inside the norm, so it needs no
+    extra pass over x; scale, bias float32 [C]; bits uint16 [B,H,W,C] or None; rate in [0, 1); form:
+    a row of ``FORMS``. -> [B,H,W,C] in x's type.
+    """
+    return _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate, form)[0]
+
+
+def _group_norm_act_fwd(x, shift, scale, bias, bits, groups, eps, silu, rate, form):
+    # Without this barrier a TPU repeats threefry at each use and writes the compared bits as
+    # float32 (NOTES.md, "and the mask behind a barrier").
+    keep = None if bits is None else lax.optimization_barrier(bits >= _threshold(rate))
+    act = Act(groups, eps, silu, _kept(rate))
+    x, y, *moments = FORMS[form].forward(x, keep, shift, scale, bias, act)
+    return y, (x, keep, shift, scale, bias, *moments)
+
+
+def _group_norm_act_bwd(groups, eps, silu, rate, form, saved, g):
+    x, *rest = saved
+    dx, dshift, sum_dy, sum_dy_xhat = FORMS[form].backward(
+        x, g, *rest, Act(groups, eps, silu, _kept(rate)))
+    return dx, dshift, sum_dy_xhat.sum(axis=0), sum_dy.sum(axis=0), None
 
 
 group_norm_act.defvjp(_group_norm_act_fwd, _group_norm_act_bwd)
@@ -166,6 +257,7 @@ class GroupNorm(nn.Module):
     groups: int
     silu: bool = True
     rate: float = 0.0
+    form: str = "xla"
 
     @nn.nowrap
     def shapes(self):
@@ -179,5 +271,5 @@ class GroupNorm(nn.Module):
     def __call__(self, x, bits=None, shift=None):
         """x [B,H,W,C]; bits, shift: as in ``group_norm_act``."""
         return group_norm_act(
-            x, shift, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate
-        )
+            x, shift, self.scale, self.bias, bits, self.groups, 1e-6, self.silu, self.rate,
+            self.form)

@@ -176,16 +176,17 @@ class ResBlock(Block):
     rate: float = 0.0
     dtype: Any = jnp.float32
     by_shard: bool = False
+    norm_form: str = "xla"
 
     @nn.nowrap
     def layers(self):
         features_in, features, dtype = self.features_in, self.features, self.dtype
         conv = functools.partial(Conv3x3, dtype=dtype, by_shard=self.by_shard)
         layers = {
-            "norm1": GroupNorm(features_in, self.groups),
+            "norm1": GroupNorm(features_in, self.groups, form=self.norm_form),
             "conv1": conv(features_in, features),
             "temb_proj": Dense(self.embedding, features, dtype=dtype),
-            "norm2": GroupNorm(features, self.groups, rate=self.rate),
+            "norm2": GroupNorm(features, self.groups, rate=self.rate, form=self.norm_form),
             "conv2": conv(features, features, init_scale=0.0),
         }
         if features_in != features:
@@ -225,12 +226,13 @@ class AttentionBlock(Block):
     features: int
     groups: int
     dtype: Any = jnp.float32
+    norm_form: str = "xla"
 
     @nn.nowrap
     def layers(self):
         c, dtype = self.features, self.dtype
         return {
-            "norm": GroupNorm(c, self.groups, silu=False),
+            "norm": GroupNorm(c, self.groups, silu=False, form=self.norm_form),
             "q": Conv1x1(c, c, dtype=dtype),
             "k": Conv1x1(c, c, dtype=dtype),
             "v": Conv1x1(c, c, dtype=dtype),

@@ -111,11 +111,12 @@ KINDS = {
     "block": Kind(
         lambda s, unet: unet.checkpoint(ResBlock)(
             s.features_in, s.features, 4 * unet.ch, unet.num_groups, unet.dropout, unet.dtype,
-            unet.by_shard),
+            unet.by_shard, unet.norm_form),
         lambda module, h, projection, bits: module(h, projection, bits),
         timed=True),
     "attention": Kind(
-        lambda s, unet: unet.checkpoint(AttentionBlock)(s.features, unet.num_groups, unet.dtype),
+        lambda s, unet: unet.checkpoint(AttentionBlock)(s.features, unet.num_groups, unet.dtype,
+                                                        unet.norm_form),
         lambda module, h, *_: module(h),
         products=lambda s: 2 * s.size**4 * s.features),  # the scores, and the mean of the values
     "down": Kind(
@@ -144,7 +145,7 @@ class UNet(Block):
     for no label (Ho & Salimans 2021).
 
     by_shard: its gradients are taken under ``vmap`` over shards of a batch
-    (models/shard_gradients.py)."""
+    (models/shard_gradients.py); norm_form: a row of fused_norm.FORMS."""
 
     image_size: int = 32
     in_channels: int = 3
@@ -161,6 +162,7 @@ class UNet(Block):
     label_dropout: float = 0.1
     dtype: Any = jnp.float32
     by_shard: bool = False
+    norm_form: str = "xla"
 
     @property
     def no_label(self):
@@ -202,7 +204,7 @@ class UNet(Block):
                if self.num_classes else {}),
             "conv_in": conv(self.in_channels * pixels, self.ch),
             **{s.name: KINDS[s.kind].make(s, self) for s in stages},
-            "norm_out": GroupNorm(last, self.num_groups),
+            "norm_out": GroupNorm(last, self.num_groups, form=self.norm_form),
             "conv_out": conv(last, self.out_channels * pixels, init_scale=0.0),
         }
 

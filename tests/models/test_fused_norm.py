@@ -103,6 +103,6 @@ def test_bfloat16_norm_is_the_rounded_float32_one():
 def test_dropout_keeps_its_share_and_the_mean():
     x = jnp.ones((8, 32, 32, 8))
     bits = jax.random.bits(jax.random.key(1), x.shape, jnp.uint16)
-    keep = F._drop(jnp.ones(bits.shape), bits >= F._threshold(0.1), 0.1)
+    keep = F._drop(jnp.ones(bits.shape), bits >= F._threshold(0.1), F._kept(0.1))
     assert float((keep == 0).mean()) == pytest.approx(0.1, abs=3e-3)
     assert float(keep.mean()) == pytest.approx(1.0, abs=3e-3)

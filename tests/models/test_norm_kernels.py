@@ -1,0 +1,142 @@
+"""The norm's kernels, interpreted, against the form that XLA compiles, and compiled for an H100."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import config
+
+from ddpm_jax.compilation import report, topology
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import build_model
+from ddpm_jax.models import fused_norm, norm_tiles
+from ddpm_jax.parallel.runners import RUNNERS
+
+# (B, H, W, C), groups, type; whether tiles fit without masks: the whole norm's, the sums'
+SHAPES = [
+    ((2, 8, 8, 64), 32, jnp.float32, True, True),  # groups of 2
+    ((3, 4, 4, 384), 32, jnp.bfloat16, False, True),  # of 12: four to a tile of 64
+    ((1, 7, 7, 96), 8, jnp.float32, False, False),  # 49 pixels in tiles of 32
+    ((2, 3, 5, 10), 2, jnp.bfloat16, False, False),  # no power of two anywhere
+    ((1, 20, 20, 40), 4, jnp.float32, False, False),  # too large for one kernel; 40 in a tile of 64
+    ((1, 32, 32, 128), 1, jnp.bfloat16, False, True),  # several shares of the pixels; one group
+    ((2, 2, 2, 33), 33, jnp.float32, False, False),  # groups of one channel
+]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    for padded in (False, True):
+        monkeypatch.setitem(fused_norm.FORMS, f"interpreted_{padded}",
+                            fused_norm.kernels_form(padded, interpret=True))
+
+
+def inputs(shape, dtype):
+    rng = np.random.default_rng(sum(shape))
+    batch, channels = shape[0], shape[-1]
+
+    def normal(*sizes):
+        return jnp.asarray(rng.standard_normal(sizes), jnp.float32)
+
+    x = (3 + normal(*shape) * jnp.linspace(0.5, 2, channels)[None, None, None, :]).astype(dtype)
+    bits = jnp.asarray(rng.integers(0, 2**16, shape), jnp.uint16)
+    return (x, normal(batch, channels), 1 + 0.3 * normal(channels), 0.3 * normal(channels), bits,
+            normal(*shape).astype(dtype))
+
+
+def value_and_gradients(form, groups, silu=True):
+    def run(x, shift, scale, bias, bits, g):
+        def act(*floats):
+            return fused_norm.group_norm_act(*floats, bits, groups, 1e-6, silu, 0.1, form)
+
+        y, back = jax.vjp(act, x, shift, scale, bias)
+        return dict(zip("y dx dshift dscale dbias".split(), (y, *back(g)), strict=True))
+
+    return run
+
+
+def check(got, want, rounded=()):
+    for name, expected in want.items():
+        if expected is None:
+            assert got[name] is None
+            continue
+        assert got[name].dtype == expected.dtype
+        a, b = (np.asarray(v, np.float64) for v in (got[name], expected))
+        assert np.isfinite(a).all()
+        distance = np.linalg.norm(a - b) / (np.linalg.norm(b) + 0.1)  # dshift may be 0
+        assert distance < (1e-2 if name in rounded else 2e-5), name
+
+
+@pytest.mark.parametrize(("shape", "groups", "dtype", "fused", "sums"), SHAPES)
+def test_kernels_equal_what_xla_computes(shape, groups, dtype, fused, sums):
+    args = inputs(shape, dtype)
+    assert (norm_tiles.fused_plan(args[0], groups, padded=False) is not None) == fused
+    assert (norm_tiles.sums_plan(args[0], padded=False) is not None) == sums
+    want = jax.jit(value_and_gradients("xla", groups))(*args)
+    got = jax.jit(value_and_gradients(f"interpreted_{not fused}", groups))(*args)
+    check(got, want, rounded=("y", "dx") if dtype == jnp.bfloat16 else ())
+
+
+def test_without_swish_dropout_and_shift():
+    x, _, scale, bias, _, g = inputs((2, 4, 4, 24), jnp.float32)
+    args = x, None, scale, bias, None, g
+    check(jax.jit(value_and_gradients("interpreted_True", 2, silu=False))(*args),
+          jax.jit(value_and_gradients("xla", 2, silu=False))(*args))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4, 24), (4, 20, 20, 16)])  # whole norm; sums
+def test_under_vmap_the_shards_are_one_call(shape):
+    """With a gradient of scale and bias for each shard."""
+    x, shift, scale, bias, bits, g = inputs(shape, jnp.float32)
+    cut = [v.reshape(2, 2, *v.shape[1:]) for v in (x, shift, bits, g)]
+    x, shift, bits, g = cut
+    run = {form: jax.jit(jax.vmap(value_and_gradients(form, 2), (0, 0, None, None, 0, 0)))
+           for form in ("xla", "interpreted_True")}
+    args = x, shift, scale, bias, bits, g
+    check(run["interpreted_True"](*args), run["xla"](*args))
+    calls = str(run["interpreted_True"].trace(*args).jaxpr).count("pallas_call[")
+    assert calls == (2 if shape[1] == 4 else 1)
+
+
+def test_on_a_cpu_every_form_is_that_of_xla():
+    args = inputs((2, 8, 8, 64), jnp.float32)
+    want, *got = (jax.jit(value_and_gradients(form, 32))(*args)
+                  for form in ("xla", "triton", "triton_padded"))
+    for form in got:
+        jax.tree.map(np.testing.assert_array_equal, form, want)
+
+
+@pytest.mark.parametrize(("field", "message"), [
+    ({"parallel.norm_kernel": "triton"},
+     r"config.parallel.norm_kernel=triton: .*NVIDIA.*the devices are cpu; take .*norm_kernel=xla"),
+    ({"parallel.norm_kernel": "cuda"}, "norm_kernel='cuda' is not known; known: xla, triton, ")])
+def test_kernels_that_cannot_run_are_one_line(field, message):
+    with pytest.raises(UserError, match=message):
+        build_model(config(**field), jax.devices()[:1])
+
+
+@pytest.fixture
+def h100s():
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="the CUDA plugin is not installed")
+    return topology.describe("h100:2")
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # JAX 0.11 on
+def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
+    runner = RUNNERS["shard_map"](h100s.devices[:1])
+    places = "batch", "batch", "replicated", "replicated", "batch", "batch"
+    args = [runner.abstract(place, jax.ShapeDtypeStruct(v.shape, v.dtype))
+            for place, v in zip(places, inputs((2, 7, 7, 96), jnp.bfloat16), strict=True)]
+    jitted = runner.compile(value_and_gradients("triton_padded", 8), places, ("batch",))
+    with h100s.lowering():
+        result = report.compile_and_report(jitted, args, programs_cache=False)
+    assert result.report["hlo"]["custom_calls"] == {"__gpu$xla.gpu.triton": 2}
+
+
+@pytest.mark.peer
+def test_jit_on_several_gpus_cannot_cut_kernels(h100s):
+    fields = {"parallel.norm_kernel": "triton", "parallel.runner": "jit"}
+    assert build_model(config(**fields), h100s.devices[:1]).model.norm_form == "triton"
+    with pytest.raises(UserError, match="jit cuts .* for 2 devices.*parallel.runner=shard_map, or"):
+        build_model(config(**fields), h100s.devices)
