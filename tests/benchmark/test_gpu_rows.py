@@ -40,8 +40,9 @@ def test_a_row_that_would_end_too_late_is_left_for_the_next_call(tmp_path):
 
 @pytest.mark.slow
 def test_tiny(tmp_path):
-    done = call("--tiny", tmp_path, "profile128", "start-cold", "celebahq256-step64",
-                LIMIT="600")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/cache").symlink_to(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    done = call("--tiny", tmp_path, "profile128", "start-warm")
     assert done.returncode == 0, done.stdout + done.stderr
     [row] = json.loads((tmp_path / "profile128.json").read_text())
     assert row["commit"] == "abc1234" and row["date"] and row["device_kind"] == "cpu"
@@ -52,7 +53,8 @@ def test_tiny(tmp_path):
         assert profile["parts"][part]["seconds"] > 0 and part in parts.PARTS
     assert profile["seconds"] == pytest.approx(sum(
         p["seconds"] for p in profile["parts"].values()))
-    [start] = json.loads((tmp_path / "start-cold.json").read_text())
+    [start] = json.loads((tmp_path / "start-warm.json").read_text())
     assert start["bench"] == "start" and start["seconds"]["median"] > 1
-    again = call("--tiny", tmp_path, "profile128", "start-cold")
-    assert again.returncode == 0 and "FAILED" not in again.stderr
+    failed = call("--tiny", tmp_path, "profile128", "start-cold", "sample512", PYTHON="false")
+    assert failed.returncode == 1 and "failed: start-cold sample512; left" in failed.stdout
+    assert not (tmp_path / "start-cold.json").exists()

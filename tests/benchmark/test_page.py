@@ -20,6 +20,30 @@ def compiled(batch):
         "versions": {"jax": "0.10.2"}}
 
 
+def measured(**more):
+    return {"bench": "step", "name": "ddpm_jax", "config": "cifar10", "dtype": "bfloat16",
+            "seconds": {"median": 0.02, "low": 0.02, "high": 0.02, "repeats": 3},
+            "images_per_s": 6400.0, "mfu": 0.25, "device_kind": "GPU", "devices": 1,
+            "versions": {"jax": "0.11.2"}, "commit": "84ae50c", **more}
+
+
+def test_a_folder_of_rows_is_a_section_with_its_profiles_side_by_side(tmp_path):
+    (tmp_path / "r/h100").mkdir(parents=True)
+    norm, apply = ({"seconds": s, "launches": n, "bytes": 1.0} for s, n in ((0.004, 30), (5e-4, 2)))
+    for name, parts in (("a", {"norm": norm, "apply": apply}), ("b", {"norm": norm})):
+        (tmp_path / f"r/h100/{name}.json").write_text(json.dumps([measured(
+            profile={"seconds": 0.0199, "parts": parts})]))
+    (tmp_path / "r/h100/c.json").write_text(json.dumps([measured(note="12 steps")]))
+    (tmp_path / "r/h100.md").write_text("One card.")
+    page.write(tmp_path / "r", tmp_path / "P.md")
+    text = (tmp_path / "P.md").read_text()
+    assert text.index("## h100") < text.index("One card.") < text.index("| a | ddpm_jax |")
+    assert "| 25.0% | 12 steps |" in text and "jax 0.11.2, commit 84ae50c" in text
+    assert "| ms of a step (kernels) | a | b |" in text
+    assert "| norm | 4.00 (30) | 4.00 (30) |" in text and "| apply | 0.50 (2) |  |" in text
+    assert "| all kernels | 19.90 | 19.90 |" in text and "| measured step | 20.00 |" in text
+
+
 def test_the_page_is_made_of_the_results(tmp_path):
     results = tmp_path / "benchmarks"
     results.mkdir()
