@@ -44,17 +44,17 @@ class Bench(NamedTuple):
             config=self.name, dtype=self.config.model.dtype, runner=self.config.parallel.runner,
             **facts)
 
-    def trace(self, call, lowered, *, seconds, steps, steps_in_text=1) -> dict:
+    def trace(self, call, text, *, seconds, steps, steps_in_text=1) -> dict:
         """Trace one call into --profile, print where its time goes and hold it against `seconds`,
-        those of a step. lowered() -> the program lowered; steps: of a call; steps_in_text: of a
-        call as the program's text counts it. -> what a row keeps of it; {} without kernels."""
+        those of a step. text() -> the program's optimised HLO; steps: of a call; steps_in_text: of
+        a call as that text counts it. -> what a row keeps of it; {} without kernels."""
         folder = report.check_folder(self.profile)
         with jax.profiler.trace(str(folder)):
             call()
         try:
             found = profiles.table(
-                folder, lowered().compile().as_text(), platform=jax.devices()[0].platform,
-                steps=steps, steps_in_text=steps_in_text)
+                folder, text(), platform=jax.devices()[0].platform, steps=steps,
+                steps_in_text=steps_in_text)
         except UserError as error:  # the rows are measured all the same
             print(error)
             return {}

@@ -51,7 +51,7 @@ def step(bench: Bench) -> list[dict]:
     times = {name: [t / scale[name] for t in seconds]
              for name, seconds in bench.rounds(candidates).items()}
     traced = bench.profile and bench.trace(
-        run, lambda: program.step.lower(*program.arguments),
+        run, lambda: program.step.lower(*program.arguments).compile().as_text(),
         seconds=timing.Times.of(times["ddpm_jax"]).median, steps=steps)
     rows = [bench.row("step", name, seconds, images=batch,
                       flops=batch * roofline.unet_work(exp.model).train_flops)

@@ -5,9 +5,12 @@ JAX writes the path of modules and transformations that made an operation into i
 """
 
 import math
+import re
 from typing import NamedTuple
 
 from ddpm_jax.compilation import hlo
+
+WINDOW = re.compile(r"window=\{size=([\dx]+)")
 
 
 class Origin(NamedTuple):
@@ -66,9 +69,18 @@ def _elements(type: str) -> list[int]:
 
 
 def _filter_gradient(i: hlo.Instruction, body: list[hlo.Instruction]) -> bool:
-    """Whether a convolution sums over the batch: its first operand's labels do not begin with b."""
-    labels = next((x.attribute("dim_labels") for x in (i, *body) if x.attribute("dim_labels")), "b")
-    return "Filter" in (i.attribute("custom_call_target") or "") or not labels.startswith("b")
+    """Whether a convolution sums over the batch: its first operand's labels do not begin with b.
+    A CPU's compiler relabels it and drops its name: its window is then larger than its result."""
+    if "Filter" in (i.attribute("custom_call_target") or ""):
+        return True
+    x = next((x for x in (i, *body) if x.opcode == "convolution"), None)
+    if x is None:
+        return False
+    labels, window = x.attribute("dim_labels") or "b", WINDOW.search(x.rest)
+    out = labels.rpartition(">")[2]
+    spatial = [d for d, label in zip(hlo.shapes(x.type)[0], out, strict=False) if label.isdigit()]
+    return not labels.startswith("b") or not hlo.op_name(x) and window is not None and math.prod(
+        map(int, window[1].split("x"))) > math.prod(spatial)
 
 
 def origins(text: str) -> dict[str, tuple[hlo.Kernel, Origin, str]]:
@@ -78,13 +90,13 @@ def origins(text: str) -> dict[str, tuple[hlo.Kernel, Origin, str]]:
     found = {}
     for (i, _), kernel in zip(run.lines, hlo.kernels(program, run), strict=True):
         body = program.computations.get(i.attribute("calls"), []) if i.opcode == "fusion" else []
-        name = hlo.op_name(i)
+        name, of_filter = hlo.op_name(i), _filter_gradient(i, body)
         read = [n for o in i.operands for n in _elements(run.types.get(o, ""))]
         large = any(len(shape) >= 4 and math.prod(shape) >= max(read, default=0)
                     for shape in hlo.shapes(i.type))
         found[i.name] = kernel, Origin(
-            kernel.kind, name.split("/"), "transpose(" in name, _filter_gradient(i, body),
-            large), name
+            kernel.kind, name.split("/"), "transpose(" in name or of_filter and not name,
+            of_filter, large), name
     return found
 
 

@@ -3,7 +3,8 @@
 A device's plane has the lines of what ran (a GPU's streams, a TPU's operations) and others that the
 profiler derives from them, which repeat the same time; only the former are read. Without a device's
 plane (a CPU) the events of the host's threads that carry an instruction's name are. Loops and calls
-are left out: what runs inside them has events of its own.
+there, and on a TPU, span what runs inside them, which has events of its own: they are left out. A
+stream holds nothing but kernels and copies.
 """
 
 import collections
@@ -15,7 +16,8 @@ from ddpm_jax.errors import UserError
 
 # By the kind of device in a plane's name: whether a line holds what ran.
 LINES = {"GPU": lambda name: name.startswith("Stream #"), "TPU": lambda name: name == "XLA Ops"}
-CONTROL = ("while", "call", "conditional", "command_buffer")
+SPANS = {"gpu": ()}  # names of events that span others, by platform
+CONTROL = ("while", "call", "conditional")  # of the other platforms
 UNKNOWN = "not in the program's text"
 # Share of the step by which the kernels' sum may differ from it, by platform: a CPU's threads
 # overlap, and wait between kernels.
@@ -89,7 +91,8 @@ def table(folder, text: str, *, platform: str, steps: int, steps_in_text: int = 
     """
     known, module = parts.origins(text), _module(text.partition(" ")[2].partition(",")[0])
     planes = read(folder, platform)
-    planes = {plane: [e for e in events if not e.name.startswith(CONTROL)]
+    spans = SPANS.get(platform, CONTROL)
+    planes = {plane: [e for e in events if not e.name.startswith(spans)]
               for plane, events in planes.items()}
     share = 1e9 * steps * len(planes)
     time: collections.Counter = collections.Counter()

@@ -92,7 +92,8 @@ def trace(folder, steps=3):
     ran = [(f"sm90_{name}", name, us / launches) for us, launches, name, *_ in TIMED
            for _ in range(launches)]
     write_trace(folder, {
-        "Stream #13(Compute)": ran * steps, "Stream #14(MemcpyH2D)": [("MemcpyH2D", None, 0.8)],
+        "Stream #13(Compute)": ran * steps,
+        "Stream #14(MemcpyD2H)": [("MemcpyD2H", "while.3", 0.8)],
         "XLA Ops": [(name, name, us) for us, _, name, *_ in TIMED] * steps,
         "XLA Modules": [("jit_program", None, 1589.8)] * steps, "Framework Ops": ran * steps})
 

@@ -1,8 +1,37 @@
+"""The estimate at measured rates against the measured rows in benchmarks/, without compiling."""
+
+import json
+import pathlib
+
 import pytest
 
 from ddpm_jax.compilation import hardware, rates
 
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 H100 = hardware.CHIPS["h100"]
+
+
+def counted(program):
+    """by_class of a program compiled ahead of time, and the calls' units in it."""
+    rows = json.loads((BENCHMARKS / "h100-estimate.json").read_text())
+    [row] = [r for r in rows if r["cell"] == program]
+    return row["hlo"]["by_class"]
+
+
+def measured(row):
+    [found, *_] = json.loads((BENCHMARKS / f"h100-84ae50c/{row}.json").read_text())
+    return found["seconds"]["median"]
+
+
+@pytest.mark.parametrize(("program", "row", "units"), [
+    ("train_step, batch 128", "step128", 1), ("train_step, batch 512", "step512", 1),
+    ("sample, batch 512", "sample512", 1000)])
+def test_the_estimate_is_near_what_was_measured(program, row, units):
+    """The rates are those of the first; the other two are predictions."""
+    found = rates.estimate(H100, "bfloat16", counted(program))
+    assert found["seconds"] / units == pytest.approx(measured(row), rel=0.15)
+    assert found["status"] == "estimated with measured rates" and found["commit"] == "84ae50c"
+    assert found["seconds"] == pytest.approx(sum(found["by_class"].values()))
 
 
 def test_rates_by_hand():
