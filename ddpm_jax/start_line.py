@@ -11,11 +11,12 @@ from ddpm_jax.experiment import Experiment
 
 class Measured(NamedTuple):
     """images_per_second of one device in training, or in one denoising step, where ``clip`` is
-    None; images: of a step, on that device."""
+    None; norm: parallel.norm_kernel; images: of a step, on that device."""
 
     device_kind: str
     parameters: int
     dtype: str
+    norm: str
     clip: str | None
     images: int
     images_per_second: int
@@ -23,15 +24,18 @@ class Measured(NamedTuple):
 
 H100 = "NVIDIA H100 80GB HBM3"
 MEASURED = (  # docs/h100.md: versions and commands
-    Measured(H100, 35_746_307, "bfloat16", "global", 128, 6827),
-    Measured(H100, 35_746_307, "bfloat16", "global", 512, 8302),
-    Measured(H100, 35_746_307, "bfloat16", None, 512, 27827),
+    Measured(H100, 35_746_307, "bfloat16", "xla", "global", 128, 6827),
+    Measured(H100, 35_746_307, "bfloat16", "xla", "global", 512, 8302),
+    Measured(H100, 35_746_307, "bfloat16", "xla", None, 512, 27827),
 )
 
 # What XLA by default multiplies float32 in, by platform; elsewhere in float32.
 _FLOAT32_PRODUCTS = {"tpu": "bfloat16", "gpu": "TF32"}
 _BFLOAT16 = "--config.model.dtype=bfloat16 (factor unmeasured)"
 _FASTER_DTYPES = {("gpu", "float32"): _BFLOAT16, ("tpu", "float32"): _BFLOAT16}
+# By device, type and norm; the factor is of the kernels' prototype in a training step.
+_FASTER_NORMS = {
+    (H100, "bfloat16", "xla"): "--config.parallel.norm_kernel=triton (1.11 x with its prototype)"}
 
 
 def training_line(exp: Experiment) -> str:
@@ -41,7 +45,10 @@ def training_line(exp: Experiment) -> str:
     images = max(1, train.batch_size // num_devices)
     parts = train.clip_replicas if train.clip_scope == "per_replica" else 1
     clip = f"clip {train.clip_norm:g} of {'the whole batch' if parts == 1 else f'{parts} parts'}"
-    flags = [_FASTER_DTYPES.get((_device(exp).platform, exp.config.model.dtype))]
+    dtype = exp.config.model.dtype
+    flags = [_FASTER_DTYPES.get((_device(exp).platform, dtype))]
+    if exp.runner.num_virtual_devices == 1:  # kernels cannot be cut
+        flags.append(_FASTER_NORMS.get((_device(exp).device_kind, dtype, exp.model.norm_form)))
     if parts > num_devices:
         flags.append("--config.train.clip_scope=global (factor unmeasured)")
     return _line(exp, [clip if train.clip_norm else "no clip", f"{images} images a device"],
@@ -61,8 +68,8 @@ def _device(exp):
 
 
 def _measured(exp, clip, images) -> int | None:
-    key = (_device(exp).device_kind, unet_work(exp.model).parameters, exp.config.model.dtype, clip,
-           images)
+    key = (_device(exp).device_kind, unet_work(exp.model).parameters, exp.config.model.dtype,
+           exp.model.norm_form, clip, images)
     found = [row.images_per_second for row in MEASURED if row[:-1] == key]
     return found[0] if found and exp.runner.num_devices == 1 else None
 

@@ -33,9 +33,19 @@ def test_what_would_be_faster():
         assert "float32 (products in bfloat16)" in start_line.sampling_line(model(), 1000, 8)
 
 
+def test_kernels_of_the_norm_are_named_where_they_can_run(monkeypatch):
+    monkeypatch.setitem(start_line._FASTER_NORMS, ("cpu", "float32", "xla"), "the kernels (2 x)")
+    fields = {"train.clip_scope": "global"}
+    assert start_line.training_line(model(2, **fields)).endswith("; faster: the kernels (2 x)")
+    for other in (model(2, **fields, **{"parallel.runner": "jit"}),
+                  model(2, **fields, **{"model.dtype": "bfloat16"})):
+        assert "kernels" not in start_line.training_line(other)
+
+
 def test_a_measured_machine_is_matched_by_network_type_clip_and_images(monkeypatch):
     exp = model(**{"train.clip_scope": "global"})
-    row = start_line.Measured("cpu", unet_work(exp.model).parameters, "float32", "global", 8, 4321)
+    row = start_line.Measured("cpu", unet_work(exp.model).parameters, "float32", "xla", "global", 8,
+                              4321)
     monkeypatch.setattr(start_line, "MEASURED", (*start_line.MEASURED, row))
     assert "; 4,321 images/s measured" in start_line.training_line(exp)
     for other in (model(2, **{"train.clip_scope": "global"}), model(**{"model.ch": 8}),
