@@ -92,14 +92,15 @@ def fused_plan(x, groups, padded, interpret=False) -> Plan | None:
     size = channels // groups
     step, width, warps = _FUSED_BLOCK
     if size & (size - 1) == 0:
-        block = max(_power(width, channels), size)
+        block, most = max(_power(width, channels), size), 512
     else:  # the fewest groups that are at least 32 channels
         block = size * next((n for n in range(1, groups + 1)
                              if groups % n == 0 and n * size >= width), groups)
+        most = 128  # their means take a tile [width, width]
     width = _ceil_power(block)
     step, steps, more = _cut_pixels(pixels, step, padded)
     masked = more or width > block
-    if (pixels > FUSED_PIXELS or width > 512
+    if (pixels > FUSED_PIXELS or width > most
             or not padded and (masked or step < 4 or width < VECTOR // x.dtype.itemsize)):
         return None
     return _finish(x, block, width, 1, step, steps, warps, masked, interpret)
@@ -122,7 +123,7 @@ class Tiles:
         if not self.plan.masked:
             return ref[...]
         return triton().load(ref.at[self.lanes], mask=self.inside,
-                              other=jnp.zeros((), ref.dtype))
+                             other=jnp.zeros((), ref.dtype))
 
     def row(self, ref):
         return self.vector(ref)[None, :]
@@ -244,10 +245,12 @@ def each_tile(tiles, refs, out, value):
 
 
 def flat(v):
+    """[B,H,W,C] -> [B,P,C]"""
     return v.reshape(v.shape[0], v.shape[1] * v.shape[2], v.shape[3])
 
 
 def joined(sums):
+    """Each [B,splits,C] -> [B,C]."""
     return [v[:, 0] if v.shape[1] == 1 else v.sum(axis=1) for v in sums]
 
 
@@ -261,12 +264,12 @@ def by_image(fn):
         if any(batched[2]):
             raise NotImplementedError("vmap over the scale or bias of a norm's kernels")
 
-        def joined(values, flags):
+        def as_one(values, flags):
             whole = [v if b else jnp.broadcast_to(v, (size, *v.shape))
                      for v, b in zip(values, flags, strict=True)]
             return [v.reshape(-1, *v.shape[2:]) for v in whole]
 
-        out = of_all(joined(images, batched[0]), joined(per_image, batched[1]), per_channel)
+        out = of_all(as_one(images, batched[0]), as_one(per_image, batched[1]), per_channel)
         cut = [v.reshape(size, -1, *v.shape[1:]) for v in out]
         return cut, [True for _ in out]
 

@@ -77,6 +77,22 @@ def test_kernels_equal_what_xla_computes(shape, groups, dtype, fused, sums):
     check(got, want, rounded=("y", "dx") if dtype == jnp.bfloat16 else ())
 
 
+def test_a_group_is_never_cut_and_only_padded_plans_overhang():
+    for channels, groups in [(384, 32), (768, 32), (96, 8), (64, 32), (512, 1), (160, 1), (33, 11)]:
+        x = jax.ShapeDtypeStruct((2, 8, 8, channels), jnp.bfloat16)
+        for padded in (False, True):
+            plan = norm_tiles.fused_plan(x, groups, padded)
+            if plan is not None:
+                assert plan.block % (channels // groups) == 0 and channels % plan.block == 0
+                assert plan.width >= plan.block and plan.width & (plan.width - 1) == 0
+                assert plan.rows * plan.tiles * plan.steps == 64
+                assert padded or not plan.masked
+        assert norm_tiles.sums_plan(x, padded=True) is not None
+    assert norm_tiles.fused_plan(x, 1, padded=True).block == 33
+    large = jax.ShapeDtypeStruct((2, 8, 8, 160), jnp.bfloat16)  # its means would need a large tile
+    assert norm_tiles.fused_plan(large, 1, padded=True) is None
+
+
 def test_without_swish_dropout_and_shift():
     x, _, scale, bias, _, g = inputs((2, 4, 4, 24), jnp.float32)
     args = x, None, scale, bias, None, g
