@@ -5,7 +5,7 @@ format.
 
   ddpm bench step --config=digits                  a training step: ms, images/s, MFU
   ddpm bench step --config=cifar10 --compare=diffusers --config.model.dtype=bfloat16
-  ddpm bench step --config=digits --profile=trace  and the costliest kernels by class
+  ddpm bench step --config=digits --profile=trace  and where its time goes, part by part
   ddpm bench sample --config=digits                a denoising step, images/s
   ddpm bench data --config=digits                  the input pipeline
   ddpm bench eval --config=cifar10                 Inception features, as a share of sampling

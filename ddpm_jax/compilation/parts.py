@@ -14,7 +14,7 @@ WINDOW = re.compile(r"window=\{size=([\dx]+)")
 
 
 class Origin(NamedTuple):
-    """What a part is told by. kind: a row of hlo.CLASSES; path: `op_name` cut at its slashes;
+    """What a part is recognised by. kind: a row of hlo.CLASSES; path: `op_name` cut at its slashes;
     backward: whether it is of a gradient; filter: of a convolution, whether it makes the gradient
     of the weights; map: whether it writes an array as large as any that it reads, with at least
     four dimensions."""

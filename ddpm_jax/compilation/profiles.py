@@ -100,12 +100,12 @@ def table(folder, text: str, *, platform: str, steps: int, steps_in_text: int = 
     for event in (e for events in planes.values() for e in events):
         key = event.name, event.name in known and _module(event.module) in ("", module)
         time[key] += (event.end - event.start) / share
-        launches[key] += 1 / (steps * len(planes))
+        launches[key] += 1
     rows = []
     for (name, ours), seconds in time.most_common():
         row = {"name": name, "part": UNKNOWN, "class": UNKNOWN, "op_name": "",
-               "launches": launches[name, ours], "seconds": seconds, "bytes": None,
-               "bytes_per_s": None}
+               "launches": launches[name, ours] * 1e9 / share, "seconds": seconds,
+               "bytes": None, "bytes_per_s": None}
         if ours:
             kernel, origin, op_name = known[name]
             moved = kernel.sliced * kernel.runs / steps_in_text

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_run
 
 from ddpm_jax.compilation import parts
 
@@ -36,6 +37,23 @@ def test_a_row_that_would_end_too_late_is_left_for_the_next_call(tmp_path):
     assert "== step128: " in done.stdout and "exists" in done.stdout
     assert done.stdout.endswith("== failed: none; left for the next call: step512\n")
     assert call(tmp_path, "step128").returncode == 0
+
+
+def test_the_row_of_a_training_run_is_from_its_metrics(tmp_path):
+    lines = [{"step": 100 * i, "loss": 0.03, "images_per_second": rate}
+             for i, rate in enumerate([50.0, *[6400.0] * 10], 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = tiny_run.config(**{"train.batch_size": 128})
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "samples.json").write_text(json.dumps([{"seconds": {"median": 25.4}}]))
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_name("gpu_rows.py"), "run", tmp_path / "row.json", tmp_path,
+         tmp_path / "samples.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads((tmp_path / "row.json").read_text())
+    assert row["images_per_s"] == pytest.approx(6400) and row["seconds"]["high"] == 128 / 6400
+    assert row["steps"] == 1100 and row["loss"] == pytest.approx(0.03)
+    assert "100 samples in 25 s" in row["note"]
 
 
 @pytest.mark.slow
