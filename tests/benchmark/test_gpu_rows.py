@@ -74,5 +74,5 @@ def test_tiny(tmp_path):
     [start] = json.loads((tmp_path / "start-warm.json").read_text())
     assert start["bench"] == "start" and start["seconds"]["median"] > 1
     failed = call("--tiny", tmp_path, "profile128", "start-cold", "sample512", PYTHON="false")
-    assert failed.returncode == 1 and "failed: start-cold sample512; left" in failed.stdout
+    assert failed.returncode == 1 and "failed: sample512 start-cold; left" in failed.stdout
     assert not (tmp_path / "start-cold.json").exists()
