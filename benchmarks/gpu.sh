@@ -9,10 +9,10 @@
 # are there, 75 rows are left (call again), 1 a row failed. Then: ddpm bench page.
 # --tiny: the same rows with a network of a few thousand weights, on a CPU, to test this script.
 # DATA: folder of `ddpm data prepare --name=folder` with 32x32 images, for the rows start-* and
-# train; without it they use made-up images. COMMIT: what the rows are of (default: git's).
+# train; without it they use made-up images. COMMIT: what the rows are of (default: git's). WORK: where
+# traces, runs and the cache of the start rows go (default: FOLDER/work, which git ignores).
 set -uo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
-ddpm=("${PYTHON:-python}" -m ddpm_jax)
 rows_of=("${PYTHON:-python}" "$home/benchmarks/gpu_rows.py")
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
@@ -59,8 +59,8 @@ fi
 [ $# -ge 1 ] || { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
 folder=$1 && shift
 mkdir -p "$folder" || exit 2
-work=$folder/work  # traces, runs, the cache of the start rows: not to be committed
-mkdir -p "$work"
+work=${WORK:-$folder/work} limit=${LIMIT:-570}
+mkdir -p "$work" && echo "*" >"$work/.gitignore" || exit 2
 measure=(--seconds=20 --repeats=20)
 [ ${#tiny[@]} = 0 ] || measure=(--seconds=0 --repeats=3)
 common=("--config=$config" --config.model.dtype=bfloat16 --config.train.clip_scope=global
@@ -134,7 +134,9 @@ while read -r name seconds function words; do
     out=$folder/$name.json
     [ ! -e "$out" ] || { echo "== $name: $out exists"; continue; }
     [ ${#tiny[@]} = 0 ] || seconds=0
-    if [ $((SECONDS - began + seconds)) -gt "${LIMIT:-570}" ]; then left+=("$name"); continue; fi
+    rest=$((limit - SECONDS + began))
+    if [ "$seconds" -gt $rest ]; then left+=("$name"); continue; fi
+    ddpm=(timeout $((rest + 20)) "${PYTHON:-python}" -m ddpm_jax)
     echo "== $name"
     before=$SECONDS
     # shellcheck disable=SC2086 # words are flags
