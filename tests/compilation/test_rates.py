@@ -5,17 +5,17 @@ import pathlib
 
 import pytest
 
-from ddpm_jax.compilation import hardware, rates
+from ddpm_jax.compilation import hardware, rates, report
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 H100 = hardware.CHIPS["h100"]
 
 
-def counted(program):
-    """by_class of a program compiled ahead of time, and the calls' units in it."""
+def compiled(program):
+    """The report of a program compiled ahead of time."""
     rows = json.loads((BENCHMARKS / "h100-estimate.json").read_text())
     [row] = [r for r in rows if r["cell"] == program]
-    return row["hlo"]["by_class"]
+    return row
 
 
 def measured(row):
@@ -28,10 +28,14 @@ def measured(row):
     ("sample, batch 512", "sample512", 1000)])
 def test_the_estimate_is_near_what_was_measured(program, row, units):
     """The rates are those of the first; the other two are predictions."""
-    found = rates.estimate(H100, "bfloat16", counted(program))
+    stored = compiled(program)
+    found = rates.estimate(H100, "bfloat16", stored["hlo"]["by_class"])
     assert found["seconds"] / units == pytest.approx(measured(row), rel=0.15)
     assert found["status"] == "estimated with measured rates" and found["commit"] == "84ae50c"
     assert found["seconds"] == pytest.approx(sum(found["by_class"].values()))
+    assert stored["at_measured_rates"] == {**found, "all_reduce_s": 0.0}
+    [line] = [x for x in report.render(stored).splitlines() if x.startswith("at measured rates")]
+    assert "a call: convolution " in line and "commit 84ae50c, 2026-11-26]" in line
 
 
 def test_rates_by_hand():
