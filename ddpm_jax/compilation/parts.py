@@ -43,6 +43,10 @@ def _norm(k):
     return k.within("norm")
 
 
+def _norm_kernel(k):
+    return _norm(k) and k.path[-1] == "pallas_call"  # models/norm_kernels.py
+
+
 # First match names the part, in this order; the norms of attention blocks count as norm.
 PARTS = {
     "collectives": lambda k: k.kind == "collective",
@@ -51,6 +55,8 @@ PARTS = {
     "convolution, input gradient": _convolution,
     "random bits": lambda k: k.kind == "random bits",
     "optimizer, clip, average, data, sampler": lambda k: not k.network and k.path != [""],
+    "norm kernels, forward": lambda k: _norm_kernel(k) and not k.backward,
+    "norm kernels, backward": _norm_kernel,
     "norm sums, forward": lambda k: _norm(k) and not k.backward and not k.map,
     "norm apply, forward": lambda k: _norm(k) and not k.backward,
     "norm sums, backward": lambda k: _norm(k) and not k.map,

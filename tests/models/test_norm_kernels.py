@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_run import config
 
-from ddpm_jax.compilation import report, topology
+from ddpm_jax.compilation import parts, report, topology
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model
 from ddpm_jax.models import fused_norm, norm_tiles
@@ -148,6 +148,10 @@ def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
     with h100s.lowering():
         result = report.compile_and_report(jitted, args, programs_cache=False)
     assert result.report["hlo"]["custom_calls"] == {"__gpu$xla.gpu.triton": 2}
+    found = [origin for _, origin, name in parts.origins(result.compiled.as_text()).values()
+             if name.endswith("/pallas_call")]
+    named = [parts.part(k._replace(path=["jvp(UNet)", "norm1", *k.path])) for k in found]
+    assert sorted(named) == ["norm kernels, backward", "norm kernels, forward"]
 
 
 @pytest.mark.peer
