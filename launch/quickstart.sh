@@ -60,7 +60,7 @@ cat <<END
 
    Commands to try next:
    $ddpm sample --workdir=$run --num=100 --out=$run/100-samples-of-all-timesteps
-   $ddpm sample --workdir=$run --sampler=dpmpp_2m --steps=10 --num=100 --out=$run/100-samples-fast
+   $ddpm sample --workdir=$run --sampler=dpmpp_2m --steps=20 --num=100 --out=$run/100-samples-fast
    $ddpm reproduce table1 --dry_run
 END
 if [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] && command -v xdg-open >/dev/null; then

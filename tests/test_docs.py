@@ -21,7 +21,7 @@ from ddpm_jax.cli import main
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md",
                                     "benchmarks/NOTES.md", "benchmarks/COMPILERS.md",
-                                    "benchmarks/history.md")),
+                                    "benchmarks/history.md", "benchmarks/digits_sweep.md")),
          *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").glob("*.md"))]
 LAUNCHERS = {"tpu.py": "cloud_tpu/__main__.py"}
 # What is run, not only parsed.
