@@ -29,7 +29,7 @@ def test_data_in_the_common_format(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "data.json").read_text())
     assert {r["name"] for r in rows} == {"streamed", "resident, by numpy"}
-    assert all(r["bench"] == "data" and r["images"] == 64 and r["mfu"] is None for r in rows)
+    assert all(r["bench"] == "data" and r["images"] == 32 and r["mfu"] is None for r in rows)
     assert all(r["seconds"]["low"] <= r["seconds"]["median"] <= r["seconds"]["high"] for r in rows)
     assert "images/s" in done.stdout
 
