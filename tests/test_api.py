@@ -49,6 +49,7 @@ def test_train_is_module_and_function_whatever_is_imported_first():
     assert done.stdout.split() == ["True", "True", "InitFrom"], done.stderr
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_command_and_a_second_call_compiles_nothing(
         run, straight, tmp_path):
     sampling.sample(straight, tmp_path / "out", num=11, batch_size=8, seed=3)
@@ -64,6 +65,7 @@ def test_samples_are_those_of_the_command_and_a_second_call_compiles_nothing(
     assert frames.shape == (2, 5, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_bits_per_dim_are_those_of_evaluate(run):
     exp = run.experiment
     records, _ = evaluate_run(

@@ -90,6 +90,7 @@ def test_images_come_with_their_labels(resident):
     assert [numbers[image.tobytes()] for image in images] == labels.tolist()
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_label(conditional, tmp_path):
     every = drawn(conditional, tmp_path / "every")
     np.testing.assert_array_equal(every["labels"], np.arange(12) % 10)
@@ -101,6 +102,7 @@ def test_an_image_depends_on_its_label(conditional, tmp_path):
         drawn(conditional, tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_guided_samples_do_not_depend_on_the_runner():
     """And guidance 0 is the prediction without a label."""
     index, images = np.arange(8, dtype=np.int32), []

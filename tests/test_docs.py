@@ -196,6 +196,7 @@ def test_the_image_builds(tmp_path):
                    check=True)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(straight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

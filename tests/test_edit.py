@@ -19,6 +19,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
 KNOWN = np.random.default_rng(1).random((8, 4, 4, 1)) < 0.5
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_runner_batch_or_devices():
     wanted = None
     for runner, devices, index in [("jit", 1, [0, 1, 2, 3]), ("shard_map", 8, range(8)),
@@ -71,6 +72,7 @@ def command(task, run, files, out, *more):
                       "--noema", *mask, *more])
 
 
+@pytest.mark.slow
 def test_inpaint_keeps_the_known_pixels_in_the_png(straight, files):
     words = ("--jump_length=3", "--resamplings=2", "--seed=5")
     assert command("inpaint", straight, files, files / "a", *words, "--num=2") == 0
@@ -92,6 +94,7 @@ def test_inpaint_keeps_the_known_pixels_in_the_png(straight, files):
                                       read(files / f"a/png/{name}-0.png"))
 
 
+@pytest.mark.slow
 def test_edit_keeps_more_of_the_image_the_less_it_is_noised(straight, files, capsys):
     settings = edit.Settings(ema=False, batch_size=1, sampler="dpmpp_2m", num=2)
     assert not edit.edit(straight, files / "images", files / "1.0", settings, strength=1.0,

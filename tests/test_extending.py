@@ -84,6 +84,7 @@ def test_the_page_has_a_recipe_for_each_table():
                              "A kind of block", "An accelerator"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_works(title, trained, tmp_path):
     root = tmp_path / "copy"

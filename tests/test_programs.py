@@ -34,6 +34,7 @@ def as_one_program(exp):
     return exp._replace(runner=exp.runner._replace(loops_on_device=True))
 
 
+@pytest.mark.slow
 def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is():
     wanted = None
     for runner, devices, index in [("jit", 1, [0, 1, 2, 3]), ("shard_map", 8, range(8)),
@@ -63,6 +64,7 @@ def test_sampling_does_not_depend_on_runner_batch_devices_or_where_the_loop_is()
     assert wanted.std() > 1 and len(np.unique(wanted.reshape(4, -1), axis=0)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4, 6, 9])
 def test_the_frames_kept_are_those_at_multiples(every, monkeypatch):
     """A sampler that keeps what it predicts shows the frames."""
@@ -89,6 +91,7 @@ def test_the_frames_kept_are_those_at_multiples(every, monkeypatch):
     assert np.abs(np.asarray(frames).astype(int) - want).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner, devices", [("jit", 2), ("pmap", 4), ("shard_map", 1)])
 def test_bound_does_not_depend_on_where_the_loop_is(runner, devices):
     exp, params = model(devices, **{"parallel.runner": runner})
@@ -118,6 +121,7 @@ def test_fewer_steps_and_too_many():
         programs.sampling_chain(exp, name="euler")
 
 
+@pytest.mark.slow
 def test_every_sampler_draws_the_same_image_on_any_loop_and_runner():
     """And from its network calls: N of them for N steps, or the most below that it can use."""
     for name, steps in (("dpmpp_2m", 4), ("unipc_3", 6), ("heun", 6), ("dpm_solver_3", 5)):
@@ -165,6 +169,7 @@ def test_samplers_that_do_not_fit_are_one_line(fields, message):
         programs.sampling_chain(build_model(tiny()), **fields)
 
 
+@pytest.mark.slow
 def test_a_chain_without_a_signal_at_its_end():
     exp = build_model(tiny(**{"diffusion.zero_terminal_snr": True, "diffusion.predict": "v"}),
                       jax.devices()[:1])
@@ -204,6 +209,7 @@ def test_abstract_arguments_fit_the_program(runner):
         assert "main" in program.step.lower(*program.arguments).as_text()[:5000]
 
 
+@pytest.mark.slow
 def test_a_dispatch_stops_where_told_and_equals_single_steps():
     """num_steps is data: a shorter dispatch runs the same compiled program."""
     trained = training(**{"train.clip_scope": "per_replica", "model.dropout": 0.1})

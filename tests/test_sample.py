@@ -43,6 +43,7 @@ def test_sampling_resumes_without_drawing_twice(straight, tmp_path):
         sample(straight, tmp_path / "a", num=12)
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on_and_another_run_does_not(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "moved")
     (tmp_path / "link").symlink_to(tmp_path / "moved")
@@ -67,6 +68,7 @@ def test_two_commands_do_not_share_a_folder(straight, tmp_path, monkeypatch):
     assert not (tmp_path / "a" / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_an_average_that_still_holds_the_start_is_named(straight, tmp_path, capsys):
     sampling.load_run(straight)
     assert "94 % of the random start (ema.decay=0.995): use --noema" in capsys.readouterr().err

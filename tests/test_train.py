@@ -33,7 +33,7 @@ def test_a_run_leaves_what_a_person_looks_for(straight):
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["12", "8"]
 
 
-@pytest.mark.parametrize("cut", [1, 7])
+@pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsys):
     assert train(tmp_path, at=cut) is False
     assert train(tmp_path) is True
@@ -43,6 +43,7 @@ def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsy
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [
     {"parallel.runner": "jit"}, {"parallel.runner": "pmap"}, {"data.resident": False},
 ])
@@ -57,6 +58,7 @@ def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fi
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_attention_that_no_level_has_is_refused_of_new_runs_alone(tmp_path):
     attention = {"model.attn_resolutions": (16,)}
     with pytest.raises(UserError, match=r"config.model: attn_resolutions=\(16,\).*sides of 8 pix"):
@@ -70,6 +72,7 @@ def test_attention_that_no_level_has_is_refused_of_new_runs_alone(tmp_path):
     assert train(tmp_path / "run", **{"train.steps": 5, **attention}) is True
 
 
+@pytest.mark.slow
 def test_extending_is_allowed_changing_is_not(straight, tmp_path):
     train(tmp_path, **{"train.steps": 4})
     with pytest.raises(UserError, match="model.ch: 4 -> 8"):
@@ -83,6 +86,7 @@ def test_nothing_left_to_train(straight, capsys):
     assert "nothing to train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_saves_what_was_trained_before_it(straight, tmp_path):
     def evaluate(exp, params, step):
         raise UserError("no such metric")
@@ -149,6 +153,7 @@ def test_data_that_does_not_fit(tmp_path):
         train(tmp_path / "b", **{"data.channels": 3})
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"(loss|grad_norm) is (nan|inf) at step"):
         train(tmp_path, **{"optimizer.learning_rate": 1e36, "optimizer.warmup_steps": 0,
@@ -159,6 +164,7 @@ def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_the_loop_compiles_once(tmp_path):
     train(tmp_path, **{"train.steps": 4})
     with count_compilations() as programs:
@@ -195,6 +201,7 @@ class Judge:
         return None if self.stop.requested(step) else {"bpd": float(step)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, every", [(8, 4), (12, 4), (8, 12)])  # both due, at the end, no save
 def test_an_evaluation_that_is_cut_short_is_done_at_the_restart(tmp_path, at, every):
     c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.every": every})
@@ -213,6 +220,7 @@ def test_an_evaluation_that_is_cut_short_is_done_at_the_restart(tmp_path, at, ev
     assert again.steps == []
 
 
+@pytest.mark.slow
 def test_what_is_saved_before_an_evaluation_is_not_unsaved_during_it(tmp_path):
     """So that a signal in the middle of it need not wait for its end."""
     seen = []
@@ -241,6 +249,7 @@ def start_from(source, workdir, step=None, optimizer=False, **fields):
                           init_from=training.InitFrom(str(source), step, optimizer))
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_weights_and_average_of_another(straight, tmp_path, capsys):
     fields = {"optimizer.learning_rate": 1e-2, "checkpoint.keep": 5, "train.batch_size": 16}
     assert start_from(straight, tmp_path, 8, **fields)
@@ -261,6 +270,7 @@ def test_a_new_run_starts_from_weights_and_average_of_another(straight, tmp_path
     assert from_json(stored).to_dict() == config(**fields).to_dict()
 
 
+@pytest.mark.slow
 def test_with_the_optimizer_it_is_the_same_run(straight, tmp_path):
     assert start_from(straight, tmp_path, 8, True)
     jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))

@@ -19,6 +19,7 @@ print(writer.close())
 """
 
 
+@pytest.mark.slow
 def test_offline_run_and_its_resume(tmp_path):
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
     for step in (4, 8):

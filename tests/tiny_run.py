@@ -17,6 +17,9 @@ FIELDS = {
     "eval.sample_every": 0,
 }
 
+# The same for a command; on as many devices its programs are those of the tests in this process.
+FLAGS = ["--config=digits", *(f"--config.{k}={v}" for k, v in {**PAPERS, **FIELDS}.items())]
+
 
 def digits(**fields):
     c = load_config("digits")

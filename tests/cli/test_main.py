@@ -75,6 +75,7 @@ def test_help_of_a_subcommand(capsys):
     assert main.main(["train", "--help"]) == 0 and text == capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_main_can_be_called_again(capsys):
     """As from a notebook: each call has its own flags and keeps its own changes."""
     for steps in (3, 4):

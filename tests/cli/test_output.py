@@ -61,6 +61,7 @@ def run_in_a_terminal(workdir):
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @forking
 def test_a_closed_terminal_saves(tmp_path):
     run = tmp_path / "run"

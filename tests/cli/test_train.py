@@ -5,6 +5,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 
 def test_train_then_extend(tmp_path, train_command, one_device):
     first = train_command(tmp_path, "--config.train.steps=10", "--config.checkpoint.every=5")
@@ -20,6 +22,7 @@ def test_train_then_extend(tmp_path, train_command, one_device):
     assert steps == [5, 10, 15]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_42(tmp_path, train_command, one_device):
     run = subprocess.Popen(train_command(tmp_path, "--config.train.steps=1000000"), env=one_device,
                            stderr=subprocess.PIPE, text=True)

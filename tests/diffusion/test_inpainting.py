@@ -58,6 +58,7 @@ def fill(value, count, **jumps):
     return known, np.asarray(run())
 
 
+@pytest.mark.slow
 def test_known_pixels_are_kept_bit_for_bit_and_the_rest_nears_the_conditional():
     """The mean of the other pixel is the Gaussian's conditional in the limit of many short jumps;
     plain replacement does not see the known pixel well enough."""

@@ -31,6 +31,7 @@ def random_features(images):
     return small_cnn.random_apply(small_cnn.random_params(1), images)
 
 
+@pytest.mark.slow
 def test_held_out_accuracy(trained, digits):
     params, accuracy = trained
     assert accuracy > 0.95
@@ -47,6 +48,7 @@ def faults(images):
     yield "dim", images // 2
 
 
+@pytest.mark.slow
 def test_distances_order_real_images_before_faults(trained, digits):
     params, _ = trained
     base, other = digits[0][:900], digits[0][900:]
@@ -70,6 +72,7 @@ def collected(params, images):
             "channels": np.concatenate([x.mean((1, 2)), (x ** 2).mean((1, 2))], axis=1)}
 
 
+@pytest.mark.slow
 def test_offline_puts_reals_beside_samples(trained, digits):
     params, images = trained[0], digits[0]
 

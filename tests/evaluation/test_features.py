@@ -123,6 +123,7 @@ def on_one_device(tiny):
     return measure(tiny, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices, runner", [
     (8, "shard_map"), pytest.param(2, "shard_map", marks=pytest.mark.slow),
     pytest.param(4, "jit", marks=pytest.mark.slow),

@@ -104,6 +104,7 @@ def project_files():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names, words", [
     (("offline", "nn"), ("--bpd_num=8", "--classifier_dir={tmp}")),
     pytest.param(("fid",), ("--inception_weights={weights}", "--allow_unknown_weights",

@@ -107,6 +107,7 @@ def write_diffusers(folder, config):
     return folder
 
 
+@pytest.mark.slow
 def test_diffusers_config_is_derived_from_the_json(tmp_path, capsys):
     folder = write_diffusers(tmp_path / "ddpm-anything", small_config())
     importing.import_diffusers(str(folder), workdir=tmp_path / "run", verify=False)

@@ -41,6 +41,7 @@ def test_attention_follows_every_block_at_16_also_on_the_way_up():
                      "up_1_attn_0", "up_1_attn_1", "up_1_attn_2"]
 
 
+@pytest.mark.slow
 def test_output_starts_near_zero_and_is_float32():
     model = UNet(**SMALL, dtype=jnp.bfloat16)
     x, t = jnp.ones((2, 8, 8, 1)), jnp.array([0, 999])
@@ -51,6 +52,7 @@ def test_output_starts_near_zero_and_is_float32():
     assert float(jnp.abs(y).max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_every_parameter_matters():
     model, params = made(dropout=0.0)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 8, 1)), jnp.float32)
@@ -86,6 +88,7 @@ def test_an_example_does_not_see_its_batch():
         apply(x, t, bits[1:])
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     model, params = made()
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 8, 1)), jnp.float32)

@@ -91,6 +91,7 @@ def test_packed_parameters_move_as_named_ones_do():
 PER_REPLICA = (("train.clip_scope", "per_replica"), ("train.clip_norm", 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner, devices, micro_batches", [
     ("jit", 1, 1), ("jit", 4, 1), ("pmap", 8, 1), ("shard_map", 4, 1), ("shard_map", 1, 4)])
 def test_replicas_are_clipped_alike_whatever_the_devices(runner, devices, micro_batches):
@@ -121,6 +122,7 @@ def test_a_device_with_one_part_has_an_ordinary_program(runner, monkeypatch):
             raise AssertionError("nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", list(RUNNERS))
 @pytest.mark.parametrize("replicas, micro_batches", [(4, 1), (2, 2), (1, 1)])
 def test_more_devices_than_replicas_clip_the_same_parts(runner, replicas, micro_batches):
@@ -131,6 +133,7 @@ def test_more_devices_than_replicas_clip_the_same_parts(runner, replicas, micro_
     assert_same(one_step(runner, 8, (*fields, ("train.accumulation", micro_batches))), want)
 
 
+@pytest.mark.slow
 def test_accumulation_on_many_devices():
     fields = (("train.accumulation", 2),)
     for runner in ("jit", "shard_map"):
@@ -166,6 +169,7 @@ def test_devices_of_a_process_lie_side_by_side():
     assert [d.id for d in mesh.devices.flat] == sorted(d.id for d in jax.devices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("fields, allowed", [
     ({}, {"all-reduce"}),

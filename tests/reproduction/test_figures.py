@@ -74,6 +74,7 @@ def test_interpolation_of_fewer_images_and_of_one_step(run):
         figures.interpolation(run._replace(sources={"train": dataclasses.replace(few, size=1)}))
 
 
+@pytest.mark.slow
 def test_progressive_has_a_frame_and_scores_a_step(run, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
     options = Options(metrics=("offline",), num=40, classifier_dir=str(tmp_path))

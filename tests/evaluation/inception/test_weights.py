@@ -255,6 +255,7 @@ def converted(source):
     return path
 
 
+@pytest.mark.slow
 def test_convert_then_load_gives_the_same_network(source, converted):
     direct, loaded = weights.load(source, allow_unknown=True), weights.load(converted)
     assert direct.state_sha256 == loaded.state_sha256
