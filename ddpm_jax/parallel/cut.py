@@ -45,8 +45,8 @@ class Cut(NamedTuple):
             lambda x: jax.lax.with_sharding_constraint(x, self.sharding(x.shape)), tree)
 
     def gathered(self, params):
-        """Inside a program: weights in the network's tree, whole on each device. Of their gradients
-        each device keeps its part: one reduce-scatter each, and no gradient is ever whole."""
+        """Inside a program: weights in the network's tree, whole on each device. Of the gradient of
+        each, summed over the devices, a device keeps its part as soon as it is made."""
         return jax.tree.map(
             lambda x: _gathered(x, NamedSharding(self.mesh, P()), self.sharding(x.shape)), params)
 

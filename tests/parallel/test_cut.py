@@ -89,7 +89,8 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-CASES = [(8, "optimizer"), (4, "params"), (8, "optimizer", "per_replica")]
+CASES = [(8, "optimizer"), (4, "params"),
+         pytest.param((8, "optimizer", "per_replica"), marks=pytest.mark.soak)]  # slow
 
 
 @pytest.mark.parametrize("args", CASES)
