@@ -77,6 +77,13 @@ def cosine(num_timesteps, offset=0.008, max_beta=0.999):
     return np.minimum(1 - f[1:] / f[:-1], max_beta)
 
 
+def listed(num_timesteps, betas=()):
+    """The betas [T] given, as float64. Raises ValueError where there are not T of them."""
+    if len(betas) != num_timesteps:
+        raise ValueError(f"{len(betas)} betas are listed for {num_timesteps} timesteps")
+    return np.array(betas, dtype=np.float64)
+
+
 BETAS = {
     "linear": linear,
     "quad": quad,
@@ -85,6 +92,7 @@ BETAS = {
     "warmup10": warmup10,
     "warmup50": warmup50,
     "cosine": cosine,
+    "listed": listed,
 }
 
 

@@ -1,11 +1,13 @@
 """The released JSON files, every refused field, and back."""
 
+import numpy as np
 import pytest
 from made_up import small_config
 
-from ddpm_jax.config import load_config, packaged_configs, to_json, use_schedule
+from ddpm_jax.config import load_config, packaged_configs, to_json
+from ddpm_jax.diffusion.schedule import BETAS, zero_terminal_snr
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import network
+from ddpm_jax.experiment import build_model, network
 from ddpm_jax.interchange import parameter_names
 from ddpm_jax.interchange.diffusers.fields import (
     chain_fields,
@@ -171,11 +173,13 @@ def test_exported_json_reads_back_as_the_same_config():
         if name == "cifar10_table2":
             continue
         config = load_config(name)
-        if config.diffusion.schedule.name == "cosine":
-            use_schedule(config, "linear")    # its betas are written out, and not read back
+        law = config.diffusion.schedule.to_dict()
+        betas = BETAS[law.pop("name")](config.diffusion.num_timesteps, **law)
+        if config.diffusion.zero_terminal_snr:
+            betas = zero_terminal_snr(betas)
         model, config = network(config), to_json(config)
         fields = (model_fields(unet_config(model))
-                  | chain_fields(scheduler_config(config, [])))
+                  | chain_fields(scheduler_config(config, betas)))
         for section, values in fields.items():
             for field, value in values.items():
                 value = list(value) if isinstance(value, tuple) else value
@@ -193,9 +197,29 @@ def test_clipping_is_on_unless_it_is_turned_off(ours, theirs):
 def test_laws_that_diffusers_lacks_are_written_out():
     config = small_config()
     config.diffusion.schedule = {"name": "warmup10", "beta_start": 1e-3, "beta_end": 0.1}
-    betas = [0.1, 0.2, 0.3]
+    betas = BETAS["warmup10"](50, 1e-3, 0.1)
     chain = scheduler_config(to_json(config), betas)
-    assert chain["trained_betas"] == betas
+    assert chain["trained_betas"] == list(betas)
+    schedule = to_json(config)["diffusion"]["schedule"]
+    assert chain_fields(chain)["diffusion"]["schedule"] == schedule
+
+
+def test_betas_of_no_known_law_are_read_as_they_are():
+    """As other programs write them: without a law's name, or with one that they are not of."""
+    config = small_config()
+    config.diffusion.schedule = {"name": "warmup10", "beta_start": 1e-3, "beta_end": 0.1}
+    betas = [0.01 * (k + 1) for k in range(50)]
+    chain = scheduler_config(to_json(config), betas)
+    assert chain_fields(chain) == chain_fields({**chain, "_betas": None})
+    found = chain_fields(chain)["diffusion"]
+    assert found["schedule"] == {"name": "listed", "betas": tuple(betas)}
+    config.diffusion.schedule = found["schedule"]
+    np.testing.assert_array_equal(build_model(config).betas, betas)
+    again = scheduler_config(to_json(config), betas)
+    assert again["trained_betas"] == betas and "_betas" not in again
+    for wrong in ([0.1] * 49, [0.1] * 49 + [0.0], [0.1] * 49 + ["x"], "cosine"):
+        with pytest.raises(UserError, match="trained_betas=.*num_train_timesteps=50 numbers"):
+            chain_fields({**chain, "trained_betas": wrong})
 
 
 @pytest.mark.peer

@@ -7,6 +7,8 @@ from made_up import SMALL, assert_bit_equal, random_params, small_config
 
 from ddpm_jax import experiment
 from ddpm_jax.config import to_json
+from ddpm_jax.diffusion.guidance import guided
+from ddpm_jax.diffusion.prediction import VARIANCES
 from ddpm_jax.errors import UserError
 from ddpm_jax.formats.safetensors import open_safetensors
 from ddpm_jax.interchange import parameter_names
@@ -63,6 +65,48 @@ def test_classes_and_a_learned_variance_come_back(tmp_path):
     path.write_text(path.read_text().replace('"out_channels": 6', '"out_channels": 3'))
     with pytest.raises(UserError, match="out_channels=3, but .* variance_type needs 6"):
         open_diffusers(tmp_path / "out")
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+def test_a_cosine_chain_with_classes_goes_through_real_diffusers_and_back(tmp_path, monkeypatch):
+    """The digits' kind of model; the card's loop is guided as our samplers are."""
+    lib = pytest.importorskip("diffusers")
+    import torch
+
+    config = small_config(
+        model={"num_classes": 3, "label_dropout": 0.2},
+        diffusion={"num_timesteps": 4, "variance": "learned_range", "loss": "hybrid"})
+    config.diffusion.schedule = {"name": "cosine", "offset": 0.0, "max_beta": 0.5}
+    exp = experiment.build_model(config, jax.devices()[:1])
+    params, folder = random_params(exp.model), tmp_path / "out"
+    write_folder(folder, params, exp, to_json(config), step=1, weights="raw", version="0")
+    found = open_diffusers(folder).fields["diffusion"]
+    assert found["schedule"] == {"name": "cosine", "offset": 0.0, "max_beta": 0.5}
+
+    pipeline = lib.DDPMPipeline.from_pretrained(folder, local_files_only=True)
+    np.testing.assert_allclose(pipeline.scheduler.betas.numpy(), exp.betas, rtol=1e-6)
+    pipeline.save_pretrained(tmp_path / "theirs")
+    assert open_diffusers(tmp_path / "theirs").fields["diffusion"] == found
+
+    inputs = []
+    step = lib.DDPMScheduler.step
+
+    def watched(self, output, t, x, **keywords):
+        inputs.append((output.clone(), int(t), x.clone()))
+        return step(self, output, t, x, **keywords)
+
+    monkeypatch.setattr(lib.DDPMScheduler, "step", watched)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/folder", str(folder))
+    exec(code.replace("guidance = 1.0", "guidance = 2.5"), {})
+    assert [t for _, t, _ in inputs] == [3, 2, 1, 0]
+    output, t, x = (np.moveaxis(a.numpy(), 1, -1) if torch.is_tensor(a) else a for a in inputs[1])
+    ours = jax.jit(guided(experiment.denoise_fn(exp, params), 2.5, exp.model.no_label,
+                          VARIANCES["learned_range"]))
+    with jax.default_matmul_precision("highest"):
+        wanted = ours(x, np.full(3, t), labels=np.arange(3))
+    np.testing.assert_allclose(output, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.mark.peer

@@ -6,6 +6,9 @@ diffusers' default, which often differs from the paper's.
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from ddpm_jax.diffusion.schedule import BETAS, zero_terminal_snr
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.unet import UNet
 
@@ -39,11 +42,12 @@ _UNET_READ = ("_class_name", "sample_size", "in_channels", "out_channels", "down
               "inv_gamma", "power", "collected_params")
 
 # Ours, which diffusers ignores: the probability of training with the last label, which stands for
-# none. Without it every label of num_class_embeds is a class.
+# none (without it every label of num_class_embeds is a class); and the law of trained_betas
+# (without it they are listed).
 _LABEL_DROPOUT = "_label_dropout"
+_LAW = "_betas"
 
 _SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
-    "trained_betas": (None, (None,)),
     "thresholding": (False, (False,)),
     "clip_sample_range": (1.0, (1.0,)),
     "steps_offset": (0, (0,)),
@@ -52,11 +56,12 @@ _SCHEDULER_FIXED = {  # schedulers/scheduling_ddpm.py, DDPMScheduler.__init__
 # Spacing matters to shortened chains only, the next two to thresholding; the last three are read by
 # no DDPMScheduler: of versions before 0.8, and of other schedulers that a file was converted from.
 _SCHEDULER_READ = ("_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
+                   "trained_betas",
                    "variance_type", "clip_sample", "prediction_type", "predict_epsilon",
                    "timestep_spacing", "dynamic_thresholding_ratio", "sample_max_value",
                    "tensor_format", "set_alpha_to_one", "skip_prk_steps")
 # Fields that every scheduler of diffusers trained in this way shares, whatever chain it samples by.
-_TRAINING_FIXED = {f: _SCHEDULER_FIXED[f] for f in ("trained_betas", "rescale_betas_zero_snr")}
+_TRAINING_FIXED = {f: _SCHEDULER_FIXED[f] for f in ("rescale_betas_zero_snr",)}
 
 # Their beta law -> ours and which of their numbers it takes.
 _LAWS = {
@@ -223,18 +228,41 @@ def shared_chain_fields(config: Mapping, where="scheduler config") -> dict:
 
 
 def _training_fields(config, where):
-    law, numbers = _row(_LAWS, config, "beta_schedule", "linear", where)
-    betas = {n: _number(config, n, {"beta_start": 0.0001, "beta_end": 0.02}[n], where)
-             for n in numbers}
     predict = _row(_PREDICTIONS, config, "prediction_type", "epsilon", where)
     if config.get("predict_epsilon") is not None:  # before 0.11, in the place of prediction_type
         predict = _PREDICT_EPSILON[bool(config["predict_epsilon"])]
-    return {
-        "num_timesteps": _integer(config, "num_train_timesteps", 1000, where),
-        "schedule": {"name": law, **betas},
-        "predict": predict,
-        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
-    }
+    total = _integer(config, "num_train_timesteps", 1000, where)
+    read = _law_fields if config.get("trained_betas") is None else _listed_fields
+    return {"num_timesteps": total, "predict": predict, **read(config, total, where)}
+
+
+def _law_fields(config, total, where):
+    law, numbers = _row(_LAWS, config, "beta_schedule", "linear", where)
+    betas = {n: _number(config, n, {"beta_start": 0.0001, "beta_end": 0.02}[n], where)
+             for n in numbers}
+    return {"schedule": {"name": law, **betas},
+            "zero_terminal_snr": config.get("rescale_betas_zero_snr", False)}
+
+
+def _listed_fields(config, total, where):
+    """Of ``trained_betas``: the law that an export names beside them, where they are its; else
+    they themselves."""
+    betas = config["trained_betas"]
+    if not isinstance(betas, list) or len(betas) != total or not all(
+            isinstance(b, float | int) and 0 < b <= 1 for b in betas):
+        raise UserError(f"{where}: trained_betas={str(betas)[:60]} must be a list of "
+                        f"num_train_timesteps={total} numbers above 0 and at most 1")
+    named = config.get(_LAW)
+    try:
+        schedule = dict(named["schedule"])
+        law = BETAS[schedule["name"]](total, **{k: v for k, v in schedule.items() if k != "name"})
+        found = zero_terminal_snr(law) if named["zero_terminal_snr"] else law
+        if np.allclose(found, betas, rtol=1e-6, atol=0):
+            return {"schedule": schedule, "zero_terminal_snr": bool(named["zero_terminal_snr"])}
+    except (KeyError, TypeError, ValueError):  # of another program, or absent
+        pass
+    return {"schedule": {"name": "listed", "betas": tuple(map(float, betas))},
+            "zero_terminal_snr": config.get("rescale_betas_zero_snr", False)}
 
 
 def unet_config(model: UNet) -> dict:
@@ -296,6 +324,8 @@ def scheduler_config(config: Mapping, betas) -> dict:
         "beta_end": schedule.get("beta_end", 0.02),
         "beta_schedule": theirs or "linear",
         "trained_betas": None if theirs else [float(b) for b in betas],
+        **({} if theirs or "betas" in schedule else {_LAW: {
+            field: diffusion[field] for field in ("schedule", "zero_terminal_snr")}}),
         "rescale_betas_zero_snr": bool(theirs) and diffusion["zero_terminal_snr"],
         "variance_type": diffusion["variance"],
         "clip_sample": config["sampler"]["clip_denoised"] is not False,

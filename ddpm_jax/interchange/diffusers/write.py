@@ -81,13 +81,15 @@ def _with_labels(model) -> str:
         + (f"; {classes} stands for no label" if none else ""),
         "x = torch.randn(len(labels), unet.config.in_channels, unet.config.sample_size, "
         "unet.config.sample_size)",
+        *["guidance = 1.0  # 1 is off"] * none,
         "with torch.no_grad():",
         "    for t in scheduler.timesteps:",
         "        output = unet(x, t, class_labels=labels).sample"]
     if none:
         lines += [
             f"        without = unet(x, t, class_labels=torch.full_like(labels, {classes})).sample",
-            "        output = without + 1.0 * (output - without)  # guidance: 1 is off"]
+            "        c = x.shape[1]  # channels; those of a learned variance follow, and stay",
+            "        output[:, :c] = without[:, :c] + guidance * (output - without)[:, :c]"]
     return "\n".join([*lines, "        x = scheduler.step(output, t, x).prev_sample"])
 
 
