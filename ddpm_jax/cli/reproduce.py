@@ -1,10 +1,13 @@
 """ddpm reproduce TARGET --workdir=FOLDER [--dry_run] [--config=NAME] [--inception_weights=FILE]
 
-TARGET: table1, table2, improved, table4, fig5, fig7, fig8, fig10 or nearest.
+TARGET: table1, table2, improved, fast, table4, fig5, fig7, fig8, fig10 or nearest.
 For each model of the target: the config, what it costs (FLOPs, hours on the paper's TPU v3-8 and on
 this machine), the paper's value and, where a run is in FOLDER/<model>, ours with PASS or FAIL.
 Without --dry_run it trains, samples and evaluates what is missing, resuming an interrupted command,
 and writes FOLDER/<target>.html, one file that opens without a network.
+
+A run that `ddpm import` made in FOLDER/<model> is not trained on, so that `fast` evaluates the
+paper's own weights where they are imported into FOLDER/eps_fixed_simple.
 
   ddpm reproduce table1 --dry_run
   ddpm reproduce fig10 --config=digits --workdir=runs/digits-figures

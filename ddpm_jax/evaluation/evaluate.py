@@ -249,8 +249,10 @@ def model_subject(model: features.Model, options: Options, session: Session) -> 
     chain = features.sampling_chain(model, options)
     sampler = options.sampler or config.sampler.name
     images_kept = options.num or 1 << 31 if options.keep_images else NN_QUERIES
+    choices = "".join(f", {name} {value}" for name, value in chain.choices.items())
     return features.Subject(
-        f"{model.facts['weights']}, {sampler} {chain.num_steps} steps, seed {options.seed}",
+        f"{model.facts['weights']}, {sampler} {chain.num_steps} steps{choices}, seed "
+        f"{options.seed}",
         features.of_samples(session, model, options, batch, images_kept=images_kept),
         model.facts | chain.choices | {
             "sampler": sampler, "sampler_steps": chain.num_steps, "seed": options.seed,

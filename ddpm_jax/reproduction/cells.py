@@ -1,6 +1,8 @@
 """Train and evaluate the cells of a target, draw its figure, write its page."""
 
 from ddpm_jax import run_log
+from ddpm_jax.config import override
+from ddpm_jax.config_checks import SAMPLER_DEFAULTS
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import html_report as html
 from ddpm_jax.evaluation.along import evaluate_along
@@ -13,7 +15,16 @@ from ddpm_jax.evaluation.session import Session, session_of
 from ddpm_jax.parallel import hosts
 from ddpm_jax.reproduction import costs, figures, targets
 from ddpm_jax.reproduction.paper_results import ours
-from ddpm_jax.reproduction.targets import Request, cell_config, existing, wanted_splits
+from ddpm_jax.reproduction.targets import (
+    DRAWN_BY,
+    Request,
+    by_chain,
+    by_own_sampler,
+    cell_config,
+    existing,
+    name_of,
+    wanted_splits,
+)
 from ddpm_jax.run_log import say
 from ddpm_jax.sample import load_run
 from ddpm_jax.storage import files, pictures
@@ -52,37 +63,26 @@ def _with_weights(request: Request, metrics) -> tuple:
 
 
 def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
-    """Train the cell, then compute the target's values that it lacks. Raises StoppedError."""
+    """Train the cell, unless it was imported, then compute the target's values that it lacks.
+    Raises StoppedError."""
     target, folder = request.target, str(files.resolve(f"{request.root}/{name}"))
     config = cell_config(request, name)
-    if not train(config, folder, stop=stop, watchdog=watchdog):
+    if hosts.broadcast_json(files.exists(f"{folder}/import.json")):
+        say(f"{folder} was imported: its weights are taken as they are")
+    elif not train(config, folder, stop=stop, watchdog=watchdog):
         raise StoppedError
     watchdog.pause()
     exp, params, step, facts = load_run(folder)
-    # Process 0's folder decides, or processes would wait for each other for ever.
-    values = hosts.broadcast_json(ours(existing(folder), VALUE_OF.values()))
-    metrics = target.metrics
-    if values.get("step") == step:
-        metrics = tuple(m for m in metrics if VALUE_OF[m] not in values)
-    metrics = _with_weights(request, metrics)
-    session = session_of(exp, folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
     model = Model(exp, params, facts | {"workdir": folder})
-    wanted = [(metrics, None)]
-    if "fid" in metrics:
-        paths = references_for(request, session)
-        wanted = [(metrics, paths["train"])]
-        if "test" in paths:
-            wanted.append((("fid",), paths["test"]))
-    for chosen, reference in wanted:
-        if chosen:
-            options = request.options._replace(
-                metrics=chosen, reference=reference,
-                splits=wanted_splits(target, session.sources))
-            with only_writer(folder, "--workdir"):
-                records, drawn = evaluate_run(model, options, session)
-                if hosts.is_main_process():
-                    write_results(folder, step, options.protocol, records, drawn,
-                                  f"{name}, {step}")
+
+    def new_session():
+        return session_of(exp, folder=f"{folder}/evaluation/{step}", stop=stop, say=say)
+
+    session = new_session()
+    if target.chains:
+        _evaluate_chains(request, model, step, new_session)
+    else:
+        _evaluate(request, model, step, session, by_own_sampler(config))
 
     def along(looks, shown):
         chosen = _with_weights(request, ("is", "fid"))
@@ -91,6 +91,63 @@ def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
         return evaluate_along(model, options, session, looks=looks, shown=shown)
 
     return figures.Run(exp, params, session.sources, _all_values(existing(folder)), along)
+
+
+def _evaluate(request, model, step, session, counts):
+    """The target's values that evaluation.json lacks, of samples by the config's sampler."""
+    target, folder = request.target, model.facts["workdir"]
+    # Process 0's folder decides, or processes would wait for each other for ever.
+    values = hosts.broadcast_json(ours(existing(folder), VALUE_OF.values(), counts))
+    metrics = target.metrics
+    if values.get("step") == step:
+        metrics = tuple(m for m in metrics if VALUE_OF[m] not in values)
+    metrics = _with_weights(request, metrics)
+    wanted = [(metrics, None)]
+    if "fid" in metrics:
+        paths = references_for(request, session)
+        wanted = [(metrics, paths["train"])]
+        if "test" in paths:
+            wanted.append((("fid",), paths["test"]))
+    for chosen, reference in wanted:
+        if chosen:
+            _record(model, step, session, request.options._replace(
+                metrics=chosen, reference=reference,
+                splits=wanted_splits(target, session.sources)))
+
+
+def _evaluate_chains(request, model, step, new_session):
+    """The values that evaluation.json lacks, of samples by each row of target.chains with each of
+    its numbers of network calls; each compiles a program of its own."""
+    folder, config = model.facts["workdir"], model.exp.config
+    metrics = _with_weights(request, request.target.metrics)
+    reference = references_for(request, new_session())["train"] if "fid" in metrics else None
+    options = request.options._replace(metrics=metrics, reference=reference)
+    wanted = [(chain, calls) for chain in request.target.chains for calls in chain.fids
+              if calls <= config.diffusion.num_timesteps]
+    for chain, calls in wanted:
+        records = existing(folder).get(str(step), {}).get(options.protocol, {}).values()
+        counts = by_chain(chain, calls)
+        if hosts.broadcast_json(any(
+                counts(r["provenance"]) and ("fid" in r["values"] or reference is None)
+                for r in records)):
+            continue
+        changed = config.copy_and_resolve_references()
+        override(changed, {f"sampler.{field}": value for field, value in (
+            SAMPLER_DEFAULTS | chain.sampler | {"steps": calls}).items()})
+        say(name_of(chain, calls))
+        _record(model._replace(exp=model.exp._replace(config=changed),
+                               facts=model.facts | {DRAWN_BY: name_of(chain, calls)}),
+                step, new_session(), options)
+
+
+def _record(model, step, session, options):
+    """Evaluate and write the results beside the run."""
+    folder = model.facts["workdir"]
+    with only_writer(folder, "--workdir"):
+        records, drawn = evaluate_run(model, options, session)
+        if hosts.is_main_process():
+            write_results(folder, step, options.protocol, records, drawn,
+                          f"{files.resolve(folder).name}, {step}")
 
 
 def _all_values(document) -> dict:

@@ -66,6 +66,8 @@ def costs(request: Request, config, rate) -> list[tuple]:
     """(part, FLOPs, hours on a v3-8 by the paper's speed, hours here); what is unknown is None."""
     one = float(unet_work(experiment.network(config)).forward_flops)
     steps, batch, T = config.train.steps, config.train.batch_size, config.diffusion.num_timesteps
+    calls = {"sample": sum(n for chain in request.target.chains for n in chain.fids) or T,
+             "bits/dim": T}
     paper = V3_8.get(config.data.image_size)
     rows = [("train", 3 * one * batch * steps,
              paper and steps * batch / paper["batch"] / paper["steps_per_s"] / 3600)]
@@ -76,8 +78,8 @@ def costs(request: Request, config, rate) -> list[tuple]:
         if count is None:
             rows.append((part, None, None))
         elif count:
-            rows.append((part, one * T * count,
-                         paper and count / paper["samples"] * paper["sample_s"] * T / 1000 / 3600))
+            rows.append((part, one * calls[part] * count, paper and (
+                count / paper["samples"] * paper["sample_s"] * calls[part] / 1000 / 3600)))
     return [(part, flops, hours, flops and flops / rate / 3600) for part, flops, hours in rows]
 
 

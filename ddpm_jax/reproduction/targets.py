@@ -6,18 +6,19 @@ from typing import NamedTuple
 from ddpm_jax.config import flatten, load_config, override, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.options import Options
-from ddpm_jax.reproduction.paper_results import CELLS, ours, verdict
+from ddpm_jax.reproduction.paper_results import CELLS, CHAINS, ours, verdict
 from ddpm_jax.storage import files
 
 
 class Target(NamedTuple):
     """cells: of CELLS; metrics: of `ddpm evaluate`; keys: columns of the table; figure: a row of
-    figures.FIGURES or None."""
+    figures.FIGURES or None; chains: what samples are drawn by, () for the config's sampler."""
     text: str
     cells: tuple
     metrics: tuple
     keys: tuple
     figure: str | None = None
+    chains: tuple = ()
 
 
 def _cells(config) -> tuple:
@@ -33,6 +34,8 @@ TARGETS = {
                      ("is", "fid"), ("is", "fid_train")),
     "improved": Target("Nichol & Dhariwal 2021, Table 2: CIFAR-10 by chain and objective",
                        _cells("cifar10_improved"), ("fid", "bpd"), ("fid_train", "bpd_test")),
+    "fast": Target("FID by network calls: samplers on the paper's weights, CIFAR-10",
+                   ("eps_fixed_simple",), ("fid",), ("fid_train",), chains=CHAINS),
     "table4": Target("Table 4: rate and distortion of the progressive code, CIFAR-10 test",
                      ("eps_fixed_simple",), ("bpd",), ("bpd_test",), "rate"),
     "fig5": Target("Fig. 5: rate and distortion against reverse steps, CIFAR-10 test",
@@ -100,6 +103,25 @@ def wanted_splits(target, splits) -> tuple:
 
 
 HEADER = ("model", "value", "the paper's", "band", "ours", "verdict")
+DRAWN_BY = "chain"  # in the provenance of samples: whose published number they are compared with
+
+
+def name_of(chain, calls) -> str:
+    """What DRAWN_BY says of samples by a row of CHAINS."""
+    return f"{chain.title}, {calls} network calls"
+
+
+def by_own_sampler(config):
+    """-> counts(provenance), for ``ours``: samples are of the config's sampler."""
+    own = {"sampler": config.sampler.name,
+           "sampler_steps": config.sampler.steps or config.diffusion.num_timesteps}
+    return lambda facts: DRAWN_BY not in facts and all(
+        facts.get(name, value) == value for name, value in own.items())
+
+
+def by_chain(chain, calls):
+    """-> counts(provenance), for ``ours``: samples are of this row of CHAINS."""
+    return lambda facts: facts.get(DRAWN_BY) == name_of(chain, calls)
 
 
 def table_rows(request: Request) -> list[list]:
@@ -107,7 +129,11 @@ def table_rows(request: Request) -> list[list]:
     rows, target = [], request.target
     for name in target.cells:
         cell = CELLS[name]
-        found = ours(existing(f"{request.root}/{name}"), target.keys) if request.root else {}
+        document = existing(f"{request.root}/{name}") if request.root else {}
+        if target.chains:
+            rows += _chain_rows(request, document)
+            continue
+        found = ours(document, target.keys, by_own_sampler(cell_config(request, name)))
         keys = [k for k in target.keys if k in cell.values or k in found]
         for key in keys or [""] * bool(target.keys):
             value = found.get(key)
@@ -118,4 +144,19 @@ def table_rows(request: Request) -> list[list]:
             rows.append([
                 cell.title, key, "unstable" if cell.unstable else cell.values.get(key),
                 "{:g} to {:g}".format(*band) if band else None, value, verdict(key, value, cell)])
+    return rows
+
+
+def _chain_rows(request, document):
+    key, = request.target.keys
+    rows = []
+    for chain in request.target.chains:
+        for calls, published in chain.fids.items():
+            value = ours(document, (key,), by_chain(chain, calls)).get(key)
+            rows.append([chain.title, f"{key}, {calls} calls", None, None, value, ""])
+            if request.is_paper:
+                rows[-1][2:] = [
+                    " and ".join(map("{:g}".format, published)) or "not published",
+                    "{:g} to {:g}".format(*chain.bands[calls]), value,
+                    verdict(calls, value, chain)]
     return rows

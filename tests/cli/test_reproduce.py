@@ -55,6 +55,28 @@ def test_dry_run_of_the_successors_table(capsys):
     assert re.search(r"cifar10_improved:linear +train +500,000", out) and "PASS" not in out
 
 
+def test_dry_run_of_the_samplers_and_a_run_beside_them(capsys, tmp_path):
+    """Numbers of one sampler are not those of another, nor of the paper's chain."""
+    from ddpm_jax.cli import main
+    from ddpm_jax.evaluation.records import write_records
+    train = {"reference": {"split": "train"}}
+    write_records(tmp_path / "eps_fixed_simple/evaluation.json", 790_000, "paper", [
+        ("ema, a", {"fid": 6.6}, train | {"sampler": "ddim", "sampler_steps": 20,
+                                          "chain": "DDIM, 20 network calls"}),
+        ("ema, b", {"fid": 9.0}, train | {"sampler": "ddim", "sampler_steps": 50})])
+    assert main.main(["reproduce", "fast", "--dry_run", f"--workdir={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    # 5 % or 0.15 round the numbers of Song et al. and of Li et al.
+    assert re.search(r"DDIM +fid_train, 20 calls +6\.84 and 6\.94 +6\.493 to 7\.287 +6\.6.+SS", out)
+    assert re.search(r"DPM-Solver-3 +fid_train, 50 calls +3\.49 +3\.3155 to 3\.6645", out)
+    assert re.search(r"UniPC-2 +fid_train, 20 calls +not published +0 to 4\.15", out)
+    # 1,358 calls for each of 50,000 images; 3.82e18 are 3 calls for each of 128 x 800,000
+    assert re.search(r"sample +8\.4\de\+17", out)
+    assert "FAIL" not in out
+    assert main.main(["reproduce", "table1", "--dry_run", f"--workdir={tmp_path}"]) == 0
+    assert "6.6" not in capsys.readouterr().out.split("verdict")[1]
+
+
 def test_verdicts_where_a_run_exists(capsys, tmp_path):
     from ddpm_jax.cli import main
     from ddpm_jax.evaluation.records import write_records

@@ -1,5 +1,7 @@
 """The paper's numbers hang together, and verdicts follow the bands."""
 
+import itertools
+
 import pytest
 
 from ddpm_jax.configs import cifar10_improved, cifar10_table2
@@ -22,6 +24,18 @@ def test_bands_hold_the_papers_value():
     best = paper.CELLS["eps_fixed_simple"]
     assert [paper.verdict("fid_train", v, best) for v in (3.212, 3.249, 12.3)] == [
         "PASS", "PASS", "FAIL"]
+
+
+def test_bands_of_the_samplers_hold_what_was_published():
+    """FIDs fall as calls rise, and the eta of less noise is better."""
+    for chain in paper.CHAINS:
+        assert chain.fids.keys() == chain.bands.keys()
+        for calls, published in chain.fids.items():
+            assert {paper.verdict(calls, v, chain) for v in published} <= {"PASS"}
+        lowest = [min(v) for v in chain.fids.values() if v]
+        assert lowest == sorted(lowest, reverse=True)
+    for one, less in itertools.pairwise(paper.CHAINS[1:5]):
+        assert all(one.fids[n] > less.fids[n] for n in (10, 20, 50, 100))
 
 
 def test_table_4_ends_at_the_rate_and_distortion_of_the_text():
