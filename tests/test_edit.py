@@ -12,6 +12,7 @@ from tiny_run import Stop
 from ddpm_jax import edit, programs
 from ddpm_jax.cli import main
 from ddpm_jax.diffusion.inpainting import repaint_visits
+from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model
 
@@ -45,6 +46,27 @@ def test_results_do_not_depend_on_runner_batch_or_devices():
             assert np.abs(one.astype(int) - same).max() <= 1
     np.testing.assert_array_equal(wanted[0][KNOWN[:4]], IMAGES[:4][KNOWN[:4]])
     assert (wanted[0][~KNOWN[:4]] != IMAGES[:4][~KNOWN[:4]]).mean() > 0.9
+
+
+def test_each_visit_of_a_level_draws_noise_of_its_own():
+    """Numbers of the draws, not their values: by the level they would repeat."""
+    exp, drawn = build_model(tiny(), jax.devices()[:1]), []
+    chain = programs.sampling_chain(exp)
+
+    def noise(key, index, t, shape):
+        jax.debug.callback(lambda number: drawn.append(int(number)), t)
+        return chain.noise(key, index, t, shape)
+
+    def predict(params, **condition):
+        return lambda x, t: Prediction(x, x, x, 0 * x)
+
+    visits = repaint_visits(chain.schedule, 2, 2)
+    fill = programs.inpaint_program(exp, chain._replace(noise=noise, predict=predict), visits)
+    index = np.arange(8, dtype=np.int32)
+    jax.block_until_ready(fill({}, np.uint32(0), index, IMAGES, KNOWN))
+    jax.effects_barrier()
+    assert len(visits.t) > len(set(visits.t.tolist()))
+    assert sorted(drawn) == list(range(3 * len(visits.t)))
 
 
 @pytest.fixture
