@@ -38,7 +38,8 @@ def get_config():
             predict="eps",        # eps, x_start, x_prev, v
             variance="fixed_large",     # fixed_large, fixed_small, learned, learned_range
             first_log_variance="next",  # at t = 0: next (CIFAR-10 code), floor (256x256 code)
-            loss="mse",           # mse (L_simple), kl (a term of the bound), hybrid (both)
+            loss="mse",           # mse (L_simple), kl (a term of the bound), hybrid (both), vlb
+                                  # (the bound, with t drawn by importance)
             weights=dict(         # of mse by timestep: a row of WEIGHTS, diffusion/objective.py
                 name="target",    # target (plain), l_simple, constant, snr_plus_one,
                                   # truncated_snr, min_snr, p2

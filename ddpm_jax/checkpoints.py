@@ -355,8 +355,8 @@ class Checkpoints:
 
 def _items(state) -> dict:
     """The trees of a TrainState by the name of their item in a checkpoint."""
-    return {"params": state.params, "ema_params": state.ema_params,
-            "training": {"step": state.step, "opt_state": state.opt_state}}
+    rest = {k: v for k, v in state._asdict().items() if "params" not in k and v is not None}
+    return {"params": state.params, "ema_params": state.ema_params, "training": rest}
 
 
 def _same(written, read) -> bool:

@@ -25,8 +25,8 @@ CLIP_SCOPES = {
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Channels of the network's output, over the image's, that each loss trains.
-_LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}}
-_UNWEIGHTED = {"kl"}  # losses whose weights are the bound's own
+_LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}, "vlb": {1, 2}}
+_UNWEIGHTED = {"kl", "vlb"}  # losses whose weights are the bound's own
 _NEED_SIGNAL = {"eps"}  # predictions from which x_0 cannot be read where there is no signal
 
 
@@ -79,6 +79,7 @@ MODEL_RANGES = {
     "diffusion.schedule.beta_end": _real(0, 1, open_low=True),
     "diffusion.schedule.max_beta": _real(0, 1, open_low=True),
     "diffusion.schedule.offset": _real(0, 1),
+    "diffusion.schedule.betas": _real(0, 1, open_low=True),
     "diffusion.weights.gamma": _real(0, LARGEST, open_low=True),
     "diffusion.weights.k": _real(0, LARGEST, open_low=True),
     "sampler.steps": Range(0, 10**6),

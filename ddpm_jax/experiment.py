@@ -21,7 +21,7 @@ from ddpm_jax.config_checks import (
     check_training,
     weights_row,
 )
-from ddpm_jax.diffusion.objective import LOSSES, WEIGHTS
+from ddpm_jax.diffusion.objective import IMPORTANCE_SAMPLED, LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_terminal_snr
 from ddpm_jax.errors import UserError
@@ -29,7 +29,7 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS, Runner
-from ddpm_jax.training import packing
+from ddpm_jax.training import importance, packing
 from ddpm_jax.training.gradients import mean_gradient
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.steps import TrainState, init_state, to_unit_range, train_step
@@ -90,7 +90,8 @@ def _values_of(field):
 def _betas(diffusion):
     keywords = dict(diffusion.schedule)
     law = BETAS[keywords.pop("name")]
-    betas = _call(law, "diffusion.schedule", keywords, num_timesteps=diffusion.num_timesteps)
+    with _values_of("diffusion.schedule"):
+        betas = _call(law, "diffusion.schedule", keywords, num_timesteps=diffusion.num_timesteps)
     return zero_terminal_snr(betas) if diffusion.zero_terminal_snr else betas
 
 
@@ -162,8 +163,11 @@ def build_training(exp: Experiment) -> Training:
         def denoise_fn(x_t, t):
             return model.apply({"params": params}, x_t, t, draws.dropout_bits, labels)
 
-        return loss(denoise_fn, exp.schedule, to_unit_range(batch.images), draws.t, draws.noise,
-                    predict=predict, variance=variance).mean()
+        losses = loss(denoise_fn, exp.schedule, to_unit_range(batch.images), draws.t, draws.noise,
+                      predict=predict, variance=variance)
+        if draws.weight is None:
+            return losses.mean(), None
+        return (draws.weight * losses).mean(), losses
 
     gradient = functools.partial(
         mean_gradient, clip=clip, micro_batches=train.accumulation, axis_name=runner.axis_name,
@@ -175,7 +179,8 @@ def build_training(exp: Experiment) -> Training:
         flip=config.data.flip, axis_name=runner.axis_name)
     training = Training(
         experiment=exp, tx=tx, gradient=gradient, step=step, cut=cut,
-        abstract_state=jax.eval_shape(lambda p: init_state(p, tx), exp.abstract_params))
+        abstract_state=jax.eval_shape(lambda p: init_state(p, tx, first_history(diffusion)),
+                                      exp.abstract_params))
     if cut is None:
         return training
     return training._replace(abstract_state=runner.abstract(
@@ -194,6 +199,12 @@ def _cut_state(exp):
     cut = make_cut(runner.mesh, exp.abstract_params, fields=CUTS[parallel.cut],
                    order=packing.order_on(mesh.devices.flat[0].platform))
     return exp._replace(runner=runner._replace(loops_on_device=exp.runner.loops_on_device)), cut
+
+
+def first_history(diffusion):
+    """importance.History before the first update; None of a loss whose t is uniform."""
+    return (importance.start(diffusion.num_timesteps)
+            if diffusion.loss in IMPORTANCE_SAMPLED else None)
 
 
 def _loss(diffusion):
@@ -233,7 +244,8 @@ def _init_params(model, seed):
 def new_state(training: Training) -> TrainState:
     """The state before the first update, on the runner's devices, from config.seed."""
     exp = training.experiment
-    state = jax.jit(lambda: init_state(exp.init_params(), training.tx))()
+    state = jax.jit(lambda: init_state(
+        exp.init_params(), training.tx, first_history(exp.config.diffusion)))()
     return exp.runner.put(training.placement(state), jax.tree.map(np.asarray, state))
 
 

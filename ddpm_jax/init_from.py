@@ -9,7 +9,7 @@ import numpy as np
 from ddpm_jax import checkpoints
 from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Training, build_model, new_state
+from ddpm_jax.experiment import Training, build_model, first_history, new_state
 from ddpm_jax.storage import files
 from ddpm_jax.training.steps import TrainState
 
@@ -47,7 +47,10 @@ def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
     folder = files.resolve(source.workdir)
     with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
         if source.optimizer:
-            return step, store.restore(step, training.abstract_state, exp.runner)
+            history = jax.eval_shape(lambda: first_history(other.config.diffusion))
+            state = store.restore(step, training.abstract_state._replace(history=history),
+                                  exp.runner)
+            return step, state._replace(history=new_state(training).history)
         params, ema_params = (store.restore_weights(step, like, ema=ema, runner=exp.runner)[0]
                               for ema, like in ((False, training.abstract_state.params),
                                                 (True, training.abstract_state.ema_params)))

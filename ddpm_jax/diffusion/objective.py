@@ -138,4 +138,12 @@ def hybrid_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance, w
     return simple + vlb_weight * schedule.betas.shape[0] * vlb
 
 
-LOSSES = {"mse": mse_loss, "kl": vlb_loss, "hybrid": hybrid_loss}
+def whole_vlb_loss(denoise_fn, schedule, x_start, t, noise, *, predict, variance):
+    """T times ``vlb_loss``: its mean over uniform t is L_vlb but for the prior, in bits/dim (Nichol
+    & Dhariwal 2021, sec. 3.3). Arguments as ``mse_loss``. -> [B]"""
+    return schedule.betas.shape[0] * vlb_loss(
+        denoise_fn, schedule, x_start, t, noise, predict=predict, variance=variance)
+
+
+LOSSES = {"mse": mse_loss, "kl": vlb_loss, "hybrid": hybrid_loss, "vlb": whole_vlb_loss}
+IMPORTANCE_SAMPLED = {"vlb"}  # losses for which training draws t by training/importance.py

@@ -29,9 +29,10 @@ def training_state(exp: Experiment, step: int, params, ema_params, moments=None)
                 return functools.reduce(operator.getitem, keys[keys.index(name) + 1:], tree)
         return np.zeros(shape.shape, shape.dtype)
 
-    opt_state = jax.tree_util.tree_map_with_path(fill, build_training(exp).abstract_state.opt_state)
+    like = build_training(exp).abstract_state
     return TrainState(step=np.asarray(step, np.int32), params=params, ema_params=ema_params,
-                      opt_state=opt_state)
+                      opt_state=jax.tree_util.tree_map_with_path(fill, like.opt_state),
+                      history=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.history))
 
 
 def write_run(workdir, exp: Experiment, state: TrainState, facts: dict) -> None:

@@ -55,12 +55,12 @@ def mean_gradient(
 ):
     """The mean gradient over the examples of all devices, clipped.
 
-    loss_fn(params, *batch, named=view.named) -> mean loss of a tree ``batch`` of arrays [b, ...],
-    of the network with named(params), by default params: this device's examples, or with
-    ``num_virtual_devices`` > 1 (jit) those of that many devices, one after another. micro_batches:
-    parts that a device takes one after the other, to save memory.
-    -> (gradient, METRICS by name, scalars, equal on every device); grad_norm is before clipping,
-    of the mean gradient, or the mean of the shards' norms.
+    loss_fn(params, *batch, named=view.named) -> (mean loss of a tree ``batch`` of arrays [b, ...],
+    losses [b] of its examples or None), of the network with named(params), by default params: this
+    device's examples, or with ``num_virtual_devices`` > 1 (jit) those of that many devices, one
+    after another. micro_batches: parts that a device takes one after the other, to save memory.
+    -> (gradient, METRICS by name, scalars, equal on every device; the losses [b] or None);
+    grad_norm is before clipping, of the mean gradient, or the mean of the shards' norms.
     """
     if clip.shards and min(clip.shards, num_virtual_devices) > 1:
         parts = min(clip.shards, num_virtual_devices)
@@ -68,56 +68,60 @@ def mean_gradient(
             mean_gradient, loss_fn, params, clip=clip._replace(shards=clip.shards // parts),
             micro_batches=micro_batches, num_virtual_devices=num_virtual_devices // parts,
             view=view)
-        results = jax.vmap(local)(_cut(batch, parts))
-        return jax.tree.map(lambda x: x.mean(axis=0), results)
+        *results, losses = jax.vmap(local)(_cut(batch, parts))
+        return *jax.tree.map(lambda x: x.mean(axis=0), results), _flat(losses)
     if clip.shards and clip.shards > 1:
-        return _mean(_of_shards(loss_fn, params, batch, clip, micro_batches, view), axis_name)
-    gradient = jax.value_and_grad(functools.partial(loss_fn, named=view.named))
-    gradient = _accumulated(gradient, micro_batches, num_virtual_devices)
+        found, losses = _of_shards(loss_fn, params, batch, clip, micro_batches, view)
+        return *_mean(found, axis_name), losses
+    gradient = _gradient(functools.partial(loss_fn, named=view.named), micro_batches,
+                         num_virtual_devices)
+    found, losses = gradient(params, *batch)
     if clip.shards is None:
-        loss, grads = _mean(gradient(params, *batch), axis_name)
-        return _clipped(clip, loss, view.spread(grads))
-    found = gradient(params, *batch)
+        loss, grads = _mean(found, axis_name)
+        return *_clipped(clip, loss, view.spread(grads)), losses
     if clip.devices > 1:
         groups = np.arange(lax.axis_size(axis_name)).reshape(-1, clip.devices).tolist()
         found = lax.pmean(found, axis_name, axis_index_groups=groups)
-    return _mean(_clipped(clip, *found), axis_name)
+    return *_mean(_clipped(clip, *found), axis_name), losses
 
 
 def _of_shards(loss_fn, params, batch, clip, micro_batches, view):
-    """The mean over the shards of one device's examples, of gradients clipped one by one.
+    """The mean over the shards of one device's examples, of gradients clipped one by one, with its
+    metrics; and the examples' losses.
 
     As many shards as the memory of a micro-batch holds are taken together. They share the named
     parameters, so that ``vmap`` merges their forward passes and their activations' gradients; the
     kernels' gradients are one a shard (models/shard_gradients.py) and stay in the type and the
     arrays in which they were made until they are clipped.
     """
-    gradient = _accumulated(jax.value_and_grad(loss_fn), max(1, micro_batches // clip.shards))
+    gradient = _gradient(loss_fn, max(1, micro_batches // clip.shards))
     named = view.named(params)
     most = max(1, clip.shards // micro_batches)
     at_once = max(n for n in range(1, most + 1) if clip.shards % n == 0)
 
     def together(batch):
-        losses, grads = jax.vmap(lambda shard: gradient(named, *shard))(_cut(batch, at_once))
+        (means, grads), losses = jax.vmap(lambda shard: gradient(named, *shard))(
+            _cut(batch, at_once))
         norms = jnp.sqrt(sum(map(_squares, jax.tree.leaves(grads))))
         scales = jnp.ones(at_once)
-        metrics = {"loss": losses, "grad_norm": norms, "clip_fraction": jnp.zeros(at_once)}
+        metrics = {"loss": means, "grad_norm": norms, "clip_fraction": jnp.zeros(at_once)}
         if clip.norm:
             scales = clip.norm / jnp.maximum(norms, clip.norm)
             metrics["clip_fraction"] = (norms > clip.norm).astype(jnp.float32)
         grads = jax.tree.map(lambda g: _weighted(g, scales / clip.shards), grads)
-        return grads, jax.tree.map(lambda x: x.sum() / clip.shards, metrics)
+        return (grads, jax.tree.map(lambda x: x.sum() / clip.shards, metrics)), losses
 
     if at_once == clip.shards:
-        grads, metrics = together(batch)
+        (grads, metrics), losses = together(batch)
     else:
         def add(total, group):
-            return jax.tree.map(jnp.add, total, together(group)), None
+            found, losses = together(group)
+            return jax.tree.map(jnp.add, total, found), losses
 
         zero = (jax.tree.map(lambda x: jnp.zeros(x.shape), named),
                 {name: jnp.zeros(()) for name in METRICS})
-        (grads, metrics), _ = lax.scan(add, zero, _cut(batch, clip.shards // at_once))
-    return view.packed(grads), metrics
+        (grads, metrics), losses = lax.scan(add, zero, _cut(batch, clip.shards // at_once))
+    return (view.packed(grads), metrics), _flat(losses)
 
 
 def _squares(g):
@@ -135,22 +139,27 @@ def _clipped(clip, loss, grads):
     return grads, {"loss": loss, **norms}
 
 
-def _accumulated(gradient, micro_batches, num_virtual_devices=1):
-    """gradient(params, *batch) -> (loss, grads) as the mean over micro-batches."""
-    if micro_batches == 1:
-        return gradient
+def _gradient(loss_fn, micro_batches, num_virtual_devices=1):
+    """-> f(params, *batch) -> ((loss, grads) as the mean over micro-batches, losses)"""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(params, *batch):
+        (loss, losses), grads = value_and_grad(params, *batch)
+        return (loss, grads), losses
 
     def accumulated(params, *batch):
         def add(total, part):
-            part = jax.tree.map(lambda x: x.astype(jnp.float32), gradient(params, *part))
-            return jax.tree.map(jnp.add, total, part), None
+            part, losses = gradient(params, *part)
+            part = jax.tree.map(lambda x: x.astype(jnp.float32), part)
+            return jax.tree.map(jnp.add, total, part), losses
 
         zero = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), params)
         parts = _cut_on_devices(batch, micro_batches, num_virtual_devices)
-        total, _ = lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / micro_batches, total)
+        total, losses = lax.scan(add, zero, parts)
+        in_order = _cut_on_devices(_flat(losses), num_virtual_devices, micro_batches)
+        return jax.tree.map(lambda x: x / micro_batches, total), _flat(in_order)
 
-    return accumulated
+    return gradient if micro_batches == 1 else accumulated
 
 
 def _cut(tree, parts):
@@ -165,6 +174,11 @@ def _cut_on_devices(tree, parts, num_devices):
         return x.swapaxes(0, 1).reshape(parts, -1, *x.shape[3:])
 
     return jax.tree.map(one, tree)
+
+
+def _flat(losses):
+    """[..., b] in the order of the examples -> [b]"""
+    return jax.tree.map(lambda x: x.reshape(-1), losses)
 
 
 def _mean(tree, axis_name):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ddpm_jax.training import importance
 from ddpm_jax.training.rng import draw, example_keys
 
 
@@ -24,21 +25,24 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """step int32 []: updates done; params, ema_params: float32 trees; opt_state: optax's."""
+    """step int32 []: updates done; params, ema_params: float32 trees; opt_state: optax's; history:
+    importance.History of a loss whose t is drawn by importance, else None."""
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    history: Any = None
 
 
-def init_state(params, tx) -> TrainState:
+def init_state(params, tx, history=None) -> TrainState:
     """State before the first update; the average starts as a copy of the weights."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=tx.init(params),
+        history=history,
     )
 
 
@@ -69,22 +73,30 @@ def train_step(
 ):
     """One update from a Batch of b images: this device's part of the batch, or under jit all.
 
-    loss_fn(params, Batch, Draws) -> mean loss; gradient(loss_fn, params, (Batch, Draws)) ->
-    (grads, metrics): ``gradients.mean_gradient`` with its settings bound. key: the run's, the same
-    everywhere. -> (TrainState, metrics)
+    loss_fn(params, Batch, Draws) -> (mean loss, each example's or None); gradient(loss_fn, params,
+    (Batch, Draws)) -> (grads, metrics, losses): ``gradients.mean_gradient`` with its settings
+    bound. key: the run's, the same everywhere. -> (TrainState, metrics)
     """
-    images = batch.images
+    images, history = batch.images, state.history
     b = images.shape[0]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * b
     keys = example_keys(key, state.step, first + jnp.arange(b))
     draws = draw(
         keys, image_shape=images.shape[1:], num_timesteps=num_timesteps,
         dropout_shapes=dropout_shapes, label_dropout=label_dropout,
+        probabilities=history and importance.probabilities(history),
     )
     if flip:
         images = jnp.where(draws.flip[:, None, None, None], images[:, :, ::-1], images)
-    grads, metrics = gradient(loss_fn, state.params, (batch._replace(images=images), draws))
+    grads, metrics, losses = gradient(loss_fn, state.params, (batch._replace(images=images), draws))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
-    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+    if history is not None:
+        history = importance.record(history, *_of_all_devices((draws.t, losses), axis_name))
+    return TrainState(state.step + 1, params, ema_params, opt_state, history), metrics
+
+
+def _of_all_devices(tree, axis_name):
+    """[b, ...] of each device -> [B, ...], the same on all, in the order of the examples."""
+    return tree if axis_name is None else lax.all_gather(tree, axis_name, tiled=True)

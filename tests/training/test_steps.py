@@ -28,7 +28,8 @@ def state(tx):
 
 def settings(tx, *, loss=linear_loss, clip=Clip(0.0, None), micro_batches=1, **kwargs):  # noqa: B008
     def loss_fn(params, batch, draws, named=None):
-        return loss(params, S.to_unit_range(batch.images), draws).mean()
+        losses = loss(params, S.to_unit_range(batch.images), draws)
+        return losses.mean(), losses
 
     return dict(loss_fn=loss_fn, tx=tx, ema_decay=0.99, num_timesteps=1000, dropout_shapes=[],
                 flip=False, gradient=functools.partial(
