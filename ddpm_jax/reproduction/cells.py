@@ -135,17 +135,18 @@ def _evaluate_chains(request, model, step, new_session):
         override(changed, {f"sampler.{field}": value for field, value in (
             SAMPLER_DEFAULTS | chain.sampler | {"steps": calls}).items()})
         say(name_of(chain, calls))
-        _record(model._replace(exp=model.exp._replace(config=changed),
-                               facts=model.facts | {DRAWN_BY: name_of(chain, calls)}),
-                step, new_session(), options)
+        _record(model._replace(exp=model.exp._replace(config=changed)), step, new_session(),
+                options, {DRAWN_BY: name_of(chain, calls)})
 
 
-def _record(model, step, session, options):
-    """Evaluate and write the results beside the run."""
+def _record(model, step, session, options, more=None):
+    """Evaluate and write the results beside the run; more: provenance of what samples are by."""
     folder = model.facts["workdir"]
     with only_writer(folder, "--workdir"):
         records, drawn = evaluate_run(model, options, session)
         if hosts.is_main_process():
+            records = [(label, values, facts | (more or {}) if "sampler" in facts else facts)
+                       for label, values, facts in records]
             write_results(folder, step, options.protocol, records, drawn,
                           f"{files.resolve(folder).name}, {step}")
 
