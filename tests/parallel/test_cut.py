@@ -67,12 +67,18 @@ class Made(NamedTuple):
         return carry, found
 
 
+def lowered(shards, kind, scope, devices=8):
+    training = build_training(build_model(
+        config(shards, kind, **{"train.clip_scope": scope}), jax.devices()[:devices]))
+    program = programs.train_program(training, len(IMAGES), max_steps=1)
+    return training, program, program.step.lower(*program.arguments)
+
+
 @functools.cache
 def made(shards=1, kind="optimizer", scope="global"):
-    training = build_training(build_model(
-        config(shards, kind, **{"train.clip_scope": scope})))
-    program = programs.train_program(training, len(IMAGES), max_steps=1)
-    return Made(training, program, program.step.lower(*program.arguments).compile())
+    """1 shard: on one device, since test_runners.py has eight, whole."""
+    training, program, step = lowered(shards, kind, scope, 1 if shards == 1 else 8)
+    return Made(training, program, step.compile())
 
 
 @functools.cache
@@ -90,7 +96,7 @@ def assert_close(got, want):
 
 
 CASES = [(8, "optimizer"), (4, "params"),
-         pytest.param((8, "optimizer", "per_replica"), marks=pytest.mark.soak)]  # slow
+         pytest.param((8, "optimizer", "per_replica"), marks=pytest.mark.soak)]  # 20 s to compile
 
 
 @pytest.mark.parametrize("args", CASES)
@@ -114,7 +120,7 @@ def test_a_device_has_its_part_of_the_state_and_of_the_work(args):
         assert here == sum(x.nbytes for x in kernels) / (args[0] if name in fields else 1), name
         assert all(x.addressable_data(0).shape == x.shape for x in arrays if x.ndim < 2)
     of, whole = made(*args).compiled, made().compiled
-    assert of.cost_analysis()["flops"] < 1.2 * whole.cost_analysis()["flops"]
+    assert of.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
     saved = sum(x.nbytes for name in fields for x in jax.tree.leaves(getattr(state, name)))
     arguments = [x.memory_analysis().argument_size_in_bytes for x in (of, whole)]
     assert arguments[0] < arguments[1] - 0.6 * saved
@@ -125,6 +131,11 @@ def test_a_whole_step_of_cut_weights_gathers_kernels_and_not_activations():
     kernels = 4 * sum(x.size for x in jax.tree.leaves(two_steps(4, "params")[0].params)
                       if x.ndim > 1)
     assert collectives["all-gather"]["bytes"] <= 2 * kernels / 4  # counted: what a device gives
+
+
+def test_parts_that_are_clipped_go_with_a_cut_optimizer():
+    """In CI traced only."""
+    assert "shards" in lowered(8, "optimizer", "per_replica")[2].as_text()
 
 
 def test_checkpoints_fit_any_number_of_shards(tmp_path):
