@@ -28,8 +28,7 @@ The step is the sum of four terms, of which none overlaps another:
 {terms}
 
 Left out: latency of the collectives, input, checkpoints, evaluation, waiting for the slowest chip,
-failures. The cut step has not been compiled for these chips: where XLA sums whole gradients and
-takes their parts, as on a CPU, that part of the third term is twice as long.
+failures. The cut steps of these models have not been compiled for these chips.
 
 - *efficiency*: images a second and chip, over those of one chip with as many images a step (at the
   paper's batch: with all of them). Over 100 %: a chip updates only its part of the state.
