@@ -138,6 +138,8 @@ def test_a_changed_schedule_takes_its_own_keywords(name):
         assert keywords.pop("name") == name
         assert keywords == {k: p.default for k, p in inspect.signature(BETAS[name]).parameters
                             .items() if k != "num_timesteps"}
+        if "betas" in keywords:     # a list of them, as long as the chain
+            keywords["betas"] = [0.1] * 10
         BETAS[name](num_timesteps=10, **keywords)
 
 
