@@ -76,7 +76,8 @@ def _elements(type: str) -> list[int]:
 
 def _filter_gradient(i: hlo.Instruction, body: list[hlo.Instruction]) -> bool:
     """Whether a convolution sums over the batch: its first operand's labels do not begin with b.
-    A CPU's compiler relabels it and drops its name: its window is then larger than its result."""
+    A CPU's compiler relabels it, and may drop its name: its window is then larger than its result
+    (on maps of 2x2 so is that of an input gradient)."""
     if "Filter" in (i.attribute("custom_call_target") or ""):
         return True
     x = next((x for x in (i, *body) if x.opcode == "convolution"), None)
@@ -85,7 +86,10 @@ def _filter_gradient(i: hlo.Instruction, body: list[hlo.Instruction]) -> bool:
     labels, window = x.attribute("dim_labels") or "b", WINDOW.search(x.rest)
     out = labels.rpartition(">")[2]
     spatial = [d for d, label in zip(hlo.shapes(x.type)[0], out, strict=False) if label.isdigit()]
-    return not labels.startswith("b") or not hlo.op_name(x) and window is not None and math.prod(
+    if not labels.startswith("b"):
+        return True
+    name = hlo.op_name(x)
+    return (not name or "transpose(" in name) and window is not None and math.prod(
         map(int, window[1].split("x"))) > math.prod(spatial)
 
 

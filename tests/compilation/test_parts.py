@@ -26,6 +26,8 @@ def test_the_three_convolutions_of_a_layer_on_a_cpu():
     ("dim_labels=b01f_01io->b01f, window={size=3x3 pad=1_1x1_1}", "forward"),
     ("dim_labels=f01b_i01o->01bf, window={size=8x8 pad=1_1x1_1}, "
      'metadata={op_name="jit(f)/transpose(jvp(UNet))/c/conv"}', "filter gradient"),
+    ("dim_labels=b01f_01io->b01f, window={size=8x8 pad=1_1x1_1}, "
+     'metadata={op_name="jit(f)/transpose(jvp(UNet))/c/conv"}', "filter gradient"),
     ("dim_labels=b01f_01oi->b01f, window={size=3x3 pad=1_1x1_1}, "
      'metadata={op_name="jit(f)/transpose(jvp(UNet))/c/conv"}', "input gradient")])
 def test_a_convolution_is_told_by_its_labels_or_its_window(attributes, part):
