@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from made_up import SMALL, assert_bit_equal, older_names, random_params, restore, small_config
 
 from ddpm_jax import checkpoints, experiment, sample, train
@@ -162,33 +163,19 @@ def test_a_pickle_is_never_handed_to_another_loader(monkeypatch, ending, reads_i
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_imported_runs_sample_and_train_on(tmp_path, checkpoint, monkeypatch):
-    config = small_config(data={"name": "digits", "channels": 1}, diffusion={"num_timesteps": 2},
-                          optimizer={"warmup_steps": 0}, train={"steps": 792, "log_every": 1})
-    arch = SMALL.clone(in_channels=1, out_channels=1)
+    config = tiny_run.config(**{"train.steps": 792, "train.log_every": 1})
+    arch = experiment.network(config)
     parts = {part: {k: lazy(v) for k, v in parameter_names.variables_from_params(
         random_params(arch, i), arch).items()} for i, part in enumerate(("params", "ema_params"))}
     small = {k: lazy(1e-3 * np.abs(v.read())) for k, v in parts["params"].items()}
     whole = checkpoint._replace(**parts, mu=small, nu=small)
     monkeypatch.setattr(importing, "open_official", lambda path: whole)
     importing.import_official("x", config, workdir=tmp_path / "run", verify=False)
-
-    class Quiet:
-        def requested(self, step):
-            return False
-
-        def unsaved(self, value):
-            pass
-
-        def beat(self, *a, **k):
-            pass
-
-        def pause(self, *a, **k):
-            pass
-
-    assert sample.sample(tmp_path / "run", tmp_path / "images", num=8)
+    assert sample.sample(tmp_path / "run", tmp_path / "images", num=8, batch_size=8)
     with np.load(tmp_path / "images" / "samples.npz") as images:
-        assert images["arr_0"].shape == (8, 16, 16, 1)
-    assert train.train(config, tmp_path / "run", stop=Quiet(), watchdog=Quiet())
+        assert images["arr_0"].shape == (8, 8, 8, 1)
+    assert train.train(config, tmp_path / "run", stop=tiny_run.Stop(),
+                       watchdog=tiny_run.Watchdog())
     state = restore(tmp_path / "run", config)
     assert state.step == 792 and state.opt_state[0].count == 792
     start = random_params(arch, 1)["conv_in"]["kernel"]

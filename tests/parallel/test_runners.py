@@ -123,8 +123,9 @@ def test_a_device_with_one_part_has_an_ordinary_program(runner, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runner", list(RUNNERS))
-@pytest.mark.parametrize("replicas, micro_batches", [(4, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize("runner, replicas, micro_batches", [
+    ("jit", 2, 2), ("pmap", 2, 2), ("shard_map", 2, 2), ("jit", 4, 1), ("shard_map", 4, 1),
+    ("shard_map", 1, 1)])
 def test_more_devices_than_replicas_clip_the_same_parts(runner, replicas, micro_batches):
     """So a run that was clipped in 8 parts can be resumed on 16 devices."""
     fields = (*PER_REPLICA, ("train.clip_replicas", replicas))
@@ -170,19 +171,18 @@ def test_devices_of_a_process_lie_side_by_side():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("fields, allowed", [
-    ({}, {"all-reduce"}),
+@pytest.mark.parametrize("fields, resident, allowed", [
+    ({}, True, {"all-reduce"}), ({}, False, {"all-reduce"}),
     # XLA gathers these tiny maps for the kernels' gradients, not those of the paper's model.
-    ({"train.clip_scope": "per_replica"}, {"all-reduce", "all-gather"}),
-    ({"train.accumulation": 2}, {"all-reduce"})])
-def test_under_jit_a_device_works_on_its_share(resident, fields, allowed):
+    ({"train.clip_scope": "per_replica"}, True, {"all-reduce", "all-gather"}),
+    ({"train.accumulation": 2}, False, {"all-reduce"})])
+def test_under_jit_a_device_works_on_its_share(fields, resident, allowed):
     """Equal results do not show it: every device could do all of the work, or pass it around."""
-    def compiled(runner, devices):
-        training = build(config(runner, **fields, **{"train.clip_replicas": devices}), devices)
+    def compiled(devices):
+        training = build(config("jit", **fields, **{"train.clip_replicas": devices}), devices)
         program = programs.train_program(training, len(IMAGES) if resident else None)
         return program.step.lower(*program.arguments).compile()
 
-    cut, whole = compiled("jit", 8), compiled("jit", 1)
+    cut, whole = compiled(8), compiled(1)
     assert cut.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
     assert set(hlo.summary(cut.as_text())["collectives"]) <= allowed
