@@ -11,15 +11,12 @@ import time
 
 import pytest
 from terminals import forking
+from tiny_run import FLAGS
 
 from ddpm_jax.cli.output import RED, coloured
 
-TRAIN = [sys.executable, "-m", "ddpm_jax", "train", "--config=digits", "--config.model.ch=8",
-         "--config.model.ch_mult=(1,)", "--config.model.num_res_blocks=1",
-         "--config.model.attn_resolutions=()", "--config.model.num_groups=4",
-         "--config.diffusion.num_timesteps=20", "--config.train.batch_size=16",
-         "--config.eval.sample_every=0", "--config.train.log_every=1",
-         "--config.train.steps_per_dispatch=1", "--config.checkpoint.every=100000"]
+TRAIN = [sys.executable, "-m", "ddpm_jax", "train", *FLAGS, "--config.train.log_every=1",
+         "--config.checkpoint.every=100000"]
 
 
 def saved(workdir):
