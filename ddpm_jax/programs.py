@@ -126,8 +126,8 @@ def _packed_step(training, order, carry_at):
         view = view._replace(named=lambda params: cut.gathered(named(params)))
 
     def gradient(*args):
-        gradient, metrics = training.gradient(*args, view=view)
-        return cut.spread(gradient), metrics
+        gradient, *others = training.gradient(*args, view=view)
+        return cut.spread(gradient), *others
 
     def step(*args):
         state, metrics = training.step(*args, gradient=gradient)
