@@ -217,7 +217,8 @@ def test_sigterm_during_the_compilation(tmp_path):
     finally:
         if env_cache is not None:
             os.environ["JAX_COMPILATION_CACHE_DIR"] = env_cache
-    wait_for_text(process, tmp_path / "logs", "training digits")
+    # The line before the first state, beside which the step is compiled.
+    wait_for_text(process, tmp_path / "logs", "warning: config.diffusion")
     time.sleep(1)
     os.kill(children(process)[1], signal.SIGTERM)
     started = time.time()
