@@ -75,7 +75,8 @@ def mean_gradient(
         return *_mean(found, axis_name), losses
     gradient = _gradient(functools.partial(loss_fn, named=view.named), micro_batches,
                          num_virtual_devices)
-    found, losses = gradient(params, *batch)
+    (loss, losses), grads = gradient(params, *batch)
+    found = loss, grads
     if clip.shards is None:
         loss, grads = _mean(found, axis_name)
         return *_clipped(clip, loss, view.spread(grads)), losses
@@ -100,7 +101,7 @@ def _of_shards(loss_fn, params, batch, clip, micro_batches, view):
     at_once = max(n for n in range(1, most + 1) if clip.shards % n == 0)
 
     def together(batch):
-        (means, grads), losses = jax.vmap(lambda shard: gradient(named, *shard))(
+        (means, losses), grads = jax.vmap(lambda shard: gradient(named, *shard))(
             _cut(batch, at_once))
         norms = jnp.sqrt(sum(map(_squares, jax.tree.leaves(grads))))
         scales = jnp.ones(at_once)
@@ -140,26 +141,25 @@ def _clipped(clip, loss, grads):
 
 
 def _gradient(loss_fn, micro_batches, num_virtual_devices=1):
-    """-> f(params, *batch) -> ((loss, grads) as the mean over micro-batches, losses)"""
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def gradient(params, *batch):
-        (loss, losses), grads = value_and_grad(params, *batch)
-        return (loss, grads), losses
+    """-> f(params, *batch) -> ((loss, losses), grads); loss and grads: means of micro-batches"""
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        return gradient
 
     def accumulated(params, *batch):
         def add(total, part):
-            part, losses = gradient(params, *part)
-            part = jax.tree.map(lambda x: x.astype(jnp.float32), part)
+            (loss, losses), grads = gradient(params, *part)
+            part = jax.tree.map(lambda x: x.astype(jnp.float32), (loss, grads))
             return jax.tree.map(jnp.add, total, part), losses
 
         zero = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), params)
         parts = _cut_on_devices(batch, micro_batches, num_virtual_devices)
         total, losses = lax.scan(add, zero, parts)
         in_order = _cut_on_devices(_flat(losses), num_virtual_devices, micro_batches)
-        return jax.tree.map(lambda x: x / micro_batches, total), _flat(in_order)
+        loss, grads = jax.tree.map(lambda x: x / micro_batches, total)
+        return (loss, _flat(in_order)), grads
 
-    return gradient if micro_batches == 1 else accumulated
+    return accumulated
 
 
 def _cut(tree, parts):
