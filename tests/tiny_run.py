@@ -8,7 +8,7 @@ PAPERS = {"diffusion.schedule.name": "linear", "diffusion.schedule.beta_end": 0.
           "diffusion.num_timesteps": 100, "diffusion.variance": "fixed_small",
           "diffusion.loss": "mse", "diffusion.predict": "eps",
           "model.dropout": 0.05, "optimizer.learning_rate": 1e-3, "optimizer.decay_steps": 0,
-          "train.batch_size": 64}
+          "optimizer.warmup_steps": 100, "ema.decay": 0.995, "train.batch_size": 64}
 
 FIELDS = {
     "data.image_size": 8, "model.ch": 4, "model.ch_mult": (1,), "model.num_res_blocks": 1,
