@@ -38,6 +38,8 @@ ROWS = {
     "before": BEFORE,
     "batch-32": SHORT,
     "v": SHORT | {"diffusion.predict": "v"},
+    "v-6000": SHORT | {"diffusion.predict": "v", "train.steps": 6000,
+                       "optimizer.decay_steps": 6000},
 }
 HERE = pathlib.Path(__file__).parent
 LINES, PAGE = HERE / "digits_sweep.jsonl", HERE / "digits_sweep.md"

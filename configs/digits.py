@@ -16,6 +16,6 @@ def get_config():
     config.optimizer.update(learning_rate=2e-3, warmup_steps=200, decay_steps=4800)
     config.ema.decay = 0.9975
     config.checkpoint.update(every=1600, keep=2, keep_every=0)
-    config.eval.update(sample_every=1600, sample_num=16)
+    config.eval.update(sample_every=2400, sample_num=16)
     config.sampler.batch_size = 500
     return config
