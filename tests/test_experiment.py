@@ -36,9 +36,10 @@ def parameters(model):
     pytest.param(name, marks=pytest.mark.slow)
     for name in (*SHIPPED, *(f"cifar10_table2:{c}" for c in TABLE2))
     if name not in ("cifar10", "digits"))])
-def test_every_shipped_config_builds_and_traces(name):
-    """Abstractly: no weights are made, nothing is compiled. The step with one block a level, which
-    halves the time."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_every_shipped_config_builds_and_traces(name, whole):
+    """Abstractly: no weights are made, nothing is compiled. Not ``whole``: the step with one block
+    a level, which halves the time."""
     config = load_config(name)
     assert from_json(to_json(config)).to_dict() == config.to_dict()
     config.parallel.runner = "jit"
@@ -47,7 +48,8 @@ def test_every_shipped_config_builds_and_traces(name):
         extra = 3 * (128 * 9 + 1) if "learned" in name else 0  # the variance's output channels
         extra += 11 * 512 if "conditional" in name else 0  # a vector a class, and one for none
         assert parameters(model) == 35_746_307 + extra
-    config.model.num_res_blocks = 1
+    if not whole:
+        config.model.num_res_blocks = 1
     training = build(config)
     exp = training.experiment
     assert schedule_warning(exp) is None

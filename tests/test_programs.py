@@ -124,20 +124,27 @@ def test_fewer_steps_and_too_many():
         programs.sampling_chain(exp, name="euler")
 
 
+def either_loop(runner):
+    """A loop on the host for one runner, a loop in the program for the others."""
+    return (lambda exp: exp,) if runner == "shard_map" else (as_one_program,)
+
+
 @pytest.mark.slow
-def test_every_sampler_draws_the_same_image_on_any_loop_and_runner():
+@pytest.mark.parametrize("loops", [
+    either_loop, pytest.param(lambda runner: (lambda exp: exp, as_one_program),
+                              marks=pytest.mark.soak)], ids=["either", "both"])
+def test_every_sampler_draws_the_same_image_on_any_loop_and_runner(loops):
     """And from its network calls: N of them for N steps, or the most below that it can use."""
     for name, steps in (("dpmpp_2m", 4), ("unipc_3", 6), ("heun", 6), ("dpm_solver_3", 5)):
         drawn = []
-        for runner, devices, where in (("jit", 2, as_one_program), ("pmap", 4, as_one_program),
-                                       ("shard_map", 1, lambda exp: exp)):
+        for runner, devices in (("jit", 2), ("pmap", 4), ("shard_map", 1)):
             exp, params = model(devices, runner)
             chain = programs.sampling_chain(exp, name=name, steps=steps)
             assert chain.num_steps == (5 if name == "heun" else steps)
             index = exp.runner.put("batch", np.arange(4, dtype=np.int32))
-            drawn.append(exp.runner.local(
-                programs.sample_program(where(exp), chain)(params, np.uint32(3), index))
-                .astype(int))
+            for where in loops(runner):
+                program = programs.sample_program(where(exp), chain)
+                drawn.append(exp.runner.local(program(params, np.uint32(3), index)).astype(int))
         for other in drawn[1:]:
             assert np.abs(other - drawn[0]).max() <= 1, name
         assert drawn[0].std() > 1
@@ -214,9 +221,10 @@ def test_abstract_arguments_fit_the_program(runner):
 
 
 @pytest.mark.slow
-def test_a_dispatch_stops_where_told_and_equals_single_steps():
+@pytest.mark.parametrize("replicas", [1, pytest.param(8, marks=pytest.mark.soak)])
+def test_a_dispatch_stops_where_it_should_and_equals_single_steps(replicas):
     """num_steps is data: a shorter dispatch runs the same compiled program."""
-    trained = training(**{"train.clip_scope": "per_replica", "train.clip_replicas": 1,
+    trained = training(**{"train.clip_scope": "per_replica", "train.clip_replicas": replicas,
                           "model.dropout": 0.1})
     images = np.random.default_rng(0).integers(0, 256, (24, 16), np.uint8)
     results = []

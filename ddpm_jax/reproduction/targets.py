@@ -107,7 +107,7 @@ DRAWN_BY = "chain"  # in the provenance of samples: whose published number they 
 
 
 def name_of(chain, calls) -> str:
-    """What DRAWN_BY says of samples by a row of CHAINS."""
+    """The value of DRAWN_BY for samples by a row of CHAINS."""
     return f"{chain.title}, {calls} network calls"
 
 

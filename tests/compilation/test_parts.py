@@ -6,7 +6,7 @@ from ddpm_jax.compilation import parts
 
 
 def test_the_three_convolutions_of_a_layer_on_a_cpu():
-    # 5 -> 7 channels: each convolution of the compiled program is told by what it makes.
+    # 5 -> 7 channels: each convolution of the compiled program is recognised by what it makes.
     def loss(w, x):
         with jax.named_scope("UNet"), jax.named_scope("conv1"):
             y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME",
@@ -30,7 +30,7 @@ def test_the_three_convolutions_of_a_layer_on_a_cpu():
      'metadata={op_name="jit(f)/transpose(jvp(UNet))/c/conv"}', "filter gradient"),
     ("dim_labels=b01f_01oi->b01f, window={size=3x3 pad=1_1x1_1}, "
      'metadata={op_name="jit(f)/transpose(jvp(UNet))/c/conv"}', "input gradient")])
-def test_a_convolution_is_told_by_its_labels_or_its_window(attributes, part):
+def test_a_convolution_is_recognised_by_its_labels_or_its_window(attributes, part):
     text = f"""HloModule jit_f
 
 ENTRY %main (a: f32[8,8,8,8], b: f32[8,8,8,8]) -> f32[8,4,4,8] {{

@@ -125,7 +125,8 @@ def test_a_device_with_one_part_has_an_ordinary_program(runner, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("runner, replicas, micro_batches", [
     ("jit", 2, 2), ("pmap", 2, 2), ("shard_map", 2, 2), ("jit", 4, 1), ("shard_map", 4, 1),
-    ("shard_map", 1, 1)])
+    ("shard_map", 1, 1), *(pytest.param(*cell, marks=pytest.mark.soak)
+                           for cell in (("pmap", 4, 1), ("jit", 1, 1), ("pmap", 1, 1)))])
 def test_more_devices_than_replicas_clip_the_same_parts(runner, replicas, micro_batches):
     """So a run that was clipped in 8 parts can be resumed on 16 devices."""
     fields = (*PER_REPLICA, ("train.clip_replicas", replicas))
@@ -170,12 +171,17 @@ def test_devices_of_a_process_lie_side_by_side():
     assert [d.id for d in mesh.devices.flat] == sorted(d.id for d in jax.devices())
 
 
+ACCUMULATED = {"train.accumulation": 2}
+# XLA gathers these tiny maps for the kernels' gradients, not those of the paper's model.
+GATHERED = {"all-reduce", "all-gather"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fields, resident, allowed", [
-    ({}, True, {"all-reduce"}), ({}, False, {"all-reduce"}),
-    # XLA gathers these tiny maps for the kernels' gradients, not those of the paper's model.
-    ({"train.clip_scope": "per_replica"}, True, {"all-reduce", "all-gather"}),
-    ({"train.accumulation": 2}, False, {"all-reduce"})])
+    ({}, True, {"all-reduce"}), ({}, False, {"all-reduce"}), (dict(PER_REPLICA), True, GATHERED),
+    (ACCUMULATED, False, {"all-reduce"}),
+    pytest.param(dict(PER_REPLICA), False, GATHERED, marks=pytest.mark.soak),
+    pytest.param(ACCUMULATED, True, {"all-reduce"}, marks=pytest.mark.soak)])
 def test_under_jit_a_device_works_on_its_share(fields, resident, allowed):
     """Equal results do not show it: every device could do all of the work, or pass it around."""
     def compiled(devices):
