@@ -92,10 +92,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 class Processes:
     """Starts PROGRAM n times; `wait` gives the exit codes, `text` the output of one.
-    env: variables of all, or of process i; None removes one."""
+    env: variables of all, or of process i; None removes one. program: another than PROGRAM."""
 
     def __init__(self, folder, words, count, flags=(), env=(), port=None, only=None,
-                 ignored=()):
+                 ignored=(), program=PROGRAM):
         port = port or free_port()
         self.files, self.popen = [], []
         for i in range(count) if only is None else only:
@@ -109,7 +109,7 @@ class Processes:
             self.files.append(file)
             before = [sys.executable, "-c", IGNORING, ",".join(str(int(n)) for n in ignored)]
             self.popen.append(subprocess.Popen(
-                [*before, sys.executable, "-c", PROGRAM, *flags, *words],
+                [*before, sys.executable, "-c", program, *flags, *words],
                 stdout=file, stderr=subprocess.STDOUT, env=e))
 
     def __enter__(self):

@@ -5,17 +5,23 @@ scale.
 """
 
 import functools
+import json
+import shutil
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from tiny_run import digits
+from pod_processes import Processes
+from tiny_run import FLAGS, digits
+from xla_flags import xla_flags
 
 from ddpm_jax import programs
 from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.cli.main import main
 from ddpm_jax.compilation import hlo
+from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.parallel import cut
@@ -202,3 +208,54 @@ def test_a_state_is_not_cut_over_slices():
     devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
     assert cut.shares_links(SimpleNamespace(devices=devices.reshape(2, 4)))
     assert not cut.shares_links(SimpleNamespace(devices=devices.reshape(1, 8)))
+
+
+# ---- two processes of four devices against one of eight ----
+
+COMMAND = """
+import sys
+from ddpm_jax.cli.main import main
+from ddpm_jax.parallel import cut
+cut.WHOLE_BYTES = 0
+sys.exit(main(sys.argv[1:]))
+"""
+FIELDS = ["--config.model.ch=8", "--config.model.dropout=0", "--config.model.num_classes=10",
+          "--config.train.batch_size=32", "--config.train.steps=3", "--config.train.log_every=1",
+          "--config.train.clip_scope=global", "--config.checkpoint.every=2",
+          "--config.parallel.runner=jit", "--config.parallel.shards=8"]
+# Two timesteps have ten losses each after a batch of 32: the next one's are drawn by importance.
+VLB = ["--config.diffusion.loss=vlb", "--config.diffusion.num_timesteps=2"]
+HYBRID = ["--config.diffusion.loss=hybrid", "--config.diffusion.variance=learned_range"]
+
+
+def saved(workdir, step):
+    """The state in the checkpoint as numpy, and the metrics of its last update."""
+    training = build_training(build_model(from_json(
+        json.loads((workdir / "config.json").read_text()))))
+    store = Checkpoints(workdir, read_only=True)
+    state = store.restore(step, training.abstract_state, training.experiment.runner)
+    store.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return jax.tree.map(np.asarray, state), next(x for x in lines if x["step"] == step)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind, loss", [
+    ("params", VLB), pytest.param("optimizer", HYBRID, marks=pytest.mark.soak)])
+def test_two_processes_continue_what_one_saved(tmp_path, kind, loss):
+    """And one reads what they save."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["train", *FLAGS, *FIELDS, *loss, f"--config.parallel.cut={kind}"]
+    assert main([*words, f"--workdir={one}"]) == 0
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "checkpoints" / "3")
+    with Processes(tmp_path, [*words, f"--workdir={two}"], 2, program=COMMAND,
+                   env={"XLA_FLAGS": xla_flags(4)}) as pod:
+        assert pod.wait(200) == [0, 0], [pod.text(i)[-3000:] for i in range(2)]
+        assert "from step 2" in pod.text(0) and "state cut over 8 devices" in pod.text(0)
+    (state, metrics), (want, wanted) = saved(two, 3), saved(one, 3)
+    assert_close(state, want)
+    for name in ("loss", "grad_norm"):
+        assert metrics[name] == pytest.approx(wanted[name], rel=2e-5), name
+    if state.history is not None:  # the last draw was by importance
+        assert state.history.count.min() >= 10

@@ -13,6 +13,7 @@ from tiny_run import config
 
 from ddpm_jax import checkpoints, programs
 from ddpm_jax.experiment import build_model, build_training, new_state
+from ddpm_jax.parallel import cut
 from ddpm_jax.parallel.runners import fetch
 from ddpm_jax.training import importance, rng
 from ddpm_jax.training.steps import Batch
@@ -102,9 +103,12 @@ def test_a_run_that_is_cut_off_and_resumed_has_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("runner, devices, fields", [
     ("shard_map", 8, ()), ("jit", 4, (("train.accumulation", 2),)),
-    ("shard_map", 1, (("train.clip_scope", "per_replica"), ("train.accumulation", 2)))])
-def test_the_same_history_on_any_devices(runner, devices, fields):
-    """Losses reach it in the order of the examples, whatever parts a batch is taken in."""
+    ("shard_map", 1, (("train.clip_scope", "per_replica"), ("train.accumulation", 2))),
+    ("jit", 8, (("parallel.shards", 4), ("parallel.cut", "params")))])
+def test_the_same_history_on_any_devices(runner, devices, fields, monkeypatch):
+    """Losses reach it in the order of the examples, whatever parts a batch is taken in and
+    whatever is cut over devices."""
+    monkeypatch.setattr(cut, "WHOLE_BYTES", 0)
     training, program, run = stepping(runner, devices, fields)
     carry, losses = run(program.start(new_state(training)), STEPS)
     state, wanted = straight()
