@@ -43,7 +43,7 @@ ARROWS = {
     "benchmark": {"compilation", "data", "diffusion", "evaluation", "experiment", "interchange",
                   "programs", "start_line", "storage", "training"},
     "doctor": {"config", "data", "diffusion", "parallel", "storage", "train", "training"},
-    "reproduction": {"compilation", "config", "config_checks", "data", "diffusion",
+    "reproduction": {"checkpoints", "compilation", "config", "config_checks", "data", "diffusion",
                      "evaluation", "experiment", "parallel", "programs", "run_log", "sample",
                      "storage", "train", "training"},
     "api": {"compilation", "config", "diffusion", "evaluation", "experiment", "interchange",

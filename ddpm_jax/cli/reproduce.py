@@ -7,7 +7,8 @@ Without --dry_run it trains, samples and evaluates what is missing, resuming an 
 and writes FOLDER/<target>.html, one file that opens without a network.
 
 A run that `ddpm import` made in FOLDER/<model> is not trained on, so that `fast` evaluates the
-paper's own weights where they are imported into FOLDER/eps_fixed_simple.
+paper's own weights where they are imported into FOLDER/eps_fixed_simple. It has to be that model:
+one with other data, network or chain is refused.
 
   ddpm reproduce table1 --dry_run
   ddpm reproduce fig10 --config=digits --workdir=runs/digits-figures
@@ -60,6 +61,7 @@ def main(values, words):
     request = targets.Request(targets.TARGETS[words[0]], values.workdir, values.config,
                               tuple(values.set), options)
     if values.dry_run:
+        cells.check(request)
         rows, how = costs.cost_rows(request)
         print(f"{request.target.text}\n")
         print_table(rows, costs.HEADER)

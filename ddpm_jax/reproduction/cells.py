@@ -1,12 +1,12 @@
 """Train and evaluate the cells of a target, draw its figure, write its page."""
 
-from ddpm_jax import run_log
-from ddpm_jax.config import override
+from ddpm_jax import checkpoints, run_log
+from ddpm_jax.config import flatten, override
 from ddpm_jax.config_checks import SAMPLER_DEFAULTS
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import html_report as html
 from ddpm_jax.evaluation.along import evaluate_along
-from ddpm_jax.evaluation.evaluate import evaluate_run, load_weights
+from ddpm_jax.evaluation.evaluate import check_options, evaluate_run, load_weights
 from ddpm_jax.evaluation.features import Model
 from ddpm_jax.evaluation.make_reference import make_reference
 from ddpm_jax.evaluation.options import StoppedError
@@ -21,7 +21,9 @@ from ddpm_jax.reproduction.targets import (
     by_chain,
     by_own_sampler,
     cell_config,
+    check_imported,
     existing,
+    is_imported,
     name_of,
     wanted_splits,
 )
@@ -31,6 +33,16 @@ from ddpm_jax.storage import files, pictures
 from ddpm_jax.train import train
 
 VALUE_OF = {"is": "is", "fid": "fid_train", "bpd": "bpd_test", "nn": "nn_pixels_exact_copies"}
+
+
+def check(request: Request) -> None:
+    """Raise UserError for what would end the target after hours of training: an option that cannot
+    work, an imported run that is not the cell's model."""
+    check_options(request.options._replace(metrics=request.target.metrics or ("offline",)))
+    for name in request.target.cells:
+        folder = files.join(request.root or "", name)
+        if request.root and is_imported(folder):
+            check_imported(request, name, checkpoints.read_config(folder) or {})
 
 
 def references_for(request: Request, session: Session) -> dict:
@@ -66,13 +78,15 @@ def run_cell(request: Request, name, *, stop, watchdog) -> figures.Run:
     """Train the cell, unless it was imported, then compute the target's values that it lacks.
     Raises StoppedError."""
     target, folder = request.target, str(files.resolve(f"{request.root}/{name}"))
-    config = cell_config(request, name)
-    if hosts.broadcast_json(files.exists(f"{folder}/import.json")):
+    config, fields = cell_config(request, name), {}
+    if hosts.broadcast_json(is_imported(folder)):
         say(f"{folder} was imported: its weights are taken as they are")
+        fields = {field: value for field, value in flatten(config.to_dict()).items()
+                  if field.startswith(("sampler.", "parallel.", "data.dir", "data.threads"))}
     elif not train(config, folder, stop=stop, watchdog=watchdog):
         raise StoppedError
     watchdog.pause()
-    exp, params, step, facts = load_run(folder)
+    exp, params, step, facts = load_run(folder, overrides=fields)
     model = Model(exp, params, facts | {"workdir": folder})
 
     def new_session():
@@ -165,6 +179,7 @@ def reproduce(request: Request, name: str, *, stop, watchdog) -> list[list]:
 
     -> the rows of targets.table_rows. Raises StoppedError after a stop signal.
     """
+    check(request)
     rows, how = costs.cost_rows(request)
     sections = []
     for cell in request.target.cells:

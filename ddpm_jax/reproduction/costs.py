@@ -14,7 +14,7 @@ from ddpm_jax.evaluation.options import ALONG_NUM
 from ddpm_jax.evaluation.session import Splits
 from ddpm_jax.reproduction.figures import FIGURES
 from ddpm_jax.reproduction.paper_results import CELLS, V3_8
-from ddpm_jax.reproduction.targets import Request, cell_config, wanted_splits
+from ddpm_jax.reproduction.targets import Request, cell_config, is_imported, wanted_splits
 
 MFU = 0.4       # of a chip's peak, where nothing was measured: estimated
 CPU_SHARE = 0.5
@@ -63,7 +63,8 @@ def bound_count(request: Request, config) -> int | None:
 
 
 def costs(request: Request, config, rate) -> list[tuple]:
-    """(part, FLOPs, hours on a v3-8 by the paper's speed, hours here); what is unknown is None."""
+    """(part, FLOPs, hours on a v3-8 by the paper's speed, hours here), of training first; what is
+    unknown is None."""
     one = float(unet_work(experiment.network(config)).forward_flops)
     steps, batch, T = config.train.steps, config.train.batch_size, config.diffusion.num_timesteps
     calls = {"sample": sum(n for chain in request.target.chains for n in chain.fids) or T,
@@ -89,7 +90,8 @@ def cost_rows(request: Request) -> tuple[list, str]:
     rows = []
     for name in request.target.cells:
         config = cell_config(request, name)
-        for part, flops, hours, here in costs(request, config, rate):
+        imported = bool(request.root) and is_imported(f"{request.root}/{name}")
+        for part, flops, hours, here in costs(request, config, rate)[imported:]:
             label = f"{request.config} + {name}" if request.config else CELLS[name].config
             # The paper timed its own networks.
             known = hours if CELLS[name].of == "cifar10_table2" else None

@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from ddpm_jax.config import flatten, load_config, override, to_json
+from ddpm_jax.config import differing_fields, flatten, load_config, override, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.options import Options
 from ddpm_jax.reproduction.paper_results import CELLS, CHAINS, ours, verdict
@@ -89,6 +89,30 @@ def cell_config(request: Request, name: str):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"--set={text}: {error}") from None
     return config
+
+
+# Fields that make a model the cell's, and among them those of training alone, which files of
+# weights do not have.
+_OF_A_MODEL = ("data.name", "data.image_size", "data.channels", "model.", "diffusion.")
+_OF_TRAINING = ("model.dropout", "model.label_dropout", "model.remat", "diffusion.weights.")
+
+
+def is_imported(folder) -> bool:
+    """Whether `ddpm import` made the run in ``folder``."""
+    return files.exists(files.join(folder, "import.json"))
+
+
+def check_imported(request: Request, name: str, stored: dict) -> None:
+    """Raise UserError where an imported run with the config ``stored`` is not the model of the
+    cell ``name``, whose values it would be compared with."""
+    wrong = [text for text in differing_fields(stored, to_json(cell_config(request, name)))
+             if text.startswith(_OF_A_MODEL) and not text.startswith(_OF_TRAINING)]
+    if wrong:
+        remedy = (f"with --config={CELLS[name].config}" if request.is_paper else
+                  "with the fields that --config and --set give the cell")
+        raise UserError(f"--workdir={request.root}: the run imported into {name} is another model "
+                        f"than that cell's ({'; '.join(wrong)}); import it {remedy}, or into the "
+                        "folder of the cell that it is")
 
 
 def existing(folder) -> dict:
