@@ -256,19 +256,24 @@ def joined(sums):
 
 def by_image(fn):
     """fn(images, per_image, per_channel) -> list of [B,...], under ``vmap`` over images of shared
-    channels' values, as one call for all images: the grid has no dimension left."""
+    channels' values, as one call for all images: the grid has no dimension left. Of channels'
+    values that are not shared, a call after another."""
     of_all = jax.custom_batching.custom_vmap(fn)
 
     @of_all.def_vmap
     def rule(size, batched, images, per_image, per_channel):
-        if any(batched[2]):
-            raise NotImplementedError("vmap over the scale or bias of a norm's kernels")
+        def each(values, flags):
+            return [v if b else jnp.broadcast_to(v, (size, *v.shape))
+                    for v, b in zip(values, flags, strict=True)]
 
         def as_one(values, flags):
-            whole = [v if b else jnp.broadcast_to(v, (size, *v.shape))
-                     for v, b in zip(values, flags, strict=True)]
-            return [v.reshape(-1, *v.shape[2:]) for v in whole]
+            return [v.reshape(-1, *v.shape[2:]) for v in each(values, flags)]
 
+        if any(batched[2]):
+            args = [each(values, flags) for values, flags in zip(
+                (images, per_image, per_channel), batched, strict=True)]
+            out = lax.map(lambda args: of_all(*args), args)
+            return out, [True for _ in out]
         out = of_all(as_one(images, batched[0]), as_one(per_image, batched[1]), per_channel)
         cut = [v.reshape(size, -1, *v.shape[1:]) for v in out]
         return cut, [True for _ in out]

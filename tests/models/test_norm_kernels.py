@@ -100,6 +100,21 @@ def test_without_swish_dropout_and_shift():
           jax.jit(value_and_gradients("xla", 2, silu=False))(*args))
 
 
+@pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)])
+def test_vmap_over_images_and_over_channels_values(axes):
+    """Also where those differ, which no step of ours has."""
+    fn = norm_tiles.by_image(lambda images, per_image, per_channel: [
+        images[0] * per_channel[0][None], images[0].sum(axis=1) + per_image[0]])
+    rng = np.random.default_rng(0)
+    x, scale = (rng.standard_normal((3, *shape) if axis == 0 else shape).astype(np.float32)
+                for shape, axis in zip(((2, 4), (4,)), axes, strict=True))
+    run = jax.vmap(lambda x, scale: fn([x], [x[:, 0]], [scale]), axes)
+    one, two = run(x, scale)
+    np.testing.assert_allclose(one, np.broadcast_to(
+        x if axes[0] == 0 else x[None], (3, 2, 4)) * scale.reshape(-1, 1, 4), rtol=1e-6)
+    np.testing.assert_allclose(two, np.broadcast_to(x.sum(-1) + x[..., 0], (3, 2)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(4, 4, 4, 24), (4, 20, 20, 16)])  # whole norm; sums
 def test_under_vmap_the_shards_are_one_call(shape):
     """With a gradient of scale and bias for each shard."""
