@@ -218,6 +218,11 @@ def check_norm_kernel(parallel, runner) -> None:
                         "parallel.norm_kernel=xla")
 
 
+def clips_parts(train) -> bool:
+    """Whether parts of a batch are clipped on their own, and not the mean gradient."""
+    return CLIP_SCOPES[train.clip_scope](train, 1).shards is not None
+
+
 def check_training(config, num_devices: int) -> None:
     """Raise UserError at the first field that cannot work in training on ``num_devices`` devices.
     """
@@ -236,11 +241,10 @@ def check_training(config, num_devices: int) -> None:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by {parts} "
             f"({num_devices} devices x train.accumulation={train.accumulation})")
-    clips_parts = bool(CLIP_SCOPES[train.clip_scope](train, 1).shards)
-    if clips_parts:
+    if clips_parts(train):
         _check_clip_replicas(train, num_devices)
     if config.parallel.shards > 1:
-        _check_shards(config, num_devices, clips_parts)
+        _check_shards(config, num_devices)
     if train.steps * train.batch_size >= 2**32:
         raise UserError(f"config.train.steps={train.steps} times train.batch_size="
                         f"{train.batch_size} reaches 2**32 images: lower one of them")
@@ -265,7 +269,7 @@ def _check_clip_replicas(train, num_devices):
                         f"{train.batch_size // shards} images of a clipped part evenly")
 
 
-def _check_shards(config, num_devices, clips_parts):
+def _check_shards(config, num_devices):
     parallel = config.parallel
     if parallel.runner not in CUTTING_RUNNERS:
         raise UserError(f"config.parallel.shards={parallel.shards} needs parallel.runner="
@@ -274,7 +278,7 @@ def _check_shards(config, num_devices, clips_parts):
         fitting = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
         raise UserError(f"config.parallel.shards={parallel.shards} does not divide the "
                         f"{num_devices} devices; take one of {', '.join(map(str, fitting))}")
-    if clips_parts and "params" in CUTS[parallel.cut]:
+    if clips_parts(config.train) and "params" in CUTS[parallel.cut]:
         raise UserError(f"config.parallel.cut={parallel.cut} does not go with train.clip_scope="
                         f"{config.train.clip_scope}, which needs the whole gradient of each part; "
                         "take parallel.cut=optimizer, or in a new run train.clip_scope=global")

@@ -111,12 +111,14 @@ def edit(workdir, image, out, settings: Settings, *, strength=0.5, stop=None) ->
 
 
 def _chain(exp, workdir, settings, below=None):
-    label = settings.label or ("none" if exp.model.num_classes else None)
+    label = settings.label
+    if label is None and exp.model.num_classes:
+        label = "none"
     return programs.sampling_chain(
         exp, below=below, name=settings.sampler, steps=settings.steps, nodes=settings.nodes,
         guidance=settings.guidance, labels=chosen_labels(
-            label and [label], checkpoints.class_names(workdir), exp.model.num_classes,
-            exp.model.no_label))
+            None if label is None else [label], checkpoints.class_names(workdir),
+            exp.model.num_classes, exp.model.no_label))
 
 
 def _without_mask(program):
@@ -171,6 +173,9 @@ def _read_known(path, shape) -> np.ndarray:
     known = found.mean(axis=2, keepdims=True) < FILLED_IN_FROM
     if known.all():
         raise UserError(f"the mask {path} has no white pixel, so there is nothing to fill in")
+    if not known.any():
+        raise UserError(f"the mask {path} is white all over, so nothing of the image is kept: "
+                        "paint what to keep black (`ddpm sample` draws whole images)")
     return known
 
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config_checks import (
-    CLIP_SCOPES,
     SAMPLER_DEFAULTS,
     check_guidance,
+    clips_parts,
     sampler_row,
 )
 from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.inpainting import Visits, inpaint_step
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
-from ddpm_jax.diffusion.nodes import place
+from ddpm_jax.diffusion.nodes import is_named, place
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.sampling import Sampler, reverse_step
@@ -121,8 +121,7 @@ def _packed_step(training, order, carry_at):
         return functools.partial(
             training.step, gradient=functools.partial(training.gradient, view=view))
     view = view._replace(spread=cut.spread)
-    train = exp.config.train
-    if CLIP_SCOPES[train.clip_scope](train, 1).shards is None:  # parts have gradients of their own
+    if not clips_parts(exp.config.train):  # parts have gradients of their own
         view = view._replace(named=lambda params: cut.gathered(named(params)))
 
     def gradient(*args):
@@ -199,6 +198,9 @@ def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrid
     steps = settings["steps"] or total
     if not 1 <= steps <= total:
         raise UserError(f"sampler.steps={steps} is not in 1 ... diffusion.num_timesteps={total}")
+    if {"steps", "nodes"} <= overrides.keys() and not is_named(overrides["nodes"]):
+        raise UserError(f"sampler.steps={steps} beside sampler.nodes={overrides['nodes']}, which "
+                        "lists the timesteps: leave steps out, or take a named nodes")
     try:
         nodes = place(settings["nodes"] or method.nodes, alphas_cumprod, method.num_nodes(steps))
         visits = method.visits(nodes[nodes < (total if below is None else below)])

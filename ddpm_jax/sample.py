@@ -122,6 +122,8 @@ def check_numbers(seed, **at_least_one) -> None:
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+        if value is not None and value >= 2**31:
+            raise UserError(f"--{name}={value} must be below 2**31")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be in 0 ... 2**32-1")
 

@@ -160,6 +160,7 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
     """
     training, folder = build_training(build_model(config)), files.resolve(workdir)
     exp = training.experiment
+    programs.sampling_chain(exp)  # raises what would only end the first samples, hours later
     if not files.listing(folder / "checkpoints"):
         check_new(exp)
     _say_start(training)

@@ -30,8 +30,11 @@ def define_flags(define):
 def main(values, words):
     common.no_words(words)
     workdir, out = common.required(values, "workdir"), common.required(values, "out")
-    if values.label and values.labels:
-        raise UserError("--label and --labels: give one of them")
+    if values.label is not None and values.labels is not None:
+        raise UserError(f"--label={values.label} and --labels={','.join(values.labels)}: give one "
+                        "of them")
+    if values.labels == []:
+        raise UserError("--labels is empty; name classes, all or none")
     stop, _ = common.join(values)
     from ddpm_jax import sample
 
@@ -39,5 +42,5 @@ def main(values, words):
         workdir, out, num=values.num, step=values.step, seed=values.seed,
         batch_size=values.batch_size, ema=values.ema, sampler=values.sampler, steps=values.steps,
         nodes=values.nodes, guidance=values.guidance, png=values.png, stop=stop,
-        labels=[values.label] if values.label else values.labels)
+        labels=values.labels if values.label is None else [values.label])
     return 0 if done else exit_codes.EXIT_RESTART

@@ -43,7 +43,8 @@ def chosen_labels(words, names, num_classes, no_label) -> tuple | None:
     with the classes.
     """
     if words and not num_classes:
-        raise UserError(f"label {words[0]}: this model has no classes (model.num_classes=0)")
+        raise UserError(f"label {_quoted(words[0])}: this model has no classes "
+                        "(model.num_classes=0)")
     if not words or list(words) == ["all"]:
         return None
     if list(words) == ["none"]:
@@ -60,8 +61,12 @@ def _label(word, names):
         return names.index(word)
     if word.isdecimal() and int(word) < len(names):
         return int(word)
-    raise UserError(f"label {word} is not a class of this model; its {len(names)} classes: "
-                    f"{_listed(names)}")
+    raise UserError(f"label {_quoted(word)} is not a class of this model; its {len(names)} "
+                    f"classes: {_listed(names)}")
+
+
+def _quoted(word) -> str:
+    return word or "''"
 
 
 def _listed(names) -> str:

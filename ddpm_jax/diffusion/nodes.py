@@ -58,23 +58,37 @@ def _at_least(fewest, num_steps, name):
 NODES = {"even": even, "quad": quad, "logsnr": logsnr, "leading": leading, "trailing": trailing}
 
 
+def is_named(nodes) -> bool:
+    """Whether ``nodes`` is a row of NODES; else it lists timesteps, or is nothing that is known."""
+    return isinstance(nodes, str) and nodes in NODES
+
+
+def _listed(nodes, total):
+    texts = nodes.split(",") if isinstance(nodes, str) else list(nodes)
+    try:
+        listed = sorted(map(int, texts))
+        whole = isinstance(nodes, str) or listed == sorted(texts)
+    except (TypeError, ValueError):  # of int: no number
+        whole = False
+    if not whole:
+        raise ValueError(f"nodes={nodes!r} is not known; known: {', '.join(NODES)}, or timesteps, "
+                         "such as 0,20,99")
+    if not listed or listed[0] < 0 or listed[-1] >= total or len({*listed}) < len(listed):
+        raise ValueError(f"nodes={','.join(map(str, texts))} are not distinct timesteps of "
+                         f"0 ... {total - 1}")
+    return np.array(listed)
+
+
 def place(nodes, alphas_cumprod, num_steps):
     """int [S] rising: a row of NODES at ``num_steps``, or the timesteps of a list as they are.
 
     nodes: a name, or timesteps in any order, also as text ("0,20,99"). Raises ValueError where a
-    name is not known, num_steps is not in 1 ... T, or listed timesteps repeat or leave 0 ... T-1.
+    name is not known, num_steps is not in 1 ... T, or listed timesteps are no whole numbers, repeat
+    or leave 0 ... T-1.
     """
     total = len(alphas_cumprod)
-    if isinstance(nodes, str) and nodes.replace(",", "").replace(" ", "").isdigit():
-        nodes = [int(t) for t in nodes.split(",")]
-    if not isinstance(nodes, str):
-        listed = np.sort(np.asarray(nodes, np.int64))
-        if not len(listed) or listed[0] < 0 or listed[-1] >= total or (np.diff(listed) == 0).any():
-            raise ValueError(
-                f"nodes={tuple(nodes)} are not distinct timesteps of 0 ... {total - 1}")
-        return listed
-    if nodes not in NODES:
-        raise ValueError(f"nodes={nodes!r} is not known; known: {', '.join(NODES)}, or timesteps")
+    if not is_named(nodes):
+        return _listed(nodes, total)
     if not 1 <= num_steps <= total:
         raise ValueError(f"{num_steps} sampling steps are not in 1 ... {total}")
     return NODES[nodes](np.asarray(alphas_cumprod, np.float64), num_steps)

@@ -39,11 +39,12 @@ def test_logsnr_is_even_in_lambda():
 def test_lists_and_bad_nodes():
     for listed in ([999, 0, 5], "0,5, 999"):
         np.testing.assert_array_equal(place(listed, BAR, 0), [0, 5, 999])
-    for bad in ([], [0, 0], [-1, 4], [1000]):
+    for bad in ([], [0, 0], [-1, 4], [1000], "3,3", "0," + 30 * "9"):
         with pytest.raises(ValueError, match="distinct timesteps of 0 ... 999"):
             place(bad, BAR, 0)
-    with pytest.raises(ValueError, match="known: even, quad, logsnr"):
-        place("linear", BAR, 5)
+    for bad in ("linear", "0,,3", "0 3", "0,1.5", ",", "\u00b2", [0, 1.5], ["a"], "[0,3]"):
+        with pytest.raises(ValueError, match="known: even, quad, logsnr.* such as 0,20,99"):
+            place(bad, BAR, 5)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="not in 1 ... 1000"):
             place("even", BAR, steps)
