@@ -189,7 +189,8 @@ def check_guidance(model, guidance) -> None:
     """Raise UserError for guidance by a model that has no prediction with and without a label, and
     for a number below 0."""
     if not 0 <= guidance <= LARGEST:
-        raise UserError(f"sampler.guidance={guidance} must be at least 0; 1 is off")
+        raise UserError(f"sampler.guidance={guidance} must be a finite number of at least 0; 1 is "
+                        "off")
     if guidance == 1:
         return
     if not model.num_classes:

@@ -101,7 +101,11 @@ def edit(workdir, image, out, settings: Settings, *, strength=0.5, stop=None) ->
     exp, params, _, facts = load_run(workdir, step=settings.step, ema=settings.ema)
     whole = _chain(exp, workdir, settings)
     first = int(whole.schedule.timesteps[max(1, round(strength * whole.num_steps)) - 1])
-    chain = _chain(exp, workdir, settings, below=first + 1)
+    try:
+        chain = _chain(exp, workdir, settings, below=first + 1)
+    except UserError as error:
+        raise UserError(f"--strength={strength}, from t={first} on: {error}; or raise --strength"
+                        ) from None
     run = Edit(exp, params, chain, lambda: _without_mask(programs.edit_program(exp, chain)),
                facts | {"task": "edit", "strength": strength})
     say(f"edit: from t={first} of {exp.config.diffusion.num_timesteps - 1}, {chain.num_steps} "

@@ -9,7 +9,7 @@ import numpy as np
 from ddpm_jax import checkpoints
 from ddpm_jax.config import from_json
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import Training, build_model, first_history, new_state
+from ddpm_jax.experiment import Experiment, Training, build_model, first_history, new_state
 from ddpm_jax.storage import files
 from ddpm_jax.training.steps import TrainState
 
@@ -33,9 +33,9 @@ def find(init_from: InitFrom) -> tuple[dict, int]:
         return stored, store.find(init_from.step)
 
 
-def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
-    """The step and the state that a run from ``source`` starts with. Raises UserError where its
-    network has other weights."""
+def find_fitting(training: Training, source: InitFrom) -> tuple[Experiment, int]:
+    """The other run's model and the step. Raises UserError where its network has other weights than
+    that of ``training``, or as ``find``."""
     exp = training.experiment
     stored, step = find(source)
     other = build_model(from_json(stored), exp.runner.mesh.devices.flat)
@@ -44,6 +44,14 @@ def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
         raise UserError(f"--init_from={source.workdir}: its network has other weights; "
                         "config.model, data.image_size, data.channels and the channels of "
                         "diffusion.variance must be those of that run")
+    return other, step
+
+
+def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:
+    """The step and the state that a run from ``source`` starts with. Raises UserError as
+    ``find_fitting``."""
+    exp = training.experiment
+    other, step = find_fitting(training, source)
     folder = files.resolve(source.workdir)
     with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
         if source.optimizer:

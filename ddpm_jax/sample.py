@@ -142,6 +142,7 @@ def claimed(out, request, workdir):
 
 def _claim(out, request, workdir) -> Lock:
     with files.storage_errors(out, "write to --out", "choose a folder that you may write to"):
+        files.check_no_file(out, "--out")
         if not files.exists(out / "request.json") and set(files.listing(out)) - {LOCK_NAME}:
             raise UserError(f"--out={out} is not empty and holds no samples of ddpm; take another")
         lock = Lock(out, "--out", say)

@@ -26,7 +26,7 @@ from ddpm_jax.experiment import (
     new_state,
     schedule_warning,
 )
-from ddpm_jax.init_from import InitFrom, find, first_state
+from ddpm_jax.init_from import InitFrom, find_fitting, first_state
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.cut import held_bytes
 from ddpm_jax.parallel.runners import fetch
@@ -164,12 +164,11 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
     if not files.listing(folder / "checkpoints"):
         check_new(exp)
     _say_start(training)
-    checkpoints.read_config(folder)  # refuses a folder inside a run before the lock is made there
+    stored = _stored(training, folder, init_from)  # before the lock, which makes the folder
     with contextlib.ExitStack() as closing:
         lock = hosts.on_main_process(Lock, folder, "--workdir", say)
         if lock is not None:
             closing.callback(lock.release)
-        stored = _stored(config, folder, init_from)
         source, store, writer = _open_folder(exp, folder, stored, closing, sink)
         if check is not None and config.eval.every:
             check(exp)
@@ -216,8 +215,9 @@ def _say_start(training):
             f"{size(whole)} on each")
 
 
-def _stored(config, folder, init_from) -> dict:
+def _stored(training, folder, init_from) -> dict:
     """What config.json holds: the config, and where the first weights are from."""
+    config = training.experiment.config
     old = (checkpoints.read_config(folder) or {}).get(SOURCE)
     if files.listing(folder / "checkpoints"):
         asked = init_from and [str(files.resolve(init_from.workdir)), init_from.step]
@@ -226,7 +226,7 @@ def _stored(config, folder, init_from) -> dict:
             raise UserError(f"--init_from={init_from.workdir}: {folder} holds another run already; "
                             "leave --init_from out to resume it, or take another --workdir")
     elif init_from:
-        step = find(init_from)[1]
+        step = find_fitting(training, init_from)[1]
         old = init_from._replace(workdir=str(files.resolve(init_from.workdir)), step=step)._asdict()
     else:
         old = None
@@ -236,10 +236,11 @@ def _stored(config, folder, init_from) -> dict:
 def _open_folder(exp, folder, stored, closing, sink):
     """-> (source, store, writer) of the run in ``folder``; ``closing`` ends the latter two."""
     config, is_main_process = exp.config, hosts.is_main_process()
+    checkpoints.claim(folder, stored, write=False)
+    source, facts = _open_data(exp, "train")  # before anything is written
     changed = checkpoints.claim(folder, stored, write=is_main_process)
     if changed:
         say(f"{folder} has no checkpoint and takes the new config ({'; '.join(changed)})")
-    source, facts = _open_data(exp, "train")
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep,
                                     keep_every=config.checkpoint.keep_every,
                                     best=config.eval.best)

@@ -11,6 +11,7 @@ from tiny_run import Stop, Watchdog, config, train
 from ddpm_jax import programs
 from ddpm_jax import sample as sampling
 from ddpm_jax import train as training
+from ddpm_jax.cli.main import main
 from ddpm_jax.diffusion.objective import WEIGHTS, mse_loss
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.errors import UserError
@@ -120,13 +121,22 @@ def test_guided_samples_do_not_depend_on_the_runner():
     assert np.abs(one - zero).max() > 1
 
 
-def test_what_needs_labels_or_has_too_many_is_one_line(conditional, straight, tmp_path):
+def test_what_needs_labels_or_has_too_many_is_one_line(conditional, straight, tmp_path, capsys):
     for kwargs, message in ((dict(guidance=2.0), "guidance=2.0 needs labels.*num_classes=0"),
                             (dict(labels=["1"]), "label 1: this model has no classes")):
         with pytest.raises(UserError, match=message):
             sampling.sample(straight, tmp_path / "out", num=1, **kwargs)
     with pytest.raises(UserError, match="label 10 is not a class .* 10 classes: 0, 1, 2, "):
         sampling.sample(conditional, tmp_path / "out", num=1, labels=["10"])
+    for words, message in ((["--label="], "label '' is not a class of this model"),
+                           (["--labels="], "--labels is empty; name classes"),
+                           (["--label=1", "--labels=2,3"], "--label=1 and --labels=2,3: give one"),
+                           (["--labels=all,3"], "label all is not a class"),
+                           (["--guidance=nan"], "guidance=nan must be a finite number of at least"),
+                           (["--nodes=0,9", "--steps=3"], "leave steps out, or take a named nodes"),
+                           (["--nodes=0,,9"], "nodes='0,,9' is not known; known: even")):
+        assert main(["sample", f"--workdir={conditional}", f"--out={tmp_path}/out", *words]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="label 11 is not in 0 ... 9"):
         programs.sampling_chain(build_model(config(**FIELDS)), labels=(11,))
@@ -134,6 +144,7 @@ def test_what_needs_labels_or_has_too_many_is_one_line(conditional, straight, tm
         build_model(config(**{**FIELDS, "model.label_dropout": 0.0, "sampler.guidance": 2.0}))
     with pytest.raises(UserError, match="num_classes=7: digits has 10 classes: 0, 1"):
         train(tmp_path / "seven", **{"model.num_classes": 7})
+    assert not (tmp_path / "seven").exists()
 
 
 @pytest.mark.parametrize("source_has", [True, False])
@@ -142,8 +153,9 @@ def test_weights_with_and_without_classes_are_not_exchanged(
     source, other = (conditional, straight) if source_has else (straight, conditional)
     fields = {} if source_has else FIELDS
     with pytest.raises(UserError, match="other weights; config.model"):
-        training.train(config(**fields), tmp_path, stop=Stop(), watchdog=Watchdog(),
+        training.train(config(**fields), tmp_path / "new", stop=Stop(), watchdog=Watchdog(),
                        init_from=training.InitFrom(str(source)))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="another config: .*model.num_classes: (0 -> 10|10 -> 0)"):
         train(other, **({"model.num_classes": 0} if not source_has else FIELDS))
 

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from tiny_run import digits
 
 from ddpm_jax import programs
+from ddpm_jax.diffusion.nodes import NODES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method, Sampler, ddim_step
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, new_state
@@ -178,6 +180,23 @@ def test_a_chain_from_the_middle_has_its_own_plan():
 def test_samplers_that_do_not_fit_are_one_line(fields, message):
     with pytest.raises(UserError, match=message):
         programs.sampling_chain(build_model(tiny()), **fields)
+
+
+def test_every_short_chain_has_finite_tables_or_is_one_line():
+    """All samplers, nodes and numbers of steps, so that no pair ends in an exception of numpy."""
+    exp, fine = build_model(tiny(), jax.devices()[:1]), set()
+    for name, nodes, steps in itertools.product(
+            SAMPLERS, (*NODES, "0", "0,5", "0,1,2,3,5"), (None, *range(1, 7))):
+        try:
+            chain = programs.sampling_chain(exp, name=name, nodes=nodes, steps=steps)
+        except UserError as error:
+            assert "sampler." in str(error) and "\n" not in str(error)
+            continue
+        plan = getattr(chain.sampler.step, "args", ())
+        assert all(np.isfinite(table).all() for table in (*chain.schedule, *plan[:1]))
+        assert steps is None or chain.num_steps <= steps
+        fine.add(name)
+    assert fine == {*SAMPLERS} - {"pndm"}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tiny_run import Stop, Watchdog, config, train
 from ddpm_jax import checkpoints, experiment
 from ddpm_jax import train as training
 from ddpm_jax.compilation.cache import count_compilations
-from ddpm_jax.config import from_json
+from ddpm_jax.config import from_json, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
 from ddpm_jax.storage.lock import Lock
@@ -116,8 +116,11 @@ def test_what_would_end_an_evaluation_is_refused_before_the_first_step(tmp_path)
 
 
 def test_a_failed_start_leaves_the_folder_to_the_corrected_command(tmp_path, capsys):
+    """One that failed at the data leaves nothing at all; a later one, config.json."""
     with pytest.raises(UserError):
-        train(tmp_path, **{"data.channels": 3})
+        train(tmp_path / "new", **{"data.channels": 3})
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.claim(tmp_path, to_json(config(**{"data.channels": 3})))
     assert train(tmp_path, **{"train.steps": 3, "train.log_every": 100})
     printed = capsys.readouterr().err
     assert "takes the new config (data.channels: 3 -> 1" in printed

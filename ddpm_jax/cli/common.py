@@ -119,6 +119,8 @@ class Definer:
         except flags.UnrecognizedFlagError as error:
             raise UserError(f"no flag --{error.flagname} here{self._near(error.flagname)}"
                             ) from None
+        except flags.IllegalFlagValueError as error:
+            raise UserError(_in_words(str(error))) from None
         except (AttributeError, KeyError) as error:
             raise UserError(f"config has no field {_first_line(error)!r}") from None
         except (TypeError, ValueError) as error:
@@ -157,6 +159,22 @@ def _with_config_first(words, of_run) -> list[str]:
         if file and files.exists(file):
             return [f"--config={file}", *words]
     return list(words)
+
+
+# What absl and ml_collections report of a flag's value, as regular expressions, in words.
+_WORDS = {
+    r"invalid literal for int\(\).*": "expected a whole number",
+    r"could not convert string to float.*": "expected a number",
+    r"(\('?)?Non-boolean argument to boolean flag.*": "expected true or false",
+}
+
+
+def _in_words(text) -> str:
+    for theirs, ours in _WORDS.items():
+        text = re.sub(f": {theirs}", f": {ours}", text, flags=re.DOTALL)
+    text = re.sub(": value should be one of <(.*)>",
+                  lambda match: f": expected one of {match[1].replace('|', ', ')}", text)
+    return text.removeprefix("flag ")
 
 
 def _first_line(error) -> str:

@@ -20,7 +20,8 @@ def labels_for(source, num_classes):
                         "images in class folders")
     if len(source.class_names) != num_classes:
         raise UserError(f"config.model.num_classes={num_classes}: {source.name} has "
-                        f"{len(source.class_names)} classes: {_listed(source.class_names)}")
+                        f"{len(source.class_names)} classes: {_listed(source.class_names)}; set it "
+                        "to their number")
     return source.labels
 
 

@@ -87,7 +87,8 @@ def _solve(alphas_cumprod, *, plan, output, span, **keywords):
         raise ValueError("the last timestep has no signal, by which solvers divide; take ancestral "
                          "or ddim, or a list of nodes without it")
     if len(at.lam) <= span:
-        raise ValueError(f"{len(at.lam)} evaluations are too few: it needs {span + 1} or more")
+        raise ValueError(f"{len(at.lam)} evaluations are too few: it needs {span + 1} or more; "
+                         "take more steps, or ddim")
     table = plan(at, **keywords)
     return Sampler(functools.partial(solver_step, table, output),
                    lambda x_T: (jnp.zeros_like(x_T),) * (table.shape[1] - 1))

@@ -86,8 +86,9 @@ def cell_config(request: Request, name: str):
             parsed = value
         try:
             override(config, {field: tuple(parsed) if isinstance(parsed, list) else parsed})
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"--set={text}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"--set={text}: expected a value such as {json.dumps(known[field])}, "
+                            "which the config has") from None
     return config
 
 

@@ -100,6 +100,13 @@ def exists(path) -> bool:
         return epath.Path(path).exists()
 
 
+def check_no_file(folder, flag) -> None:
+    """Raise UserError where ``flag`` names a file in the place of a folder."""
+    place = resolve(folder)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{flag}={folder} is a file; name a folder")
+
+
 def listing(folder) -> list:
     """Names in a folder, sorted; [] where there is none."""
     with storage_errors(folder, "list", advice=""):

@@ -85,7 +85,8 @@ class Lock:
 
     flag: what names the folder in messages. say(text) is called before a wait. name: of the file;
     locks of other names do not exclude this one. Raises UserError naming the holder where another
-    live command has it, or that the folder cannot be written.
+    live command has it, or that the folder cannot be written. A folder that it made and that is
+    empty at the end is removed.
     """
 
     def __init__(self, folder, flag: str, say=lambda text: None, name=NAME):
@@ -95,7 +96,10 @@ class Lock:
         self._beats, self._stopped, self._taken = 0, threading.Event(), None
         advice = "choose a folder that you may write to"
         with files.storage_errors(folder, f"write to {flag}", advice):
-            files.resolve(folder).mkdir(parents=True, exist_ok=True)
+            files.check_no_file(folder, flag)
+            place = files.resolve(folder)
+            self._made = not place.exists()
+            place.mkdir(parents=True, exist_ok=True)
         holder = _read(self.path)
         if holder is not None and _outlives(self.path, holder, say):
             self._refuse(folder, flag, holder)
@@ -138,3 +142,5 @@ class Lock:
         if now is not None and now.get("token") == self._mine["token"]:
             with contextlib.suppress(OSError, UserError):
                 files.remove(self.path)
+                if self._made and not files.is_remote(self.path):
+                    os.rmdir(os.path.dirname(self.path))  # refused where something is in it

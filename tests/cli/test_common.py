@@ -71,6 +71,23 @@ def test_names_of_configs(tmp_path):
         assert common.config_name(parse(f"--config={value}")) == name
 
 
+@pytest.mark.parametrize("word, expected", [
+    ("--num=x", "a whole number"), ("--num=", "a whole number"), ("--num=1.5", "a whole number"),
+    ("--share=x", "a number"), ("--flag=maybe", "true or false"), ("--kind=c", "one of a, b"),
+    ("--config.train.steps=1e3", "a whole number"), ("--config.sampler.eta=x", "a number"),
+    ("--config.data.flip=x", "true or false")])
+def test_a_value_of_another_kind_is_named_in_words(word, expected):
+    define = common.Definer(["--config=digits", word])
+    define.config()
+    define.integer("num", 1, "")
+    define.float("share", 0.5, "")
+    define.bool("flag", False, "")
+    define.enum("kind", "a", ["a", "b"], "")
+    with pytest.raises(UserError) as error:
+        define.parse()
+    assert str(error.value) == f"{word}: expected {expected}"
+
+
 def test_no_words():
     common.no_words([])
     with pytest.raises(UserError, match="unexpected argument 'x'"):

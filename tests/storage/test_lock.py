@@ -41,6 +41,18 @@ def test_a_live_command_is_named_and_a_killed_one_is_not_waited_for(tmp_path, qu
     assert files.listing(tmp_path) == []
 
 
+def test_a_folder_that_stays_empty_is_removed_and_a_file_is_refused(tmp_path):
+    new, full = tmp_path / "new", tmp_path / "full"
+    for folder in (new, full, tmp_path):
+        lock = Lock(folder, "--out")
+        if folder == full:
+            (full / "x").touch()
+        lock.release()
+    assert files.listing(tmp_path) == ["full"] and files.listing(full) == ["x"]
+    with pytest.raises(UserError, match="--out=.*x is a file; name a folder"):
+        Lock(full / "x", "--out")
+
+
 def test_the_process_number_may_belong_to_another_by_now(tmp_path):
     lock = Lock(tmp_path, "--out")
     file = tmp_path / "lock.json"
