@@ -3,6 +3,7 @@
 Inside functions: tensorboardX, matplotlib and tqdm, which are slow to import.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -32,6 +33,18 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _tensorboard(name: str):
+    """A module of tensorboardX, whose import takes two seconds more where PyTorch is installed: it
+    imports it for a type that is not used here."""
+    without = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(without)
+    try:
+        return importlib.import_module(f"tensorboardX.{name}")
+    finally:
+        for blocked in without:
+            del sys.modules[blocked]
+
+
 class Writer:
     """Records a run in the local ``folder``: metrics.jsonl, TensorBoard's events in tb/, grids of
     images in a folder each, loss.png. Does nothing where ``folder`` is None.
@@ -55,7 +68,7 @@ class Writer:
         """Numbers of a step; nan and inf, which JSON lacks, are null in metrics.jsonl."""
         if self.folder is None:
             return
-        from tensorboardX import summary
+        summary = _tensorboard("summary")
         numbers = {name: float(value) for name, value in values.items()}
         record = {"step": int(step), **{
             name: value if math.isfinite(value) else None for name, value in numbers.items()}}
@@ -70,7 +83,7 @@ class Writer:
         """A grid of uint8 [N,H,W,C] as NAME/STEP.png and in TensorBoard."""
         if self.folder is None:
             return
-        from tensorboardX import summary
+        summary = _tensorboard("summary")
         grid = pictures.tile(images)
         self._attempt(pictures.write_png, self.folder / name / f"{step:08d}.png", grid)
         self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
@@ -146,20 +159,20 @@ class Writer:
         self._lines, self._written = [], None
 
     def _event(self, step, **content):
-        from tensorboardX.proto.event_pb2 import Event
-        self._events.append(Event(wall_time=time.time(), step=int(step), **content))
+        event = _tensorboard("proto.event_pb2").Event
+        self._events.append(event(wall_time=time.time(), step=int(step), **content))
 
     def _write_events(self):
         """Without SummaryWriter, whose thread dies of a full disk and then blocks the caller."""
         if not self._events:
             return
-        from tensorboardX.event_file_writer import EventsWriter
+        writer = _tensorboard("event_file_writer").EventsWriter
         tb = self.folder / "tb"
         with files.storage_errors(tb, "write", ""):
             events = self._events
             if self._board is None:
                 tb.mkdir(parents=True, exist_ok=True)
-                self._board = EventsWriter(str(tb / "events"), f".{time.time_ns()}")
+                self._board = writer(str(tb / "events"), f".{time.time_ns()}")
                 events = self._header() + events
             for event in events:
                 self._board.write_event(event)
@@ -169,14 +182,14 @@ class Writer:
     def _header(self):
         """What a file of events begins with: the step from which earlier files count no more, and
         the config."""
-        from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        summary, proto = _tensorboard("summary"), _tensorboard("proto.event_pb2")
         events, step = [], self._purge_step or 0
         if self._purge_step is not None:
-            events.append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            events.append(proto.Event(step=step, session_log=proto.SessionLog(
+                status=proto.SessionLog.START)))
         if self._config_text:
             text = f"```\n{self._config_text}\n```"
-            events.append(Event(step=step, summary=summary.text("config", text)))
+            events.append(proto.Event(step=step, summary=summary.text("config", text)))
         return events
 
     def _close_board(self):

@@ -1,5 +1,6 @@
 """Strict settings for every test: warnings are errors, rank promotion raises, eight CPU devices."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -31,8 +32,16 @@ from made_up_files import make  # noqa: E402, F401 - a fixture
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Tracing makes many objects and few cycles: a sixth of its time is the collector's.
+gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what all the imports made
 
 
 @pytest.fixture

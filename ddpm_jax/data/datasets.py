@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -95,21 +96,34 @@ def _pick(splits, split, name):
     return splits[split]
 
 
-def _open_digits(name, folder, split, image_size, channels) -> Source:
+def _digits():
+    """-> (images with values of 0 ... 16 [N,8,8], classes [N]), from scikit-learn's file where that
+    is in its place: importing scikit-learn takes a second."""
+    folder = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+    file = pathlib.Path(folder, "datasets", "data", "digits.csv.gz")
+    if file.exists():
+        table = np.loadtxt(file, delimiter=",")
+        return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
     from sklearn.datasets import load_digits
+
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return digits.images, digits.target
+
+
+def _open_digits(name, folder, split, image_size, channels) -> Source:
+    images, classes = _digits()
+    pixels = np.round(images * (255 / 16)).astype(np.uint8)[..., None]
     # Stratified: every fifth image of each class, in the package's order, is a test image.
     rank = np.zeros(len(pixels), int)
     for c in range(10):
-        members = np.flatnonzero(digits.target == c)
+        members = np.flatnonzero(classes == c)
         rank[members] = np.arange(len(members))
     held_out = rank % 5 == 4
     splits = {"train": ~held_out, "test": held_out}
     rows = _pick(splits, split, name)
     array = pixels[rows]
     return Source(name, split, len(array), array.shape[1:], array.__getitem__, "scikit-learn",
-                  lambda: digits.target[rows], tuple("0123456789"), tuple(splits),
+                  lambda: classes[rows], tuple("0123456789"), tuple(splits),
                   read_all=lambda: array)
 
 

@@ -120,10 +120,11 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_notebook_gets_its_signals_back(tmp_path):
-    code = ("import signal\nfrom ddpm_jax.cli.main import main\n"
+    code = ("import signal, sys\nfrom ddpm_jax.cli.main import main\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"print(main({TRAIN[3:]!r} + ['--workdir={tmp_path}/run', '--config.train.steps=2']))\n"
             "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+            "assert not {'torch', 'sklearn'} & set(sys.modules), 'they take seconds to import'\n"
             "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "0\n", done.stderr
