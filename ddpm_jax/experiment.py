@@ -25,6 +25,7 @@ from ddpm_jax.diffusion.objective import IMPORTANCE_SAMPLED, LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_terminal_snr
 from ddpm_jax.errors import UserError
+from ddpm_jax.models.shard_gradients import fastest_form
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links
@@ -153,7 +154,9 @@ def build_training(exp: Experiment) -> Training:
         devices=max(1, instances // train.clip_replicas))
     model = exp.model
     if (clip.shards or 0) > runner.num_virtual_devices:  # a device has several
-        model = model.clone(by_shard=True)
+        model = model.clone(by_shard=fastest_form(
+            runner.mesh.devices.flat[0].device_kind, config.model.dtype,
+            cut=runner.num_virtual_devices > 1))
 
     def loss_fn(params, batch, draws, named=lambda params: params):
         params, labels = named(params), batch.labels

@@ -71,7 +71,7 @@ class Conv3x3(nn.Module):
     stride: int = 1
     init_scale: float = 1.0
     dtype: Any = jnp.float32
-    by_shard: bool = False
+    by_shard: str = ""
 
     @nn.nowrap
     def shapes(self):
@@ -86,8 +86,8 @@ class Conv3x3(nn.Module):
         return self.without_bias(x) + self.bias.astype(self.dtype)[None, None, None, :]
 
     def without_bias(self, x):
-        convolution = conv3x3_by_shard if self.by_shard else conv3x3
-        return convolution(x.astype(self.dtype), self.kernel.astype(self.dtype), self.stride)
+        args = x.astype(self.dtype), self.kernel.astype(self.dtype), self.stride
+        return conv3x3_by_shard(*args, self.by_shard) if self.by_shard else conv3x3(*args)
 
 
 class Dense(nn.Module):
@@ -175,7 +175,7 @@ class ResBlock(Block):
     groups: int
     rate: float = 0.0
     dtype: Any = jnp.float32
-    by_shard: bool = False
+    by_shard: str = ""
     norm_form: str = "xla"
 
     @nn.nowrap

@@ -144,8 +144,8 @@ class UNet(Block):
     label_dropout, the probability of training without the label, is above 0 one more vector stands
     for no label (Ho & Salimans 2021).
 
-    by_shard: its gradients are taken under ``vmap`` over shards of a batch
-    (models/shard_gradients.py); norm_form: a row of fused_norm.FORMS."""
+    by_shard: a row of shard_gradients.FORMS where its gradients are taken under ``vmap`` over
+    shards of a batch; norm_form: a row of fused_norm.FORMS."""
 
     image_size: int = 32
     in_channels: int = 3
@@ -161,7 +161,7 @@ class UNet(Block):
     num_classes: int = 0
     label_dropout: float = 0.1
     dtype: Any = jnp.float32
-    by_shard: bool = False
+    by_shard: str = ""
     norm_form: str = "xla"
 
     @property

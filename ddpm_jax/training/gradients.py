@@ -103,7 +103,7 @@ def _of_shards(loss_fn, params, batch, clip, micro_batches, view):
     def together(batch):
         (means, losses), grads = jax.vmap(lambda shard: gradient(named, *shard))(
             _cut(batch, at_once))
-        norms = jnp.sqrt(sum(map(_squares, jax.tree.leaves(grads))))
+        norms = jnp.sqrt(_squares(jax.tree.leaves(grads)))
         scales = jnp.ones(at_once)
         metrics = {"loss": means, "grad_norm": norms, "clip_fraction": jnp.zeros(at_once)}
         if clip.norm:
@@ -125,14 +125,18 @@ def _of_shards(loss_fn, params, batch, clip, micro_batches, view):
     return (view.packed(grads), metrics), _flat(losses)
 
 
-def _squares(g):
-    """[shards, ...] -> the sum of squares of each shard, float32 [shards]"""
-    return jnp.square(g.astype(jnp.float32)).reshape(g.shape[0], -1).sum(axis=1)
+def _squares(grads):
+    """Each [shards, ...] -> the sum of all squares of each shard, float32 [shards]. Sums over the
+    last axes first: a few numbers are left of each array, and all arrays' are joined."""
+    rows = [jnp.square(g.astype(jnp.float32)) for g in grads]
+    rows = [g.sum(axis=tuple(range(2, g.ndim))) if g.ndim > 1 else g[:, None] for g in rows]
+    return jnp.concatenate(rows, axis=1).sum(axis=1)
 
 
 def _weighted(g, scales):
-    """[shards, ...], [shards] -> the sum over the shards of scale * g, float32 [...]"""
-    return (g.astype(jnp.float32) * scales.reshape(-1, *(1,) * (g.ndim - 1))).sum(axis=0)
+    """[shards, ...], [shards] -> the sum over the shards of scale * g, float32 [...]. As a
+    reduction it is a pass of its own on a GPU, and 20 times slower on a CPU."""
+    return sum(scales[i] * g[i].astype(jnp.float32) for i in range(g.shape[0]))
 
 
 def _clipped(clip, loss, grads):
