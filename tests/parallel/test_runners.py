@@ -184,11 +184,12 @@ GATHERED = {"all-reduce", "all-gather"}
     pytest.param(ACCUMULATED, True, {"all-reduce"}, marks=pytest.mark.soak)])
 def test_under_jit_a_device_works_on_its_share(fields, resident, allowed):
     """Equal results do not show it: every device could do all of the work, or pass it around."""
-    def compiled(devices):
+    def lowered(devices):
         training = build(config("jit", **fields, **{"train.clip_replicas": devices}), devices)
         program = programs.train_program(training, len(IMAGES) if resident else None)
-        return program.step.lower(*program.arguments).compile()
+        return program.step.lower(*program.arguments)
 
-    cut, whole = compiled(8), compiled(1)
-    assert cut.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
+    cut, whole = lowered(8).compile(), lowered(1)
+    # Of the whole program before XLA's passes, which is 0.85 of what they leave.
+    assert cut.cost_analysis()["flops"] < 0.35 * whole.cost_analysis()["flops"]
     assert set(hlo.summary(cut.as_text())["collectives"]) <= allowed
