@@ -198,11 +198,11 @@ def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrid
     steps = settings["steps"] or total
     if not 1 <= steps <= total:
         raise UserError(f"sampler.steps={steps} is not in 1 ... diffusion.num_timesteps={total}")
-    if {"steps", "nodes"} <= overrides.keys() and not is_named(overrides["nodes"]):
-        raise UserError(f"sampler.steps={steps} beside sampler.nodes={overrides['nodes']}, which "
-                        "lists the timesteps: leave steps out, or take a named nodes")
     try:
         nodes = place(settings["nodes"] or method.nodes, alphas_cumprod, method.num_nodes(steps))
+        if "steps" in overrides and overrides.get("nodes") and not is_named(overrides["nodes"]):
+            raise ValueError(f"nodes={overrides['nodes']} lists the timesteps: leave steps out, or "
+                             "take nodes by name")
         visits = method.visits(nodes[nodes < (total if below is None else below)])
         if not len(visits):
             raise ValueError(f"no timestep under {below} is visited")

@@ -133,7 +133,8 @@ def test_what_needs_labels_or_has_too_many_is_one_line(conditional, straight, tm
                            (["--label=1", "--labels=2,3"], "--label=1 and --labels=2,3: give one"),
                            (["--labels=all,3"], "label all is not a class"),
                            (["--guidance=nan"], "guidance=nan must be a finite number of at least"),
-                           (["--nodes=0,9", "--steps=3"], "leave steps out, or take a named nodes"),
+                           (["--nodes=0,9", "--steps=3"], "nodes=0,9 lists the timesteps: leave"),
+                           (["--nodes=0,x", "--steps=3"], "nodes='0,x' is not known; known: even"),
                            (["--nodes=0,,9"], "nodes='0,,9' is not known; known: even")):
         assert main(["sample", f"--workdir={conditional}", f"--out={tmp_path}/out", *words]) == 2
         assert message in capsys.readouterr().err
