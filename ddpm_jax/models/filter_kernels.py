@@ -6,6 +6,7 @@ of the convolution sees, gathered as they are multiplied. cuDNN takes one call a
 a shard instead (benchmarks/NOTES.md, "Per-replica clip").
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,7 @@ def _divided(a, b):
     return quotient, a - quotient * b
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one trace and one lowering a shape
 def gradients(plan, stride, x, g):
     """x [S,b,H,W,in], g [S,b,H/stride,W/stride,out] -> [S,out,3,3,in], summed in float32, in x's
     type."""

@@ -89,7 +89,7 @@ def _of_patches(x, g, stride):
     taps = [x[:, :, i:i + stride * (tall - 1) + 1:stride, j:j + stride * (wide - 1) + 1:stride]
             for i in range(3) for j in range(3)]
     seen = jnp.stack(taps, axis=4).reshape(shards, -1, 9 * x.shape[-1])
-    gradient = jnp.einsum("spi,spo->soi", seen, g.reshape(shards, -1, outputs))
+    gradient = jnp.einsum("spo,spi->soi", g.reshape(shards, -1, outputs), seen)
     return gradient.reshape(shards, outputs, 3, 3, -1)
 
 
