@@ -17,7 +17,7 @@ rows_of=("${PYTHON:-python}" "$home/benchmarks/gpu_rows.py")
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
 # name, seconds that it takes on an H100 at most, function, its words
-NORMS=(triton triton_padded)  # values of parallel.norm_kernel beside xla, the other rows' value
+NORMS=(xla triton_padded)  # parallel.norm_kernel of some rows; all others: auto
 rows() {
     cat <<END
 step128 120 step
@@ -25,6 +25,7 @@ step512 150 step --config.train.batch_size=512
 step128-50-a-dispatch 150 step --config.train.steps_per_dispatch=50
 step128-paper-clip 200 step --config.train.clip_scope=per_replica
 step128-float32 150 step --config.model.dtype=float32
+step128-float32-norm-triton 150 step --config.model.dtype=float32 --config.parallel.norm_kernel=triton
 step128-float32-paper-clip 250 step --config.model.dtype=float32 --config.train.clip_scope=per_replica
 sample512 100 sample
 step128-diffusers 200 step --compare=diffusers
@@ -100,11 +101,11 @@ data_flags() {  # -> flags: the prepared set DATA, or one of made-up images
     [ -z "$data" ] || flags=(--config.data.name=folder "--config.data.dir=$data")
 }
 
-start() {  # the whole command for one step of training; cold: with an empty compilation cache
+start() {  # from the command's start to its first step; cold: with an empty compilation cache
     data_flags || return 1
     [ "$name" != start-cold ] || rm -rf "$work/cache"
     rm -rf "$work/start"
-    JAX_COMPILATION_CACHE_DIR=$work/cache "${rows_of[@]}" command "$out" start "$name" -- \
+    JAX_COMPILATION_CACHE_DIR=$work/cache "${rows_of[@]}" command "$out" start "$name" "train 1/" -- \
         "${ddpm[@]}" train "${common[@]}" "${flags[@]}" --workdir="$work/start" \
         --config.train.steps=$start_steps --config.eval.sample_every=0 "${tiny[@]}"
 }
@@ -122,7 +123,7 @@ train() {  # five minutes of training, then 100 samples
     wait $run  # SIGTERM: it saves and ends
     kill $timer 2>/dev/null
     rm -rf "$work/samples"
-    "${rows_of[@]}" command "$work/sample.json" sample samples100 -- \
+    "${rows_of[@]}" command "$work/sample.json" sample samples100 "" -- \
         "${ddpm[@]}" sample --workdir="$work/run" --num=100 --out="$work/samples" || return 1
     cp "$work/samples/grid.png" "$folder/train-samples.png"
     "${rows_of[@]}" run "$out" "$work/run" "$work/sample.json"

@@ -1,7 +1,9 @@
 """What gpu.sh needs beside `ddpm bench`: rows of whole commands and of a training run.
 
   python gpu_rows.py stamp FILE HOME              add commit and date to the rows of a file
-  python gpu_rows.py command FILE BENCH NAME -- WORDS   run a command, write its seconds as a row
+  python gpu_rows.py command FILE BENCH NAME UNTIL -- WORDS
+                                                  run a command; a row of the seconds until a line
+                                                  that begins with UNTIL
   python gpu_rows.py run FILE WORKDIR SAMPLES     a row of a training run, from its metrics.jsonl
   python gpu_rows.py pictures FOLDER SIZE         write 256 made-up pictures
 """
@@ -38,13 +40,24 @@ def stamp(file, home):
     _write(file, [{**row, "commit": commit, "date": date} for row in rows])
 
 
-def command(file, bench, name, dashes, *words):
-    before = time.perf_counter()
-    done = subprocess.run(words, check=False)
-    seconds = time.perf_counter() - before
-    if done.returncode:
-        sys.exit(done.returncode)
-    _write(file, [_row(bench, name, [seconds], images=1, note="seconds of the whole command")])
+def command(file, bench, name, until, dashes, *words):
+    """Runs ``words``; the row's seconds end at the first line of output that begins with ``until``
+    ('': at the command's end). Each line is printed with its time."""
+    before, reached = time.perf_counter(), None
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        for line in process.stdout:
+            passed = time.perf_counter() - before
+            if until and reached is None and line.startswith(until):
+                reached = passed
+            print(f"{passed:6.1f} s  {line}", end="", flush=True)
+    whole = time.perf_counter() - before
+    if process.returncode:
+        sys.exit(process.returncode)
+    if until and reached is None:
+        sys.exit(f"no line of the command began with {until!r}")
+    _write(file, [_row(bench, name, [reached or whole], images=1, whole_command_s=round(whole, 1),
+                       note=f"the whole command {whole:.1f} s")])
 
 
 def run(file, workdir, samples):

@@ -75,7 +75,8 @@ def get_config():
                                   # each; more need runner jit
             cut="optimizer",      # optimizer (moments and average: ZeRO-1), params (weights too:
                                   # FSDP)
-            norm_kernel="xla",    # on NVIDIA GPUs, kernels: triton, triton_padded (more shapes)
+            norm_kernel="auto",   # xla; on NVIDIA GPUs kernels: triton, triton_padded (more
+                                  # shapes); auto: the fastest measured on the device
         ),
         checkpoint=dict(
             every=10_000,

@@ -12,7 +12,7 @@ from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import norm_tiles
-from ddpm_jax.models.fused_norm import FORMS
+from ddpm_jax.models.fused_norm import FASTEST_FORMS, FORMS
 from ddpm_jax.parallel.cut import CUTS
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
@@ -140,7 +140,7 @@ def check_model(config) -> None:
     sampler_row(config.sampler)
     check_guidance(config.model, config.sampler.guidance)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
-    row(FORMS, "parallel.norm_kernel", config.parallel.norm_kernel)
+    row({"auto": None, **FORMS}, "parallel.norm_kernel", config.parallel.norm_kernel)
     row(DTYPES, "model.dtype", config.model.dtype)
     if config.sampler.steps > diffusion.num_timesteps:
         raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
@@ -201,22 +201,30 @@ def check_guidance(model, guidance) -> None:
                         "too, and this one is not (model.label_dropout=0); leave it at 1")
 
 
-def check_norm_kernel(parallel, runner) -> None:
-    """Raise UserError for kernels that the devices of ``runner`` or the installed JAX cannot run.
+def norm_form(config, runner) -> str:
+    """The row of FORMS that config.parallel.norm_kernel names, or that was the fastest on the
+    devices of ``runner`` for "auto".
+
+    Raises UserError for kernels that the devices or the installed JAX cannot run.
     """
-    name, platform = parallel.norm_kernel, runner.mesh.devices.flat[0].platform
+    device, cut = runner.mesh.devices.flat[0], runner.num_virtual_devices > 1
+    missing = norm_tiles.missing()
+    fastest = FASTEST_FORMS.get((device.device_kind, config.model.dtype), "xla")
+    automatic = {"auto": "xla" if cut or missing else fastest}
+    name = automatic.get(config.parallel.norm_kernel, config.parallel.norm_kernel)
     if not FORMS[name].kernels:
-        return
-    why, others = norm_tiles.missing(), ""
-    if platform not in norm_tiles.PLATFORMS:
-        why = f"its kernels are for NVIDIA GPUs, and the devices are {platform}"
-    elif runner.num_virtual_devices > 1:
+        return name
+    why, others = missing, ""
+    if device.platform not in norm_tiles.PLATFORMS:
+        why = f"its kernels are for NVIDIA GPUs, and the devices are {device.platform}"
+    elif cut:
         why = (f"parallel.runner={runner.name} cuts the program for {runner.num_devices} devices, "
                "and kernels cannot be cut")
         others = "parallel.runner=shard_map, or "
     if why:
         raise UserError(f"config.parallel.norm_kernel={name}: {why}; take {others}"
                         "parallel.norm_kernel=xla")
+    return name
 
 
 def clips_parts(train) -> bool:

@@ -17,8 +17,8 @@ from ddpm_jax.config_checks import (
     CLIP_SCOPES,
     DTYPES,
     check_model,
-    check_norm_kernel,
     check_training,
+    norm_form,
     weights_row,
 )
 from ddpm_jax.diffusion.objective import IMPORTANCE_SAMPLED, LOSSES, WEIGHTS
@@ -117,7 +117,7 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     check_model(config)
     hosts.pin_settings()
     runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
-    check_norm_kernel(config.parallel, runner)
+    form = norm_form(config, runner)
     data, plain, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
@@ -125,7 +125,7 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     return Experiment(
         config=config, image_shape=(data.image_size, data.image_size, data.channels),
         schedule=schedule, betas=betas, runner=runner,
-        model=plain.clone(norm_form=config.parallel.norm_kernel),
+        model=plain.clone(norm_form=form),
         init_params=init_params, abstract_params=jax.eval_shape(init_params))
 
 

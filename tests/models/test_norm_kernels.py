@@ -140,7 +140,8 @@ def test_on_a_cpu_every_form_is_that_of_xla():
 @pytest.mark.parametrize(("field", "message"), [
     ({"parallel.norm_kernel": "triton"},
      r"config.parallel.norm_kernel=triton: .*NVIDIA.*the devices are cpu; take .*norm_kernel=xla"),
-    ({"parallel.norm_kernel": "cuda"}, "norm_kernel='cuda' is not known; known: xla, triton, ")])
+    ({"parallel.norm_kernel": "cuda"},
+     "norm_kernel='cuda' is not known; known: auto, xla, triton, ")])
 def test_kernels_that_cannot_run_are_one_line(field, message):
     with pytest.raises(UserError, match=message):
         build_model(config(**field), jax.devices()[:1])
@@ -167,6 +168,27 @@ def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
              if name.endswith("/pallas_call")]
     named = [parts.part(k._replace(path=["jvp(UNet)", "norm1", *k.path])) for k in found]
     assert sorted(named) == ["norm kernels, backward", "norm kernels, forward"]
+
+
+def test_auto_on_a_cpu_is_xla():
+    assert build_model(config(), jax.devices()[:1]).model.norm_form == "xla"
+
+
+@pytest.mark.peer
+def test_auto_is_the_fastest_form_that_can_run(h100s, monkeypatch):
+    def form(devices, dtype="bfloat16", **fields):
+        return build_model(config(**{"model.dtype": dtype} | fields), devices).model.norm_form
+
+    one, two = h100s.devices[:1], h100s.devices
+    fastest = {dtype: fused_norm.FASTEST_FORMS.get((one[0].device_kind, dtype), "xla")
+               for dtype in ("bfloat16", "float32")}
+    assert fastest["bfloat16"] == "triton"  # or the table is of another device
+    for dtype, expected in fastest.items():
+        assert form(one, dtype) == form(two, dtype) == expected
+    assert form(two, **{"parallel.runner": "jit"}) == "xla"
+    assert form(one, **{"parallel.norm_kernel": "xla"}) == "xla"
+    monkeypatch.setattr(norm_tiles, "missing", lambda: "no Triton")
+    assert form(one) == "xla"
 
 
 @pytest.mark.peer
