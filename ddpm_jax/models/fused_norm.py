@@ -192,7 +192,9 @@ def kernels_form(padded, interpret=False) -> Form:
         return on_cuda(functools.partial(norm_kernels.backward, plan, act),
                        functools.partial(_backward, act=act), *arrays)
 
-    return Form(forward, backward, kernels=True)
+    # Under jit, norms of one shape are traced and lowered once: a kernel's way to Triton takes 0.1 s.
+    return Form(jax.jit(forward, static_argnums=5), jax.jit(backward, static_argnums=9),
+                kernels=True)
 
 
 FORMS = {
@@ -202,7 +204,8 @@ FORMS = {
 }
 # By jax.Device.device_kind and the compute type, where another row than "xla" was measured to be
 # the fastest (NOTES.md, "Norm kernels").
-FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton"}
+FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
+                 ("NVIDIA H100 80GB HBM3", "float32"): "triton"}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
