@@ -25,6 +25,7 @@ from ddpm_jax.diffusion.objective import IMPORTANCE_SAMPLED, LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_terminal_snr
 from ddpm_jax.errors import UserError
+from ddpm_jax.models.layers import abstract_parameters, initial_parameters
 from ddpm_jax.models.shard_gradients import fastest_form
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
@@ -121,12 +122,12 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     data, plain, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
-    init_params = jax.jit(lambda: _init_params(plain, config.seed))  # traced once for both uses
     return Experiment(
         config=config, image_shape=(data.image_size, data.image_size, data.channels),
         schedule=schedule, betas=betas, runner=runner,
         model=plain.clone(norm_form=form),
-        init_params=init_params, abstract_params=jax.eval_shape(init_params))
+        init_params=lambda: initial_parameters(plain, jax.random.key(config.seed)),
+        abstract_params=abstract_parameters(plain))
 
 
 def check_new(exp: Experiment) -> None:
@@ -237,19 +238,12 @@ def schedule_warning(exp: Experiment) -> str | None:
             f"{remedy} would keep the paper's")
 
 
-def _init_params(model, seed):
-    size = model.image_size
-    images, t = jnp.zeros((1, size, size, model.in_channels)), jnp.zeros(1, jnp.int32)
-    labels = t if model.num_classes else None
-    return model.init(jax.random.key(seed), images, t, labels=labels)["params"]
-
-
 def new_state(training: Training) -> TrainState:
     """The state before the first update, on the runner's devices, from config.seed."""
     exp = training.experiment
-    state = jax.jit(lambda: init_state(
-        exp.init_params(), training.tx, first_history(exp.config.diffusion)))()
-    return exp.runner.put(training.placement(state), jax.tree.map(np.asarray, state))
+    state = jax.jit(lambda params: init_state(
+        params, training.tx, first_history(exp.config.diffusion)))(exp.init_params())
+    return exp.runner.put(training.placement(state), state)
 
 
 def cast_kernels(experiment: Experiment, params):

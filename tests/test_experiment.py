@@ -11,7 +11,7 @@ from ddpm_jax.config import from_json, load_config, override, packaged_configs, 
 from ddpm_jax.configs.cifar10_improved import CELLS
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, network, schedule_warning
-from ddpm_jax.models import unet
+from ddpm_jax.models import layers
 from ddpm_jax.training.steps import Batch
 
 TABLE2 = ["mu_learned_l", "mu_fixed_l", "mu_fixed_simple", "eps_learned_l", "eps_fixed_l",
@@ -111,17 +111,16 @@ def test_a_model_needs_no_training_fields_that_fit_the_devices():
 
 
 @pytest.mark.parametrize("mistake", [
-    lambda t, dim: jnp.ones((3, dim)) @ jnp.ones((dim + 1, dim)),       # TypeError of JAX
-    lambda t, dim: t.reshape(7, dim),                                   # TypeError, a bad shape
-    lambda t, dim: jnp.arange(dim)[:, None].astype("no such type"),     # TypeError of NumPy
-    lambda t, dim: int("seven"),                                        # ValueError
+    lambda: jnp.ones((3, 4)) @ jnp.ones((5, 4)),              # TypeError of JAX
+    lambda: np.arange(3)[:, None].astype("no such type"),     # TypeError of NumPy
+    lambda: int("seven"),                                     # ValueError
 ])
 def test_a_mistake_inside_a_layer_shows_its_traceback(mistake, monkeypatch):
     """Only misspelt keywords and checked values become one line."""
-    def broken(t, dim):
-        return mistake(t, dim)
+    def broken(layer):
+        return mistake()
 
-    monkeypatch.setattr(unet, "timestep_embedding", broken)
+    monkeypatch.setattr(layers.Dense, "shapes", broken)
     with pytest.raises((TypeError, ValueError)) as caught:
         build_model(load_config("digits"))
     assert not isinstance(caught.value, UserError)

@@ -192,7 +192,7 @@ def kernels_form(padded, interpret=False) -> Form:
         return on_cuda(functools.partial(norm_kernels.backward, plan, act),
                        functools.partial(_backward, act=act), *arrays)
 
-    # Under jit, norms of one shape are traced and lowered once: a kernel's way to Triton takes 0.1 s.
+    # Under jit, norms of one shape are traced and lowered once; to Triton, that takes 0.1 s each.
     return Form(jax.jit(forward, static_argnums=5), jax.jit(backward, static_argnums=9),
                 kernels=True)
 
@@ -256,6 +256,12 @@ def plain_group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate):
     return jnp.where(bits >= (1 - kept) * 2**DROPOUT_BITS, y / kept, 0.0)
 
 
+def create_parameters(layer):
+    """The ``setup`` of a layer: its parameters of ``shapes()``, as attributes."""
+    for name, shape in layer.shapes().items():
+        setattr(layer, name, layer.param(name, layer.initializers()[name], shape))
+
+
 class GroupNorm(nn.Module):
     """Group norm with eps 1e-6 (tf.contrib's default), then SiLU and dropout where enabled."""
 
@@ -269,10 +275,12 @@ class GroupNorm(nn.Module):
     def shapes(self):
         return {"scale": (self.channels,), "bias": (self.channels,)}
 
+    @nn.nowrap
+    def initializers(self):
+        return {"scale": nn.initializers.ones, "bias": nn.initializers.zeros}
+
     def setup(self):
-        shapes = self.shapes()
-        self.scale = self.param("scale", nn.initializers.ones, shapes["scale"])
-        self.bias = self.param("bias", nn.initializers.zeros, shapes["bias"])
+        create_parameters(self)
 
     def __call__(self, x, bits=None, shift=None):
         """x [B,H,W,C]; bits, shift: as in ``group_norm_act``."""

@@ -71,11 +71,10 @@ def _global_arrays(mesh):
 
     def put(placement, tree):
         if not isinstance(placement, str):  # every process has all of it
-            return jax.tree.map(_put_whole, placement, tree)
+            return jax.tree.map(lambda s, x: _put(s, x, _put_whole), placement, tree)
         sharding = _sharding(mesh, placement)
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
-        )
+            lambda x: _put(sharding, x, jax.make_array_from_process_local_data), tree)
 
     def abstract(placement, tree):
         if isinstance(placement, str):
@@ -92,8 +91,13 @@ def _global_arrays(mesh):
     return put, abstract, local
 
 
+def _put(sharding, x, from_host):
+    if isinstance(x, jax.Array) and sharding.is_fully_addressable:
+        return jax.device_put(x, sharding, may_alias=False)  # either may be donated
+    return from_host(sharding, np.asarray(x))
+
+
 def _put_whole(sharding, x):
-    x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

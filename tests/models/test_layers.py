@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,16 @@ def test_initial_weights_are_uniform_fan_avg():
     dense = L.Dense(64, 192).init(key, jnp.zeros((1, 64)))["params"]["kernel"]
     assert dense.shape == (64, 192)
     assert float(jnp.abs(dense).max()) == pytest.approx(np.sqrt(3 / 128), rel=1e-2)
+
+
+@pytest.mark.parametrize("shape, in_axis, out_axis, scale", [
+    ((6, 3, 3, 4), 3, 0, 1.0), ((4, 6), 0, 1, 1.0), ((6, 3, 3, 4), 3, 0, 0.0)])
+def test_initial_weights_are_flax_s(shape, in_axis, out_axis, scale):
+    theirs = nn.initializers.variance_scaling(
+        scale or 1e-10, "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis)
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(
+        L.fan_average(scale, in_axis, out_axis)(key, shape), theirs(key, shape, jnp.float32))
 
 
 def test_a_residual_block_equals_its_parts_one_after_the_other():

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.models.layers import abstract_parameters, initial_parameters, parameter_layers
 from ddpm_jax.models.unet import UNet, layout
 
 SMALL = dict(image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1, 2), num_res_blocks=1,
@@ -42,6 +45,24 @@ def test_attention_follows_every_block_at_16_also_on_the_way_up():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_initial_parameters_are_those_of_init(remat):
+    model, key = UNet(**SMALL, num_classes=3, remat=remat), jax.random.key(5)
+
+    def create(bound):
+        for path, layer in parameter_layers(model):
+            for name in layer.shapes():
+                getattr(functools.reduce(getattr, path, bound), name)
+
+    want = model.init(key, method=create)["params"]
+    got = initial_parameters(model, key)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, abstract_parameters(model))
+    called = jax.eval_shape(model.init, key, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32),
+                            labels=jnp.zeros(1, jnp.int32))["params"]
+    assert called == abstract_parameters(model)
+
+
 def test_output_starts_near_zero_and_is_float32():
     model = UNet(**SMALL, dtype=jnp.bfloat16)
     x, t = jnp.ones((2, 8, 8, 1)), jnp.array([0, 999])
