@@ -28,7 +28,8 @@ The step is the sum of four terms, of which none overlaps another:
 {terms}
 
 Left out: latency of the collectives, input, checkpoints, evaluation, waiting for the slowest chip,
-failures. The cut steps of these models have not been compiled for these chips.
+failures. The cut steps of the 256x256 models have been compiled for v5litepod-8, v5e-256 and
+h100:8 ([BENCHMARKS.md](../BENCHMARKS.md), sections "matrix-cut"); none has run.
 
 - *efficiency*: images a second and chip, over those of one chip with as many images a step (at the
   paper's batch: with all of them). Over 100 %: a chip updates only its part of the state.
@@ -41,7 +42,7 @@ state is cut over all of them.
 """
 TERMS = {
     "network": f"floating-point operations counted by hand, at {MFU:.0%} of the chip's bfloat16 "
-    "peak whatever the batch (an H100 reached 26 % with 128 images of `cifar10` and 31 % with 512, "
+    "peak whatever the batch (an H100 reached 28 % with 128 images of `cifar10` and 35 % with 512, "
     "[measured](h100.md))",
     "update": f"{UPDATE_BYTES} bytes a parameter at HBM's full rate: gradient read, weight, "
     "average and two moments read and written; of a chip's part, where the state is cut",

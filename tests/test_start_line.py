@@ -33,13 +33,12 @@ def test_what_would_be_faster():
         assert "float32 (products in bfloat16)" in start_line.sampling_line(model(), 1000, 8)
 
 
-def test_kernels_of_the_norm_are_named_where_they_can_run(monkeypatch):
-    monkeypatch.setitem(start_line._FASTER_NORMS, ("cpu", "float32", "xla"), "the kernels (2 x)")
+def test_a_faster_type_is_named_with_its_factor(monkeypatch):
+    monkeypatch.setitem(start_line._FASTER_DTYPES, ("cpu", "float32"), "the flag (2 x)")
     fields = {"train.clip_scope": "global"}
-    assert start_line.training_line(model(2, **fields)).endswith("; faster: the kernels (2 x)")
-    for other in (model(2, **fields, **{"parallel.runner": "jit"}),
-                  model(2, **fields, **{"model.dtype": "bfloat16"})):
-        assert "kernels" not in start_line.training_line(other)
+    assert start_line.training_line(model(**fields)).endswith("; faster: the flag (2 x)")
+    other = model(**fields, **{"model.dtype": "bfloat16"})
+    assert "faster" not in start_line.training_line(other)
 
 
 def test_a_measured_machine_is_matched_by_network_type_clip_and_images(monkeypatch):

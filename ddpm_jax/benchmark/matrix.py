@@ -36,7 +36,8 @@ MATRICES = {
                                                 "sampler.batch_size=64"]},
     # Each cell takes one to two minutes of two cores.
     "cut": {**CUT, "topology": ["v5litepod-8", "h100:8"]},
-    "cut_pod": {**CUT, "topology": ["v5e-256"], "set": [*CUT["set"], "train.batch_size=2048"]},
+    "cut_pod": {**CUT, "topology": ["v5e-256"],
+                "set": [*CUT["set"], "train.batch_size=2048", "train.steps=100000"]},
 }
 
 
