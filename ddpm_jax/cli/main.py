@@ -1,7 +1,6 @@
 """`ddpm`: the table of subcommands and the way into each."""
 
 import functools
-import gc
 import importlib
 import sys
 from collections.abc import Callable
@@ -123,7 +122,6 @@ def _leave_pod(error: BaseException) -> int:
 def run() -> None:
     """Entry point of the console script."""
     output.keep_writable()
-    gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and few cycles
     try:
         code = command(sys.argv[1:])
     except KeyboardInterrupt:  # before or without a `Stop`, which saves
