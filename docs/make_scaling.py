@@ -28,8 +28,8 @@ The step is the sum of four terms, of which none overlaps another:
 {terms}
 
 Left out: latency of the collectives, input, checkpoints, evaluation, waiting for the slowest chip,
-failures. The cut steps of the 256x256 models have been compiled for v5litepod-8, v5e-256 and
-h100:8 ([BENCHMARKS.md](../BENCHMARKS.md), sections "matrix-cut"); none has run.
+failures. The cut steps of the 256x256 models have been compiled for v5litepod-8 and
+h100:8 ([BENCHMARKS.md](../BENCHMARKS.md), section "matrix-cut"); none has run.
 
 - *efficiency*: images a second and chip, over those of one chip with as many images a step (at the
   paper's batch: with all of them). Over 100 %: a chip updates only its part of the state.
