@@ -25,7 +25,7 @@ step512 150 step --config.train.batch_size=512
 step128-50-a-dispatch 150 step --config.train.steps_per_dispatch=50
 step128-paper-clip 200 step --config.train.clip_scope=per_replica
 step128-float32 150 step --config.model.dtype=float32
-step128-float32-norm-triton 150 step --config.model.dtype=float32 --config.parallel.norm_kernel=triton
+step128-float32-norm-xla 150 step --config.model.dtype=float32 --config.parallel.norm_kernel=xla
 step128-float32-paper-clip 250 step --config.model.dtype=float32 --config.train.clip_scope=per_replica
 sample512 100 sample
 step128-diffusers 200 step --compare=diffusers

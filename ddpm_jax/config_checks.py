@@ -12,7 +12,7 @@ from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import norm_tiles
-from ddpm_jax.models.fused_norm import FASTEST_FORMS, FORMS
+from ddpm_jax.models.fused_norm import FORMS, fastest_form
 from ddpm_jax.parallel.cut import CUTS
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
@@ -208,13 +208,11 @@ def norm_form(config, runner) -> str:
     Raises UserError for kernels that the devices or the installed JAX cannot run.
     """
     device, cut = runner.mesh.devices.flat[0], runner.num_virtual_devices > 1
-    missing = norm_tiles.missing()
-    fastest = FASTEST_FORMS.get((device.device_kind, config.model.dtype), "xla")
-    automatic = {"auto": "xla" if cut or missing else fastest}
+    automatic = {"auto": fastest_form(device.device_kind, config.model.dtype, cut)}
     name = automatic.get(config.parallel.norm_kernel, config.parallel.norm_kernel)
     if not FORMS[name].kernels:
         return name
-    why, others = missing, ""
+    why, others = norm_tiles.missing(), ""
     if device.platform not in norm_tiles.PLATFORMS:
         why = f"its kernels are for NVIDIA GPUs, and the devices are {device.platform}"
     elif cut:

@@ -3,6 +3,7 @@
 Inside functions: tensorboardX, matplotlib and tqdm, which are slow to import.
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -33,6 +34,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@functools.cache
 def _tensorboard(name: str):
     """A module of tensorboardX, whose import takes two seconds more where PyTorch is installed: it
     imports it for a type that is not used here."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 
 from ddpm_jax.compilation.roofline import unet_work
+from ddpm_jax.config_checks import clips_parts
 from ddpm_jax.experiment import Experiment
 
 
@@ -61,7 +62,7 @@ def training_line(exp: Experiment) -> str:
     program is that of the global clip."""
     train, num_devices = exp.config.train, exp.runner.num_devices
     images = max(1, train.batch_size // num_devices)
-    parts = train.clip_replicas if train.clip_scope == "per_replica" else 1
+    parts = train.clip_replicas if clips_parts(train) else 1
     clip = f"clip {train.clip_norm:g} of {'the whole batch' if parts == 1 else f'{parts} parts'}"
     flags = [_faster(_FASTER_DTYPES, exp)]
     if parts > num_devices:

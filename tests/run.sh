@@ -23,7 +23,7 @@ uv() {
     UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 "$venv/uv/bin/uv" pip install -q \
         --python "$venv/bin/python" "$@"
 }
-pip() {  # where uv cannot reach an index that pip is told of
+pip() {  # where uv cannot reach the index of pip's settings
     echo "note: uv failed; pip installs instead" >&2
     "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }

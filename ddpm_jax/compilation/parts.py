@@ -43,19 +43,20 @@ def _norm(k):
     return k.within("norm")
 
 
-def _filter_kernel(k):
-    return not _norm(k) and k.path[-1] == "pallas_call"  # models/filter_kernels.py
+def _kernel(k):
+    return k.path[-1] == "pallas_call"  # of models/norm_kernels.py or filter_kernels.py
 
 
 def _norm_kernel(k):
-    return _norm(k) and k.path[-1] == "pallas_call"  # models/norm_kernels.py
+    return _norm(k) and _kernel(k)
 
 
 # First match names the part, in this order; the norms of attention blocks count as norm.
 PARTS = {
     "collectives": lambda k: k.kind == "collective",
     "convolution, forward": lambda k: _convolution(k) and not k.backward,
-    "convolution, filter gradient": lambda k: _convolution(k) and k.filter or _filter_kernel(k),
+    "convolution, filter gradient": lambda k: (_convolution(k) and k.filter
+                                               or _kernel(k) and not _norm(k)),
     "convolution, input gradient": _convolution,
     "random bits": lambda k: k.kind == "random bits",
     "optimizer, clip, average, data, sampler": lambda k: not k.network and k.path != [""],

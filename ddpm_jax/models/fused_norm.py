@@ -208,6 +208,12 @@ FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
                  ("NVIDIA H100 80GB HBM3", "float32"): "triton"}
 
 
+def fastest_form(device_kind, dtype, cut) -> str:
+    """The row of FORMS for a device and a compute type; cut: XLA cuts the program for several
+    devices."""
+    return norm_tiles.fastest(FORMS, FASTEST_FORMS, "xla", (device_kind, dtype), cut)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def group_norm_act(x, shift, scale, bias, bits, groups, eps, silu, rate, form="xla"):
     """Group norm of x + shift, then SiLU where ``silu``, then dropout at ``rate`` where bits is

@@ -44,6 +44,14 @@ def missing() -> str:
     return ""
 
 
+def fastest(forms, measured, otherwise, device, cut) -> str:
+    """The row of ``forms`` that ``measured`` has for a device, (kind, compute type), if it can run
+    there; else ``otherwise``, a row without kernels. cut: XLA cuts the program for several devices.
+    """
+    form = measured.get(device, otherwise)
+    return otherwise if forms[form].kernels and (cut or missing()) else form
+
+
 def _power(limit, divides):
     """The largest power of two that is at most ``limit`` and divides ``divides``."""
     return min(1 << (limit.bit_length() - 1), divides & -divides)

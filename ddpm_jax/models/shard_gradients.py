@@ -129,7 +129,4 @@ FASTEST_FORMS = {
 def fastest_form(device_kind, dtype, cut) -> str:
     """The row of FORMS for a device and a compute type; cut: XLA cuts the program for several
     devices."""
-    form = FASTEST_FORMS.get((device_kind, dtype), "convolutions")
-    if FORMS[form].kernels and (cut or norm_tiles.missing()):
-        return "convolutions"
-    return form
+    return norm_tiles.fastest(FORMS, FASTEST_FORMS, "convolutions", (device_kind, dtype), cut)
