@@ -254,7 +254,12 @@ class _NoSyncPoint:
         return False
 
     def shutdown(self):
-        self.manager.shutdown()
+        """Leaves the manager as it is; JAX calls this before the barrier at which all leave.
+
+        A signal that comes too late for a last `requested` starts the protocol all the same. Its
+        thread would then wait 15 minutes for a process that has shut its manager down, and
+        `manager.shutdown` waits for the thread. Up to the barrier every process takes part.
+        """
 
 
 def _c_handler() -> int:

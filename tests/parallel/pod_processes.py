@@ -14,7 +14,7 @@ PROGRAM = '''
 import ctypes, os, signal, sys, time
 from absl import flags
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel.exit_codes import EXIT_RESTART
+from ddpm_jax.parallel.exit_codes import EXIT_RESTART, pod_state
 from ddpm_jax.parallel.hosts import check_same_everywhere
 from ddpm_jax.parallel.pod import initialize
 from ddpm_jax.parallel.pod_flags import define_flags
@@ -66,6 +66,17 @@ if "loop" in words:
             stop.unsaved(False)
             sys.exit(EXIT_RESTART)
         time.sleep(0.005)
+if "last" in words:
+    # A signal after the last question. JAX looks for signals once a second: one process leaves
+    # before it has heard, the other after.
+    stop.requested(0)
+    signalled, first = map(int, os.environ["LAST"].split())
+    if pod.process_id == signalled:
+        signal.raise_signal(signal.SIGTERM)
+        while stop._state == "running":  # closed before its thread woke, it would pass nothing on
+            time.sleep(0.001)
+    if pod.process_id != first:
+        pod_state().client.blocking_key_value_get("RECEIVED_PREEMPTION_NOTICE", 20_000)
 print("END", pod.process_id, pod.num_processes, flush=True)
 if os.environ.get("LATE") == str(pod.process_id):
     block(ctypes.CDLL(None))

@@ -45,6 +45,15 @@ def test_sigterm_where_the_other_is_done_leaves_it_its_code(tmp_path, who):
     assert (codes[who], codes[1 - who]) == (42, 0), (run.text(0), run.text(1))
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_after_the_last_step_changes_nothing(tmp_path, who, first):
+    """The first to leave must not leave the other alone in JAX's protocol of preemption."""
+    with Processes(tmp_path, ["last"], 2, env={"LAST": f"{who} {first}"}) as run:
+        assert run.wait(60) == [0, 0], (run.text(0), run.text(1))
+
+
 def test_single_process_stops_at_the_next_step(tmp_path):
     with Processes(tmp_path, ["loop", "slowsave"], 1) as run:
         run.until("READY")
