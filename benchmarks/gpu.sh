@@ -24,6 +24,7 @@ step128 120 step
 step512 150 step --config.train.batch_size=512
 step128-50-a-dispatch 150 step --config.train.steps_per_dispatch=50
 step128-paper-clip 200 step --config.train.clip_scope=per_replica
+step128-paper-clip-convolutions 200 step --config.train.clip_scope=per_replica --config.parallel.clip_kernel=convolutions
 step128-float32 150 step --config.model.dtype=float32
 step128-float32-norm-xla 150 step --config.model.dtype=float32 --config.parallel.norm_kernel=xla
 step128-float32-paper-clip 250 step --config.model.dtype=float32 --config.train.clip_scope=per_replica

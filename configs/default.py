@@ -77,6 +77,9 @@ def get_config():
                                   # FSDP)
             norm_kernel="auto",   # xla; on NVIDIA GPUs kernels: triton, triton_padded (more
                                   # shapes); auto: the fastest measured on the device
+            clip_kernel="auto",   # gradients of filters where a device clips several parts of a
+                                  # batch: convolutions, turned (for CPUs), kernels (for NVIDIA
+                                  # GPUs); auto: the fastest measured on the device
         ),
         checkpoint=dict(
             every=10_000,

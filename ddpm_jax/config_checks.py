@@ -11,8 +11,7 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
-from ddpm_jax.models import norm_tiles
-from ddpm_jax.models.fused_norm import FORMS, fastest_form
+from ddpm_jax.models import fused_norm, norm_tiles, shard_gradients
 from ddpm_jax.parallel.cut import CUTS
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
@@ -23,6 +22,8 @@ CLIP_SCOPES = {
     "per_replica": lambda train, shards: Clip(train.clip_norm, shards),
     "global": lambda train, shards: Clip(train.clip_norm, None),
 }
+# Fields of config.parallel, and the module whose FORMS they choose from.
+KERNELS = {"norm_kernel": fused_norm, "clip_kernel": shard_gradients}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Channels of the network's output, over the image's, that each loss trains.
 _LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}, "vlb": {1, 2}}
@@ -140,7 +141,8 @@ def check_model(config) -> None:
     sampler_row(config.sampler)
     check_guidance(config.model, config.sampler.guidance)
     row(RUNNERS, "parallel.runner", config.parallel.runner)
-    row({"auto": None, **FORMS}, "parallel.norm_kernel", config.parallel.norm_kernel)
+    for field, rows in KERNELS.items():
+        row({"auto": None, **rows.FORMS}, f"parallel.{field}", config.parallel[field])
     row(DTYPES, "model.dtype", config.model.dtype)
     if config.sampler.steps > diffusion.num_timesteps:
         raise UserError(f"config.sampler.steps={config.sampler.steps} is more than "
@@ -201,16 +203,16 @@ def check_guidance(model, guidance) -> None:
                         "too, and this one is not (model.label_dropout=0); leave it at 1")
 
 
-def norm_form(config, runner) -> str:
-    """The row of FORMS that config.parallel.norm_kernel names, or that was the fastest on the
+def kernel_form(field, config, runner) -> str:
+    """The row that config.parallel.``field``, of ``KERNELS``, names, or that was the fastest on the
     devices of ``runner`` for "auto".
 
     Raises UserError for kernels that the devices or the installed JAX cannot run.
     """
+    rows, name = KERNELS[field], config.parallel[field]
     device, cut = runner.mesh.devices.flat[0], runner.num_virtual_devices > 1
-    automatic = {"auto": fastest_form(device.device_kind, config.model.dtype, cut)}
-    name = automatic.get(config.parallel.norm_kernel, config.parallel.norm_kernel)
-    if not FORMS[name].kernels:
+    name = {"auto": rows.fastest_form(device.device_kind, config.model.dtype, cut)}.get(name, name)
+    if not rows.FORMS[name].kernels:
         return name
     why, others = norm_tiles.missing(), ""
     if device.platform not in norm_tiles.PLATFORMS:
@@ -220,8 +222,8 @@ def norm_form(config, runner) -> str:
                "and kernels cannot be cut")
         others = "parallel.runner=shard_map, or "
     if why:
-        raise UserError(f"config.parallel.norm_kernel={name}: {why}; take {others}"
-                        "parallel.norm_kernel=xla")
+        raise UserError(f"config.parallel.{field}={name}: {why}; take {others}"
+                        f"parallel.{field}={rows.PLAIN}")
     return name
 
 

@@ -18,7 +18,7 @@ from ddpm_jax.config_checks import (
     DTYPES,
     check_model,
     check_training,
-    norm_form,
+    kernel_form,
     weights_row,
 )
 from ddpm_jax.diffusion.objective import IMPORTANCE_SAMPLED, LOSSES, WEIGHTS
@@ -26,7 +26,6 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.schedule import BETAS, Schedule, make_schedule, zero_terminal_snr
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import abstract_parameters, initial_parameters
-from ddpm_jax.models.shard_gradients import fastest_form
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links
@@ -118,7 +117,7 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     check_model(config)
     hosts.pin_settings()
     runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
-    form = norm_form(config, runner)
+    form = kernel_form("norm_kernel", config, runner)
     data, plain, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
@@ -153,11 +152,9 @@ def build_training(exp: Experiment) -> Training:
     shards = max(1, train.clip_replicas // instances)
     clip = CLIP_SCOPES[train.clip_scope](train, shards)._replace(
         devices=max(1, instances // train.clip_replicas))
-    model = exp.model
+    model, form = exp.model, kernel_form("clip_kernel", config, runner)
     if (clip.shards or 0) > runner.num_virtual_devices:  # a device has several
-        model = model.clone(by_shard=fastest_form(
-            runner.mesh.devices.flat[0].device_kind, config.model.dtype,
-            cut=runner.num_virtual_devices > 1))
+        model = model.clone(by_shard=form)
 
     def loss_fn(params, batch, draws, named=lambda params: params):
         params, labels = named(params), batch.labels

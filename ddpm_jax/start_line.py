@@ -6,13 +6,14 @@ from typing import NamedTuple
 import jax
 
 from ddpm_jax.compilation.roofline import unet_work
-from ddpm_jax.config_checks import clips_parts
+from ddpm_jax.config_checks import clips_parts, kernel_form
 from ddpm_jax.experiment import Experiment
 
 
 class Measured(NamedTuple):
     """images_per_second of one device in training, or in one denoising step, where ``clip`` is
-    None; norm: parallel.norm_kernel; images: of a step, on that device."""
+    None. norm: the row of parallel.norm_kernel; clip: global, or the row of parallel.clip_kernel
+    for several parts on the device; images: of a step, on that device."""
 
     device_kind: str
     parameters: int
@@ -24,10 +25,10 @@ class Measured(NamedTuple):
 
 
 H100 = "NVIDIA H100 80GB HBM3"
-MEASURED = (  # BENCHMARKS.md, h100-2026-11-27; norm triton is what parallel.norm_kernel=auto takes
+MEASURED = (  # BENCHMARKS.md, h100-2026-11-27
     Measured(H100, 35_746_307, "bfloat16", "triton", "global", 128, 7538),
     Measured(H100, 35_746_307, "bfloat16", "triton", "global", 512, 9142),
-    Measured(H100, 35_746_307, "bfloat16", "triton", "parts", 128, 7018),
+    Measured(H100, 35_746_307, "bfloat16", "triton", "kernels", 128, 7018),
     Measured(H100, 35_746_307, "bfloat16", "triton", None, 512, 28523),
     Measured(H100, 35_746_307, "bfloat16", "xla", "global", 128, 6791),
     Measured(H100, 35_746_307, "bfloat16", "xla", "global", 512, 8252),
@@ -64,11 +65,12 @@ def training_line(exp: Experiment) -> str:
     images = max(1, train.batch_size // num_devices)
     parts = train.clip_replicas if clips_parts(train) else 1
     clip = f"clip {train.clip_norm:g} of {'the whole batch' if parts == 1 else f'{parts} parts'}"
+    form = kernel_form("clip_kernel", exp.config, exp.runner)
     flags = [_faster(_FASTER_DTYPES, exp)]
     if parts > num_devices:
         flags.append(_faster(_FASTER_CLIPS, exp, f"{_GLOBAL} (factor unmeasured)"))
     return _line(exp, [clip if train.clip_norm else "no clip", f"{images} images a device"],
-                 _measured(exp, "parts" if parts > num_devices else "global", images),
+                 _measured(exp, form if parts > num_devices else "global", images),
                  "images/s", flags)
 
 

@@ -202,7 +202,8 @@ FORMS = {
     "triton": kernels_form(padded=False),  # the form that was measured
     "triton_padded": kernels_form(padded=True),
 }
-# By jax.Device.device_kind and the compute type, where another row than "xla" was measured to be
+PLAIN = "xla"  # the row without kernels
+# By jax.Device.device_kind and the compute type, where another row was measured to be
 # the fastest (NOTES.md, "Norm kernels").
 FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
                  ("NVIDIA H100 80GB HBM3", "float32"): "triton"}
@@ -211,7 +212,7 @@ FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
 def fastest_form(device_kind, dtype, cut) -> str:
     """The row of FORMS for a device and a compute type; cut: XLA cuts the program for several
     devices."""
-    return norm_tiles.fastest(FORMS, FASTEST_FORMS, "xla", (device_kind, dtype), cut)
+    return norm_tiles.fastest(FORMS, FASTEST_FORMS, PLAIN, (device_kind, dtype), cut)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))

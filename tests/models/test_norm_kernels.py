@@ -8,7 +8,7 @@ from tiny_run import config
 
 from ddpm_jax.compilation import parts, report, topology
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import build_model
+from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.models import fused_norm, norm_tiles
 from ddpm_jax.parallel.runners import RUNNERS
 
@@ -141,10 +141,14 @@ def test_on_a_cpu_every_form_is_that_of_xla():
     ({"parallel.norm_kernel": "triton"},
      r"config.parallel.norm_kernel=triton: .*NVIDIA.*the devices are cpu; take .*norm_kernel=xla"),
     ({"parallel.norm_kernel": "cuda"},
-     "norm_kernel='cuda' is not known; known: auto, xla, triton, ")])
+     "norm_kernel='cuda' is not known; known: auto, xla, triton, "),
+    ({"parallel.clip_kernel": "kernels"},
+     r"config.parallel.clip_kernel=kernels: .*NVIDIA.*are cpu; take .*clip_kernel=convolutions"),
+    ({"parallel.clip_kernel": "xla"},
+     "clip_kernel='xla' is not known; known: auto, convolutions, turned, kernels")])
 def test_kernels_that_cannot_run_are_one_line(field, message):
     with pytest.raises(UserError, match=message):
-        build_model(config(**field), jax.devices()[:1])
+        build_training(build_model(config(**field), jax.devices()[:1]))
 
 
 @pytest.fixture

@@ -122,6 +122,19 @@ def test_a_device_with_one_part_has_an_ordinary_program(runner, monkeypatch):
             raise AssertionError("nothing")
 
 
+@pytest.mark.parametrize("kernel, form", [("auto", "turned"), ("convolutions", "convolutions")])
+def test_clip_kernel_is_how_parts_are_taken_together(kernel, form, monkeypatch):
+    def used(x, kernel, stride, form):
+        raise AssertionError(form)
+
+    monkeypatch.setattr(layers, "conv3x3_by_shard", used)
+    fields = {"parallel.clip_kernel": kernel} | dict(PER_REPLICA)
+    program = programs.train_program(build(config("shard_map", **fields), 4), len(IMAGES),
+                                     max_steps=1)
+    with pytest.raises(AssertionError, match=form):
+        program.step.lower(*program.arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runner, replicas, micro_batches", [
     ("jit", 2, 2), ("pmap", 2, 2), ("shard_map", 2, 2), ("jit", 4, 1), ("shard_map", 4, 1),
