@@ -30,6 +30,7 @@ LEAVE_DELAY_S = 3.0     # a main thread that is not stuck comes to requested() w
 RUNNING, SIGNALLED, AGREED, LEAVING, CLOSED = "running", "signalled", "agreed", "leaving", "closed"
 
 _open = []
+_kept = []  # until the interpreter ends
 
 
 class Stop:
@@ -258,8 +259,10 @@ class _NoSyncPoint:
 
         A signal that comes too late for a last `requested` starts the protocol all the same. Its
         thread would then wait 15 minutes for a process that has shut its manager down, and
-        `manager.shutdown` waits for the thread. Up to the barrier every process takes part.
+        `manager.shutdown` waits for the thread, as its destructor does. Up to the barrier every
+        process takes part.
         """
+        _kept.append(self.manager)
 
 
 def _c_handler() -> int:
