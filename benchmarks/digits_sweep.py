@@ -40,6 +40,8 @@ ROWS = {
     "v": SHORT | {"diffusion.predict": "v"},
     "v-6000": SHORT | {"diffusion.predict": "v", "train.steps": 6000,
                        "optimizer.decay_steps": 6000},
+    "v-6600": SHORT | {"diffusion.predict": "v", "train.steps": 6600,
+                       "optimizer.decay_steps": 6600},
 }
 HERE = pathlib.Path(__file__).parent
 LINES, PAGE = HERE / "digits_sweep.jsonl", HERE / "digits_sweep.md"

@@ -30,7 +30,7 @@ ddpm=$venv/bin/ddpm
 start=$(date +%s)
 
 if [ "$images" = fashion ]; then
-    config=fashion_mnist:small
+    config=fashion_mnist:small calls=100
     evaluation=(--metrics=bpd --splits=test --bpd_num=64)
     if ! "$ddpm" data info --name=fashion_mnist >/dev/null 2>&1; then
         echo "== preparing Fashion-MNIST"
@@ -39,14 +39,14 @@ if [ "$images" = fashion ]; then
         "$ddpm" data prepare --name=fashion_mnist ${files:+"--from=$files"}
     fi
 else
-    config=digits
-    evaluation=(--metrics=bpd,offline,nn --splits=test --num=1000 --steps=100)
+    config=digits calls=20
+    evaluation=(--metrics=bpd,offline,nn --splits=test --num=1000 --steps=20)
 fi
 
 echo "== training"
 "$ddpm" train --config=$config --workdir="$run" "$@"
 echo "== drawing 100 samples"
-"$ddpm" sample --workdir="$run" --num=100 --steps=100 --out="$run/100-samples"
+"$ddpm" sample --workdir="$run" --num=100 --steps="$calls" --out="$run/100-samples"
 echo "== evaluating the model"
 "$ddpm" evaluate --workdir="$run" "${evaluation[@]}"
 page=$run/evaluation.html
