@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 # uv asks its own list of authorities unless told to ask the machine, as pip does.
 export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
+unset PYTHONDONTWRITEBYTECODE  # as in tests/run.sh
 venv=${DDPM_VENV_LOWEST:-.venv-tests-lowest}
 PYTHON_VERSIONS="3.11 3.12 3.13" make_venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check uv

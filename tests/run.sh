@@ -30,6 +30,9 @@ pip() {  # where uv cannot reach the index of pip's settings
 # The programs of all tests, and of the processes they start, are compiled once.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/tests}
 export TF_CPP_MIN_LOG_LEVEL=3
+# uv leaves Python's files uncompiled: their first import compiles them for all processes to come,
+# where nothing forbids it. Otherwise each of the several hundred compiles what it imports, 3 s.
+unset PYTHONDONTWRITEBYTECODE
 PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH
 
