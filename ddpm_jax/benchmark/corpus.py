@@ -39,13 +39,18 @@ class Entry(NamedTuple):
 
 
 ONE_STEP = {"parallel.runner": "jit", "train.clip_scope": "global", "train.steps_per_dispatch": 1}
+# A corpus stays what it was made as: the digits of its day, whatever configs/digits.py is tuned to.
+DIGITS = ONE_STEP | {
+    "model.dropout": 0.05, "diffusion.num_timesteps": 100, "diffusion.predict": "eps",
+    "diffusion.variance": "fixed_small", "diffusion.loss": "mse",
+    "diffusion.schedule": {"name": "linear", "beta_start": 1e-4, "beta_end": 0.2},
+    "train.batch_size": 64, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 100,
+    "optimizer.decay_steps": 0, "ema.decay": 0.995, "sampler.batch_size": 64}
 SMALL_CIFAR = ONE_STEP | {"train.batch_size": 8}
 ENTRIES = (
-    Entry("ddpm_digits_flax_f32_train_step", "digits", "train_step", settings=ONE_STEP),
-    Entry("ddpm_digits_flax_f32_sample", "digits", "sample",
-          settings=ONE_STEP | {"sampler.batch_size": 64}),
-    Entry("ddpm_digits_flax_f32_bits_per_dim", "digits", "evaluate",
-          settings=ONE_STEP | {"sampler.batch_size": 64}),
+    Entry("ddpm_digits_flax_f32_train_step", "digits", "train_step", settings=DIGITS),
+    Entry("ddpm_digits_flax_f32_sample", "digits", "sample", settings=DIGITS),
+    Entry("ddpm_digits_flax_f32_bits_per_dim", "digits", "evaluate", settings=DIGITS),
     Entry("ddpm_cifar10_flax_f32_train_step", "cifar10", "train_step", settings=SMALL_CIFAR),
     Entry("ddpm_cifar10_flax_bf16_train_step", "cifar10", "train_step", ("h100", "v5e"), 50_000,
           ONE_STEP | {"train.batch_size": 128, "model.dtype": "bfloat16"}))
@@ -130,5 +135,16 @@ def read(folder) -> list[dict]:
             raise ValueError("not a manifest")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"corpus: {file} cannot be read ({error}); ddpm bench corpus "
-                        f"--corpus={folder} writes one") from None
+                        "--corpus=NEW_FOLDER writes one") from None
     return rows
+
+
+def check(folder, row: dict) -> str:
+    """The hash of a program's artifact; UserError where it is not the file of its manifest row."""
+    name = f"{row['name']}.mlir.bc"
+    found = digest(files.read_bytes(pathlib.Path(folder) / name))
+    if found != row["files"].get(name, {}).get("sha256"):
+        raise UserError(f"corpus: {pathlib.Path(folder) / name} is not the file of {MANIFEST} "
+                        f"(sha256 {found[:12]}); restore it, or write a corpus of your own with "
+                        "ddpm bench corpus --corpus=NEW_FOLDER")
+    return found

@@ -8,26 +8,24 @@ others use, or one that is another tomorrow, still gives a history. A line of th
 compilation; one that is there is not made again.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ddpm_jax.benchmark import corpus, matrix, replay
+from ddpm_jax.benchmark import corpus, environments, matrix, replay
+from ddpm_jax.benchmark.environments import PLUGINS, version_key
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import files
 
 REFERENCE_RELEASE, REFERENCE_PROGRAM = "0.4.34", "ddpm_digits_flax_f32_sample"
-NEEDED = ("numpy", "ml_dtypes", "scipy")  # by a jaxlib without JAX
 OLDEST_SUPPORTED = (0, 10, 2)  # as in setup.cfg
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+NOT_INSTALLED = "not installed"  # an outcome; tried again by the next run
 
 
 class Job(NamedTuple):
@@ -54,106 +52,33 @@ class Plan(NamedTuple):
     folder: pathlib.Path
 
 
-def version_key(release: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in re.findall(r"\d+", release))
-
-
 def releases(spec: str, kind: str, python: str) -> tuple[str, ...]:
     """Releases from 'A,B' or 'all': those that the package index has for ``python``, oldest first.
 
-    Raises UserError for what is no release, and where the index cannot be asked.
+    Raises UserError for what is no release or is not in the index, and for 'all' where the index
+    cannot be asked.
     """
-    if spec != "all":
-        found = tuple(word.strip() for word in spec.split(",") if word.strip())
-        wrong = [r for r in found if not re.fullmatch(r"\d+(\.\d+)+", r)]
-        if wrong or not found:
-            raise UserError(f"releases: {', '.join(wrong) or spec!r} is not a release such as "
-                            "0.10.2; give a list between commas, or all")
-        return tuple(sorted(set(found), key=version_key))
-    done = subprocess.run([python, "-m", "pip", "index", "versions", "jaxlib"],
-                          capture_output=True, text=True, check=False)
-    listed = re.search(r"Available versions: (.*)", done.stdout)
-    if not listed:
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise UserError(f"releases: `{python} -m pip index versions jaxlib` fails ({last}); give "
-                        "a list, such as --releases=0.10.1,0.10.2")
-    found = (r.strip() for r in listed[1].split(","))
     lowest = KINDS[kind].lowest
-    return tuple(sorted((r for r in found if version_key(r) >= lowest), key=version_key))
-
-
-# ---- environments ----
-
-
-def install(python: str, folder: pathlib.Path, packages, *, dependencies=False) -> None:
-    """Packages into a folder of their own, for PYTHONPATH, by uv where there is one, else by pip.
-
-    Raises UserError with the installer's last line.
-    """
-    uv = shutil.which("uv")
-    words = [uv, "pip", "install", "-q", "--python", python] if uv else [
-        python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    words += ["--target", str(folder), *([] if dependencies else ["--no-deps"]), *packages]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"cannot install {' '.join(packages)}: {(lines or ['no message'])[-1]}")
-
-
-def _jaxlib_environment(plan: Plan, release: str, folder: pathlib.Path) -> dict:
-    """A jaxlib alone. -> environment variables."""
-    shared = plan.folder / "needed"
-    if not shared.exists():
-        install(plan.python, shared, NEEDED)
-    install(plan.python, folder, [f"jaxlib=={release}"])
-    for target in plan.targets:
-        if target in PLUGINS:
-            with contextlib.suppress(UserError):  # its row will be an error: there is no plugin
-                PLUGINS[target].install(plan.python, folder, release)
-    return {"PYTHONPATH": f"{folder}:{shared}"}
-
-
-def _install_cuda(python: str, folder: pathlib.Path, release: str) -> None:
-    install(python, folder, [f"jax-cuda12-pjrt=={release}"])
-
-
-def _install_libtpu(python: str, folder: pathlib.Path, release: str) -> None:
-    """The libtpu that JAX of this release pins."""
-    install(python, folder, [f"jax=={release}"])
-    [metadata] = folder.glob("jax-*.dist-info/METADATA")
-    pinned = re.search(r"^Requires-Dist: (libtpu)\s*\(?([^);]*)\)?\s*;.*tpu", metadata.read_text(),
-                       re.MULTILINE)
-    if not pinned:
-        raise UserError(f"jax {release} pins no libtpu")
-    install(python, folder, [f"libtpu{pinned[2].strip()}"])
-
-
-class Plugin(NamedTuple):
-    """An accelerator's compiler. install(python, folder, release); library: in the folder; options:
-    further flags of replay.py."""
-
-    install: Callable
-    library: str
-    options: tuple[str, ...] = ()
-
-
-H100 = pathlib.Path(__file__).resolve().parent.parent / "compilation/h100.txtpb"
-PLUGINS = {
-    "h100": Plugin(_install_cuda, "jax_plugins/xla_cuda12/xla_cuda_plugin.so", (f"--gpu={H100}",)),
-    "v5e": Plugin(_install_libtpu, "libtpu/libtpu.so")}
-
-
-def _jax_environment(plan: Plan, release: str, folder: pathlib.Path) -> dict:
-    """A JAX and its jaxlib before everything else that this project needs."""
-    if not (ROOT / "setup.cfg").exists():
-        raise UserError("the history of the source needs a checkout of it; this is an installed "
-                        "package")
-    shared = plan.folder / "project"
-    if not shared.exists():
-        install(plan.python, shared, [str(ROOT)], dependencies=True)
-    install(plan.python, folder, [f"jax=={release}", f"jaxlib=={release}"])
-    return {"PYTHONPATH": f"{folder}:{ROOT}:{shared}", "JAX_COMPILATION_CACHE_DIR": "",
-            "JAX_PLATFORMS": "cpu"}
+    if spec == "all":
+        return tuple(r for r in environments.listed(python) if version_key(r) >= lowest)
+    found = {word.strip() for word in spec.split(",") if word.strip()}
+    wrong = [r for r in found if not re.fullmatch(r"\d+(\.\d+)+", r)]
+    if wrong or not found:
+        raise UserError(f"releases: {', '.join(sorted(wrong)) or repr(spec)} is not a release such "
+                        "as 0.10.2; give a list between commas, or all")
+    old = [r for r in found if version_key(r) < lowest]
+    if old:
+        raise UserError(f"releases: {', '.join(sorted(old))} is older than "
+                        f"{'.'.join(map(str, lowest))}, the oldest that can be measured")
+    try:
+        known = environments.listed(python)
+    except UserError:  # no index here: the installer decides, which may have wheels of its own
+        known = found
+    missing = sorted(found - set(known), key=version_key)
+    if missing:
+        raise UserError(f"releases: the index has no jaxlib {', '.join(missing)} for {python}; "
+                        f"it has {', '.join(known)}")
+    return tuple(sorted(found, key=version_key))
 
 
 # ---- one compilation ----
@@ -194,16 +119,24 @@ def _from_source(plan: Plan, job: Job, environment: dict) -> dict:
             return {"outcome": "killed" if done.returncode < 0 else "error", "message": last}
         found = json.loads(pathlib.Path(folder, "out/report.json").read_text())
     counts = {key: found["hlo"][key] for key in ("instructions", "fusions", "kernels")}
-    return {"outcome": "ok", **found["seconds"], **counts, "jax": found["versions"]["jax"],
-            "jaxlib": found["versions"]["jaxlib"], "python": found["versions"]["python"],
+    return {"outcome": "ok", **found["seconds"], **counts, "source": _source(),
+            "cpus": os.cpu_count(), "cpu": replay.cpu_model(), "load": replay.load(),
+            **{name: found["versions"][name] for name in ("jax", "jaxlib", "python")},
             "jaxpr_equations": found["jaxpr_equations"],
             "stablehlo": found["stablehlo"]["instructions"],
             "executable_bytes": found["executable_bytes"]}
 
 
+def _source() -> str:
+    """A hash of the package's Python files: rows with the same one are of the same source."""
+    package = environments.ROOT / "ddpm_jax"
+    return corpus.digest(b"".join(path.relative_to(package).as_posix().encode() + path.read_bytes()
+                                  for path in sorted(package.rglob("*.py"))))[:12]
+
+
 class Kind(NamedTuple):
-    """environment(plan, release, folder) -> variables; measure(plan, job, variables) -> row;
-    stages: of a row, with seconds; lowest: release that can be measured."""
+    """environment(python, release, folder, shared, targets) -> variables; measure(plan, job,
+    variables) -> row; stages: of a row, with seconds; lowest: release that can be measured."""
 
     environment: Callable
     measure: Callable
@@ -211,45 +144,80 @@ class Kind(NamedTuple):
     lowest: tuple[int, ...]
 
 
-KINDS = {"bytes": Kind(_jaxlib_environment, _replay, ("read", "compile"), (0, 4, 34)),
-         "source": Kind(_jax_environment, _from_source, ("trace", "lower", "compile"),
+KINDS = {"bytes": Kind(environments.jaxlib, _replay, ("read", "compile"), (0, 4, 34)),
+         "source": Kind(environments.jax, _from_source, ("trace", "lower", "compile"),
                         OLDEST_SUPPORTED)}
 
 
-# ---- the run ----
+# ---- the rows ----
+
+
+def _check(row) -> None:
+    """Raises where ``row`` lacks what a page needs."""
+    for key in ("role", "release", "program", "target", "repetition", "batch", "outcome"):
+        row[key]
+    if row["kind"] not in KINDS:
+        raise ValueError(f"kind {row['kind']!r}")
+    if row["outcome"] == "ok":
+        measured = row["role"] == "measured"
+        _ = [row[stage]["cpu_s"] + 0.0
+             for stage in KINDS[row["kind"] if measured else "bytes"].stages]
+        _ = measured and [row[key] + 0 for key in ("instructions", "fusions", "kernels")]
 
 
 def read(file) -> list[dict]:
-    """Rows of a history, a JSON object a line; a last line that was cut off is dropped."""
-    file = pathlib.Path(file)
-    if not file.exists():
+    """Rows of a history, a JSON object a line; a last line that was cut off is dropped.
+
+    Raises UserError for a file that is none, with the line.
+    """
+    if not files.exists(file):
         return []
     rows = []
-    lines = file.read_text().splitlines()
+    content = files.read_bytes(file)
+    lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not {"kind", "release", "program", "outcome"} <= set(row):
-                raise ValueError("not a row of a history")
-        except (ValueError, TypeError) as error:
-            if number == len(lines) and not isinstance(error, TypeError) and line[:1] == "{":
+            _check(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines) and line[:1] == b"{" and not content.endswith(b"\n"):
                 break
-            raise UserError(f"rows: {file} line {number}: {error}; name another file") from None
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"rows: {file} line {number} is not a row of a history ({reason}); "
+                            "remove the line, or name another file") from None
         rows.append(row)
     return rows
 
 
 def _append(file: pathlib.Path, rows: list[dict], row: dict) -> None:
     """Adds a row to the file and to ``rows``; a last line that was cut off goes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_text() if file.exists() else ""
-    if text and not text.endswith("\n"):
-        file.write_text(text[:text.rfind("\n") + 1])
-    with open(file, "a") as out:
-        out.write(json.dumps(row) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+    with files.storage_errors(file, "write"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text() if file.exists() else ""
+        if text and not text.endswith("\n"):
+            file.write_text(text[:text.rfind("\n") + 1])
+        with open(file, "a") as out:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
     rows.append(row)
+
+
+def _same_bytes(plan: Plan, rows: list[dict], file) -> None:
+    """Raises UserError where a file of the corpus is not the manifest's, or rows are of others."""
+    manifest = {r["name"]: r for r in corpus.read(plan.corpus)}
+    for program in {*plan.programs, REFERENCE_PROGRAM}:
+        if program not in manifest:
+            raise UserError(f"corpus: {plan.corpus} has no {program}, the reference of a history")
+        now = corpus.check(plan.corpus, manifest[program])
+        other = {r["sha256"] for r in rows if r["program"] == program and "sha256" in r} - {now}
+        if other:
+            raise UserError(f"rows: {file} has rows of another {program}.mlir.bc (sha256 "
+                            f"{min(other)[:12]}) than {plan.corpus} ({now[:12]}); name another "
+                            "--rows, or the --corpus of these rows")
+
+
+# ---- the run ----
 
 
 def jobs(plan: Plan) -> list[list[Job]]:
@@ -269,27 +237,29 @@ def jobs(plan: Plan) -> list[list[Job]]:
 def run(plan: Plan, file, *, seconds=float("inf")) -> list[dict]:
     """Make the rows of ``plan`` that ``file`` lacks, for at most ``seconds``. -> all of its rows.
 
-    A release that cannot be installed, or compiles nothing, gives rows that say so.
+    A release that cannot be installed gives rows with the outcome NOT_INSTALLED, one that compiles
+    nothing rows with what became of it.
     """
     file, kind, end = pathlib.Path(file), KINDS[plan.kind], time.monotonic() + seconds
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())  # not a killed run's references
     rows = read(file)
+    _same_bytes(plan._replace(programs=() if plan.kind == "source" else plan.programs), rows, file)
     have = {(r["kind"], r["release"], r["program"], r["target"], r["repetition"]) for r in rows
-            if r["role"] == "measured"}
+            if r["role"] == "measured" and r["outcome"] != NOT_INSTALLED}
     reference = None
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ddpm_reference_", dir=plan.folder) as pinned:
+    with files.staging_folder(plan.folder / "reference") as pinned:
         for batch in jobs(plan):
             todo = [job for job in batch if (plan.kind, *job) not in have]
             if not todo or time.monotonic() > end:
                 continue
-            name = f"{plan.kind}/{todo[0].release}/{todo[0].repetition}"
+            name = f"{plan.kind}/{todo[0].release}/{todo[0].repetition}/{started}"
             if reference is None:
-                variables = _jaxlib_environment(plan._replace(targets=("cpu",)),
-                                                REFERENCE_RELEASE, pathlib.Path(pinned))
+                variables = environments.jaxlib(plan.python, REFERENCE_RELEASE, pinned,
+                                                plan.folder, ())
                 reference = _reference(plan, variables)
             _append(file, rows, {**reference, "kind": plan.kind, "batch": name})
-            with tempfile.TemporaryDirectory(prefix="ddpm_release_", dir=plan.folder) as folder:
-                made = _batch(plan, kind, todo, pathlib.Path(folder))
+            with files.staging_folder(plan.folder / "release") as folder:
+                made = _batch(plan, kind, todo, folder)
                 for job, row in made:
                     _append(file, rows, {"kind": plan.kind, "role": "measured", "batch": name,
                                          **job._asdict(), **row})
@@ -311,10 +281,11 @@ def _reference(plan: Plan, variables: dict) -> dict:
 def _batch(plan: Plan, kind: Kind, todo: list[Job], folder: pathlib.Path):
     """-> (job, row) of each job of a release, one after the other."""
     try:
-        variables = kind.environment(plan, todo[0].release, folder)
+        variables = kind.environment(plan.python, todo[0].release, folder, plan.folder,
+                                     plan.targets)
     except UserError as error:
         for job in todo:
-            yield job, {"outcome": "error", "message": str(error)[:300]}
+            yield job, {"outcome": NOT_INSTALLED, "message": str(error)[:300]}
         return
     for job in todo:
         yield job, {**kind.measure(plan, job, variables),
@@ -335,7 +306,7 @@ def plan(kind: str, *, spec: str, programs: str, corpus_folder, targets: str, re
     """A Plan from what a command line has; UserError for what is unknown."""
     if kind not in KINDS:
         raise UserError(f"expected bytes or source, not {kind!r}")
-    python = _interpreter(python)
+    python = environments.interpreter(python)
     corpus_folder = pathlib.Path(corpus_folder)
     known = ([r["name"] for r in corpus.read(corpus_folder)] if kind == "bytes"
              else list(SOURCES))
@@ -351,10 +322,3 @@ def plan(kind: str, *, spec: str, programs: str, corpus_folder, targets: str, re
     folder = pathlib.Path(folder or pathlib.Path(tempfile.gettempdir(), "ddpm_history"))
     return Plan(kind, releases(spec, kind, python), tuple(chosen),
                 chosen_targets, repetitions, corpus_folder, python, timeout, folder)
-
-
-def _interpreter(python: str | None) -> str:
-    found = shutil.which(python) if python else sys.executable
-    if not found:
-        raise UserError(f"python: {python!r} is not found; give its path")
-    return found

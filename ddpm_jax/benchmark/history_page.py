@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import statistics
 from typing import NamedTuple
 
 from ddpm_jax.benchmark import history
@@ -12,6 +13,7 @@ from ddpm_jax.storage.files import write_bytes
 # Reported by users, with the release that brought it: does the history see it?
 KNOWN = {"0.5.0": "jax #26145", "0.9.1": "xla #41173", "0.10.1": "tpu-inference #2949",
          "0.10.2": "jax #39103 (wrong results on CPUs)"}
+FRONT_END = {"jaxpr_equations": "jaxpr equations", "stablehlo": "StableHLO operations"}
 STEPS, LEAST = 8, 1.1  # how many are listed, and the smallest factor that is one
 
 HEAD = """# What a training program costs to compile, release by release
@@ -24,8 +26,10 @@ process of its own.
 - **source**: the source of this project on each JAX that it supports: trace, lower, compile.
 - **ratio**: CPU seconds (of all threads) by those of the reference, {reference} on jaxlib
   {release}, which was compiled before and after each release; the least of the repetitions.
-- CPU seconds depend on the machine; ratios less so. Steps of less than {least:.0%} are not listed:
-  one repetition on a busy machine is no better than that. Releases without a row were not run yet.
+- CPU seconds depend on the machine; ratios less so. Steps are listed if they are larger than
+  {least:.0%} and than what the two references around either release differ by: one repetition on a
+  busy machine is no better. One that changes no instruction may still be the machine's.
+- A release that could not be installed, or did not compile a program, has a line with the reason.
 
 How to run one file, or this history: [for compiler people]({page}).
 """
@@ -33,13 +37,14 @@ How to run one file, or this history: [for compiler people]({page}).
 
 class Point(NamedTuple):
     """One program on one release. ratio: least CPU seconds of all stages by the reference's;
-    cpu: by stage; row: the row of that repetition; repetitions that were ok. Without one that was
-    ok ratio is None and row the last."""
+    cpu: by stage; row: the row of that repetition; repetitions that were ok; noise: the greater of
+    its two references by the lesser. Without one that was ok ratio is None and row the last."""
 
     ratio: float | None
     cpu: dict
     row: dict
     repetitions: int
+    noise: float
 
 
 class Step(NamedTuple):
@@ -57,35 +62,43 @@ def _total(row: dict) -> float:
     return sum(row[stage]["cpu_s"] for stage in history.KINDS[row["kind"]].stages)
 
 
-def references(rows: list[dict]) -> dict[str, float]:
-    """{batch: mean CPU seconds of its reference compilations}."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["role"] == "reference":
-            seconds = row["read"]["cpu_s"] + row["compile"]["cpu_s"]
-            found.setdefault(row["batch"], []).append(seconds)
-    return {batch: sum(seconds) / len(seconds) for batch, seconds in found.items()}
+def references(rows: list[dict]) -> dict[int, tuple[float, ...]]:
+    """{index of a measured row: CPU seconds of the reference before and after it}, of its own run:
+    one where the run ended before the second, none without the first."""
+    found, open_rows, last = {}, {}, {}
+    for index, row in enumerate(rows):
+        batch = row["batch"]
+        if row["role"] == "measured":
+            found[index] = last.get(batch, ())
+            open_rows.setdefault(batch, []).append(index)
+            continue
+        last[batch] = (row["read"]["cpu_s"] + row["compile"]["cpu_s"],)
+        for waiting in open_rows.pop(batch, ()):
+            found[waiting] += last[batch]
+    return found
 
 
 def points(rows: list[dict], kind: str) -> dict[str, dict[str, Point]]:
     """{'program target': {release: Point}}, releases oldest first."""
-    base, grouped = references(rows), {}
-    for row in rows:
+    around, grouped = references(rows), {}
+    for index, row in enumerate(rows):
         if row["role"] == "measured" and row["kind"] == kind:
             name = f"{row['program']} {row['target']}"
-            grouped.setdefault(name, {}).setdefault(row["release"], []).append(row)
+            tried = grouped.setdefault(name, {}).setdefault(row["release"], [])
+            tried.append((row, around[index]))
     found = {}
     for name, by_release in sorted(grouped.items()):
         found[name] = {}
         for release in sorted(by_release, key=history.version_key):
             tried = by_release[release]
-            good = [r for r in tried if r["outcome"] == "ok"]
+            good = [(_total(row) * len(base) / sum(base), row, base) for row, base in tried
+                    if row["outcome"] == "ok" and base]
             if not good:
-                found[name][release] = Point(None, {}, tried[-1], 0)
+                found[name][release] = Point(None, {}, tried[-1][0], 0, 1.0)
                 continue
-            best = min(good, key=lambda r: _total(r) / base[r["batch"]])
+            ratio, best, base = min(good, key=lambda g: g[0])
             cpu = {stage: best[stage]["cpu_s"] for stage in history.KINDS[kind].stages}
-            found[name][release] = Point(_total(best) / base[best["batch"]], cpu, best, len(good))
+            found[name][release] = Point(ratio, cpu, best, len(good), max(base) / min(base))
     return found
 
 
@@ -101,32 +114,37 @@ def steps(found: dict[str, dict[str, Point]]) -> list[Step]:
 
 def spread(rows: list[dict]) -> float:
     """How much the reference's CPU seconds differed within the history: greatest by least."""
-    seconds = list(references(rows).values())
+    seconds = [second for base in references(rows).values() for second in base]
     return max(seconds) / min(seconds) if seconds else 1.0
 
 
 def _table(by_release: dict[str, Point]) -> str:
     lines = []
+    front = [key for key in FRONT_END if any(key in p.row for p in by_release.values())]
     for release, p in by_release.items():
         if p.ratio is None:
-            lines.append([release, p.row["outcome"], p.row.get("message", "")[:120], *[""] * 6])
+            lines.append([release, p.row["outcome"], p.row.get("message", "")[:120],
+                          *[""] * (len(front) + 6)])
             continue
         row = p.row
         rss = row.get("maxrss_bytes")
         lines.append([
             release, f"{p.ratio:.2f}", ", ".join(f"{s} {t:.2f}" for s, t in p.cpu.items()),
-            f"{row['instructions']:,}", f"{row['fusions']:,}", f"{row['kernels']:,}",
+            *(f"{row[key]:,}" for key in (*front, "instructions", "fusions", "kernels")),
             size(row.get("executable_bytes")), size(rss), str(p.repetitions)])
-    return markdown(["release", "ratio", "CPU seconds", "HLO instructions", "fusions", "kernels",
-                     "executable", "memory of the compiler", "repetitions"], lines)
+    return markdown(["release", "ratio", "CPU seconds", *(FRONT_END[key] for key in front),
+                     "HLO instructions", "fusions", "kernels", "executable",
+                     "memory of the compiler", "repetitions"], lines)
 
 
 def _steps(found, rows) -> str:
     if not any(s for s in found.values()):
         return ""
-    every = [s for s in steps(found) if abs(math.log(s.times)) >= math.log(LEAST)]
+    every = [s for s in steps(found) if abs(math.log(s.times)) > math.log(
+        max(LEAST, s.was.noise, s.now.noise))]
+    noise = [p.noise for by_release in found.values() for p in by_release.values()]
     parts = [f"The reference's CPU seconds differed by a factor of {spread(rows):.2f} within the "
-             "history."]
+             f"history, the two around a release by {statistics.median(noise):.2f} (median)."]
     for title, mine in (("More expensive", [s for s in every if s.times > 1][:STEPS]),
                         ("Cheaper", [s for s in every if s.times < 1][:STEPS])):
         if mine:
@@ -137,11 +155,16 @@ def _steps(found, rows) -> str:
                   *(f"{s.was.row[k]:,} -> {s.now.row[k]:,}" for k in ("instructions", "kernels")),
                   f"{size(s.was.row.get('executable_bytes'))} -> "
                   f"{size(s.now.row.get('executable_bytes'))}"] for s in mine]))
-    failed = [f"{name} on {release}: {p.row['outcome']}" for name, by in found.items()
-              for release, p in by.items() if p.ratio is None]
+    failed = [f"{name} on {release}: {p.row['outcome']} ({p.row.get('message', '')[:120]})"
+              for name, by in found.items() for release, p in by.items() if p.ratio is None]
     if failed:
         parts.append("Not compiled: " + "; ".join(failed) + ".")
     return "\n\n".join(parts)
+
+
+def _releases(found: dict[str, dict[str, Point]]) -> str:
+    names = sorted({r for by in found.values() for r in by}, key=history.version_key)
+    return f"{len(names)} releases, {names[0]} to {names[-1]}; {len(found)} programs."
 
 
 def _plot(found: dict[str, dict[str, Point]], title: str, file: pathlib.Path) -> None:
@@ -177,7 +200,8 @@ def _how(rows: list[dict]) -> str:
     mine = [r for r in rows if r["role"] == "measured"]
     loads = [r["load"] for r in rows if "load" in r]
     text = [f"{len(mine)} compilations, {len(rows) - len(mine)} of the reference"]
-    for key, label in (("cpu", "CPU"), ("cpus", "cores"), ("python", "Python"), ("date", "date")):
+    for key, label in (("cpu", "CPU"), ("cpus", "cores"), ("python", "Python"), ("date", "date"),
+                       ("source", "source, a hash of the package's files")):
         values = sorted({str(r[key]) for r in rows if r.get(key)})
         if values:
             text.append(f"{label}: {', '.join(values)}")
@@ -204,7 +228,8 @@ def write(rows_file, target=None) -> list[str]:
         file = target.parent / f"{target.stem}-{kind}.png"
         _plot(found, f"the same {kind}", file)
         written.append(str(file))
-        text.append(f"## The same {kind}\n\n![{kind}]({file.name})\n\n{_steps(found, rows)}\n")
+        text.append(f"## The same {kind}\n\n{_releases(found)}\n\n![{kind}]({file.name})\n\n"
+                    f"{_steps(found, [r for r in rows if r['kind'] == kind])}\n")
         for name, by_release in found.items():
             text.append(f"### {name}\n\n{_table(by_release)}\n")
     text.append("jaxlib 0.10.2 computes some vmapped products wrongly on CPUs (jax #39103): its "

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ddpm_jax.benchmark import repeats
 from ddpm_jax.compilation import passes, report
 from ddpm_jax.errors import UserError
-from ddpm_jax.storage.files import write_json
+from ddpm_jax.storage import files
 
 AXES = ("program", "config", "runner", "dtype", "level", "topology")
 DEFAULTS = {"program": ["train_step"], "config": ["digits"], "runner": ["shard_map"],
@@ -156,6 +156,8 @@ def run_cell(cell: Cell, export: pathlib.Path | None = None, *, repeat=1, with_p
 def run(cells: list[Cell], export=None, *, repeat=1, with_passes=False) -> list[dict]:
     """The reports of all cells, in order, as ``run_cell`` makes them; export: folder of the corpus.
     """
+    if export:
+        _exported(pathlib.Path(export))
     rows = []
     for number, cell in enumerate(cells, 1):
         print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
@@ -168,27 +170,35 @@ def _export(source: pathlib.Path, target: pathlib.Path, cell: Cell, found: dict)
     """Add a cell's StableHLO to the corpus in `target`; equal modules are kept once."""
     target.mkdir(parents=True, exist_ok=True)
     name = f"{cell.program}-{found['fingerprint']}"
-    files = []
+    modules = []
     for suffix in ("mlir", "mlir.bc"):
         if (source / f"stablehlo.{suffix}").exists():
             shutil.copyfile(source / f"stablehlo.{suffix}", target / f"{name}.{suffix}")
-            files.append(f"{name}.{suffix}")
-    manifest = target / "manifest.json"
-    rows = json.loads(manifest.read_text()) if manifest.exists() else []
-    rows = [r for r in rows if r["cell"] != cell.name]
-    rows.append({"cell": cell.name, **cell._asdict(), "files": files,
+            modules.append(f"{name}.{suffix}")
+    rows = [r for r in _exported(target) if r["cell"] != cell.name]
+    rows.append({"cell": cell.name, **cell._asdict(), "files": modules,
                  "fingerprint": found["fingerprint"], "stablehlo": found["stablehlo"],
                  "compiler_options": found["compiler_options"], "versions": found["versions"]})
-    write_json(manifest, rows, sort_keys=False)
+    files.write_json(target / "manifest.json", rows, sort_keys=False)
+
+
+def _exported(target: pathlib.Path) -> list[dict]:
+    """Rows of the manifest of exported modules in ``target``; UserError where it is another's."""
+    file = target / "manifest.json"
+    rows = files.read_json(file) if file.exists() else []
+    if not (isinstance(rows, list) and all(isinstance(r, dict) and "cell" in r for r in rows)):
+        raise UserError(f"export: {file} is not one of ddpm bench compile --export; name another "
+                        "folder")
+    return rows
 
 
 def read(file) -> list[dict]:
     """Rows of a result file; UserError where it is none."""
     try:
         rows = json.loads(pathlib.Path(file).read_text())
-        if not all("cell" in r for r in rows):
-            raise ValueError("rows without a cell")
-    except (OSError, ValueError, TypeError) as error:
+        for row in rows:
+            _ = row["cell"], "error" in row or [m.read(row) for m in repeats.METRICS.values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"baseline: {file} is not a result of `ddpm bench compile` ({error})"
                         ) from None
     return rows

@@ -1,6 +1,7 @@
 """Compile one file with whatever jaxlib is installed and print what it cost as one line of JSON.
 
   python replay.py PROGRAM.mlir.bc                      a portable StableHLO artifact, for this CPU
+  python replay.py PROGRAM.hlo                          HLO text, read by way of StableHLO
   python replay.py PROGRAM.mlir.bc --target=h100 --plugin=.../xla_cuda_plugin.so --gpu=h100.txtpb
   python replay.py PROGRAM.mlir.bc --target=v5e --plugin=.../libtpu.so
   python replay.py PROGRAM.mlir.bc --timeout=600 --memory_gb=16
@@ -14,6 +15,7 @@ is a line too. 'outcome' is ok, error (an exception: 'message'), timeout or kill
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 
+BYTECODE = b"ML\xefR"  # how MLIR's begins
 V5E = {"topology": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
          "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -58,6 +61,12 @@ def _since(start) -> dict:
 
 def _read(extension, content: bytes):
     """The module in the form that the client of the same release compiles."""
+    if content.lstrip().startswith(b"HloModule"):
+        module = _of_jaxlib("hlo_module_from_text")(content.decode())
+        computation = _of_jaxlib("XlaComputation")(module.as_serialized_hlo_module_proto())
+        return extension.mlir.xla_computation_to_mlir_module(computation)
+    if not content.startswith(BYTECODE):
+        raise ValueError("neither a portable StableHLO artifact (.mlir.bc) nor HLO text (.hlo)")
     try:
         return extension.mlir.deserialize_portable_artifact(content)
     except RuntimeError:  # since 0.11 or 0.12 it wants a context, and returns a module of it
@@ -68,6 +77,16 @@ def _read(extension, content: bytes):
             for dialect in (stablehlo, chlo):
                 dialect.register_dialect(context)
             return extension.mlir.deserialize_portable_artifact(content)
+
+
+def _of_jaxlib(name: str):
+    """A name of the HLO library, which newer releases have in a module of its own."""
+    try:
+        return getattr(importlib.import_module("jaxlib._hlo"), name)
+    except (ImportError, AttributeError):
+        from jaxlib import xla_client
+
+        return getattr(getattr(xla_client, "_xla"), name)  # noqa: B009
 
 
 def _topology(client, arguments):
@@ -173,13 +192,17 @@ def _report(arguments) -> int:
     return 0
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
     found = re.search(r"model name\s*: (.*)", text)
     return found[1] if found else platform.processor()
+
+
+def load() -> float:
+    return round(os.getloadavg()[0], 1)
 
 
 def measure(file, *, python=sys.executable, target="cpu", timeout=900.0, environment=None,
@@ -191,8 +214,8 @@ def measure(file, *, python=sys.executable, target="cpu", timeout=900.0, environ
     file = pathlib.Path(file).resolve()
     row = {"schema": 1, "file": file.name,
            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "target": target,
-           "machine": platform.machine(), "cpus": os.cpu_count(), "cpu": _cpu_model(),
-           "load": round(os.getloadavg()[0], 1),
+           "machine": platform.machine(), "cpus": os.cpu_count(), "cpu": cpu_model(),
+           "load": load(),
            "XLA_FLAGS": (environment or os.environ).get("XLA_FLAGS", "")}
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "row.json")
@@ -221,18 +244,49 @@ def _ending(code: int, errors: bytes, out: pathlib.Path) -> dict:
     return {"outcome": "error", "message": " ".join([f"exit status {code}", *last])[:300]}
 
 
+def existing_file(text: str) -> str:
+    """For argparse: the absolute path of a file that can be read."""
+    try:
+        with open(text, "rb"):
+            return os.path.abspath(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+
+
+def new_file(text: str) -> str:
+    """For argparse: the absolute path of a file that can be written."""
+    path = os.path.abspath(text)
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a file in a folder")
+    return path
+
+
+def positive(text: str) -> float:
+    """For argparse."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
+    parser.add_argument("file", type=existing_file)
     parser.add_argument("--target", default="cpu", choices=("cpu", "h100", "v5e"))
-    parser.add_argument("--plugin", help="the accelerator's PJRT plugin, a shared library")
-    parser.add_argument("--gpu", help="h100: the description of the GPU, a target config")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds")
-    parser.add_argument("--memory_gb", type=float, help="limit of the process, GiB")
-    parser.add_argument("--optimized", help="write the optimised HLO to this file")
+    parser.add_argument("--plugin", type=existing_file,
+                        help="the accelerator's PJRT plugin, a shared library")
+    parser.add_argument("--gpu", type=existing_file,
+                        help="h100: the description of the GPU, a target config")
+    parser.add_argument("--timeout", type=positive, default=900.0, help="seconds")
+    parser.add_argument("--memory_gb", type=positive, help="limit of the process, GiB")
+    parser.add_argument("--optimized", type=new_file, help="write the optimised HLO to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    missing = [flag for flag, targets in (("plugin", ("h100", "v5e")), ("gpu", ("h100",)))
+               if arguments.target in targets and not getattr(arguments, flag)]
+    if missing:
+        parser.error(f"--target={arguments.target} needs --{' and --'.join(missing)}")
     if arguments.child:
         return _report(arguments)
     options = [f"--{name}={getattr(arguments, name)}" for name in

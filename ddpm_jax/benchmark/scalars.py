@@ -24,9 +24,10 @@ READ = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds a compilation")
+    parser.add_argument("file", type=replay.existing_file)
+    parser.add_argument("--repeat", type=int, default=3, choices=range(1, 1001), metavar="N")
+    parser.add_argument("--timeout", type=replay.positive, default=900.0,
+                        help="seconds a compilation")
     arguments = parser.parse_args()
     folder = os.environ.get("TENSORBOARD_OUTPUT_DIR")
     if not folder:

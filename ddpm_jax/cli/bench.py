@@ -68,8 +68,9 @@ def _define_history(define):
     define.path("rows", "benchmarks/history.jsonl", "history: file of rows; what is in it is not "
                 "made again; the page and its plots go beside it")
     define.string("python", None, "history: interpreter of the environments; default: this one")
-    define.float("timeout", 900.0, "history: seconds of one compilation")
-    define.float("budget", float("inf"), "history: start no release after this many seconds")
+    define.float("timeout", 900.0, "history: seconds of one compilation", lower_bound=1)
+    define.float("budget", float("inf"), "history: start no release after this many seconds",
+                 lower_bound=0)
 
 
 MEASURED = ("step", "sample", "data", "eval", "statistics")
@@ -176,6 +177,17 @@ def main(values, words):
     if len(words) != 1 or words[0] not in COMMANDS:
         raise UserError(f"expected ddpm bench {'|'.join(COMMANDS)}"
                         + (f" (not {' '.join(words)})" if words else ""))
+    _check_outputs(values)
+    return COMMANDS[words[0]](values)
+
+
+def _check_outputs(values) -> None:
+    """Raises UserError, before anything is measured, for what cannot be written after it."""
     if values.out and files.exists(values.out):
         raise UserError(f"out: {values.out} exists; name another file")
-    return COMMANDS[words[0]](values)
+    for flag in ("out", "github", "page", "rows"):
+        if values[flag].value is not None:
+            files.check_no_folder(values[flag].value, f"--{flag}")
+    for flag in ("export", "corpus"):
+        if values[flag].value is not None:
+            files.check_no_file(values[flag].value, f"--{flag}")

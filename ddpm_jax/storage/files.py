@@ -107,6 +107,18 @@ def check_no_file(folder, flag) -> None:
         raise UserError(f"{flag}={folder} is a file; name a folder")
 
 
+def check_no_folder(file, flag) -> None:
+    """Raise UserError where ``flag`` names a folder in the place of a file, or lies in a file."""
+    place = resolve(file)
+    if is_remote(place):
+        return
+    if place.is_dir():
+        raise UserError(f"{flag}={file} is a folder; name a file")
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag}={file} lies in {above}, which is a file; name another")
+
+
 def listing(folder) -> list:
     """Names in a folder, sorted; [] where there is none."""
     with storage_errors(folder, "list", advice=""):

@@ -1,5 +1,7 @@
 import json
+import pathlib
 
+import jax
 import pytest
 from tiny_run import FIELDS
 
@@ -36,6 +38,25 @@ def test_bad_input(tmp_path):
     (tmp_path / corpus.MANIFEST).write_text(json.dumps([{"name": "x"}]))
     with pytest.raises(UserError, match="not a manifest"):
         corpus.read(tmp_path)
+
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks/corpus"
+COMMITTED = {r["name"]: r for r in corpus.read(FOLDER)}
+
+
+@pytest.mark.parametrize("entry", corpus.ENTRIES, ids=lambda e: e.name)
+def test_the_committed_corpus_is_that_of_the_table(entry):
+    row = COMMITTED[entry.name]
+    assert corpus.check(FOLDER, row)
+    assert row["settings"] == entry.settings and row["targets"] == list(entry.targets)
+
+
+@pytest.mark.skipif(jax.__version__ != COMMITTED[corpus.ENTRIES[0].name]["versions"]["jax"],
+                    reason="the bytes are those of the JAX that wrote the corpus")
+def test_the_committed_corpus_can_be_rebuilt():
+    [entry] = [e for e in corpus.ENTRIES if e.name == "ddpm_digits_flax_f32_bits_per_dim"]
+    found = corpus.digest(corpus.artifact(corpus.lower(entry, load_config(entry.config))))
+    assert found == COMMITTED[entry.name]["files"][f"{entry.name}.mlir.bc"]["sha256"]
 
 
 def test_names_tell_the_type_of_numbers():

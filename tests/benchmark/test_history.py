@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxlib
 import pytest
 
-from ddpm_jax.benchmark import corpus, history, history_page, outputs
+from ddpm_jax.benchmark import corpus, environments, history, history_page, outputs
 from ddpm_jax.errors import UserError
 
 PROGRAM = "square_f32"
@@ -21,8 +21,10 @@ def plan(tmp_path, monkeypatch):
     folder.mkdir()
     rows = []
     for name in (PROGRAM, history.REFERENCE_PROGRAM):
-        (folder / f"{name}.mlir.bc").write_bytes(corpus.artifact(lowered))
-        rows.append({"name": name, "files": {}, "targets": ["cpu"]})
+        content = corpus.artifact(lowered)
+        (folder / f"{name}.mlir.bc").write_bytes(content)
+        rows.append({"name": name, "targets": ["cpu"],
+                     "files": {f"{name}.mlir.bc": {"sha256": corpus.digest(content)}}})
     (folder / corpus.MANIFEST).write_text(json.dumps(rows))
 
     def install(python, target, packages, *, dependencies=False):
@@ -32,7 +34,8 @@ def plan(tmp_path, monkeypatch):
         if any(p.startswith("jaxlib") for p in packages):
             (pathlib.Path(target) / "jaxlib").symlink_to(pathlib.Path(jaxlib.__file__).parent)
 
-    monkeypatch.setattr(history, "install", install)
+    monkeypatch.setattr(environments, "install", install)
+    monkeypatch.setattr(environments, "listed", lambda python: ("0.4.33", "0.10.1", "9.9.9"))
     monkeypatch.setenv("XLA_FLAGS", "")
     return history.plan("bytes", spec="9.9.9,0.10.1", programs=PROGRAM, corpus_folder=folder,
                         targets="cpu", repetitions=1, python=sys.executable, timeout=60,
@@ -41,16 +44,23 @@ def plan(tmp_path, monkeypatch):
 
 def test_rows_are_made_once(plan, tmp_path):
     file = tmp_path / "rows.jsonl"
+    (plan.folder / ".release.of_a_killed_run.partial").mkdir(parents=True)
     rows = history.run(plan, file)
     assert rows == history.read(file)
     assert [(r["role"], r["release"], r["outcome"]) for r in rows] == [
         ("reference", "0.4.34", "ok"), ("measured", "0.10.1", "ok"), ("reference", "0.4.34", "ok"),
-        ("reference", "0.4.34", "ok"), ("measured", "9.9.9", "error"),
+        ("reference", "0.4.34", "ok"), ("measured", "9.9.9", "not installed"),
         ("reference", "0.4.34", "ok")]
     assert "no such release" in rows[4]["message"]
-    # Environments are gone but for what all share; nothing is left to do.
+    # Environments are gone but for what all share. A release that could not be had is tried again.
     assert [p.name for p in plan.folder.iterdir()] == ["needed"]
-    assert history.run(plan, file) == rows
+    [page, plot] = history_page.write(file)
+    text = pathlib.Path(page).read_text()
+    assert "0.10.1" in text and pathlib.Path(plot).exists()
+    assert "Not compiled: square_f32 cpu on 9.9.9: not installed (cannot install" in text
+    tried = history.run(plan, file)
+    assert tried[:6] == rows and tried[7]["release"] == "9.9.9" and len(tried) == 9
+    assert history.run(plan._replace(releases=("0.10.1",)), file) == tried
     # Killed while it wrote a row: that row, and no other, is made again.
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:4]) + lines[4][:20])
@@ -58,27 +68,68 @@ def test_rows_are_made_once(plan, tmp_path):
     again = history.run(plan, file)
     assert again[:4] == rows[:4] and again[-2]["release"] == "9.9.9"
     assert all(json.loads(line) for line in file.read_text().splitlines())
-    [page, plot] = history_page.write(file)
-    text = pathlib.Path(page).read_text()
-    assert "0.10.1" in text and "9.9.9: error" in text and pathlib.Path(plot).exists()
     assert history.run(plan, tmp_path / "none.jsonl", seconds=-1) == []
 
 
 def test_bad_input(plan, tmp_path):
+    (tmp_path / "no_python").write_text("#!/bin/sh\necho hello\n")
+    (tmp_path / "no_python").chmod(0o755)
     for keywords, message in ((dict(spec="x"), "not a release"), (dict(spec=","), "not a release"),
+                              (dict(spec="0.10.1,9.9.8"), "no jaxlib 9.9.8 .* has 0.4.33, 0.10.1"),
+                              (dict(spec="0.4.33"), "0.4.33 is older than 0.4.34"),
                               (dict(programs="y"), "programs: y is not known; known"),
-                              (dict(python="no-such-python"), "not found")):
+                              (dict(python="no-such-python"), "not found"),
+                              (dict(python=str(tmp_path / "no_python")), "is no Python")):
         with pytest.raises(UserError, match=message):
             history.plan("bytes", **{**dict(
                 spec="0.10.1", programs="", corpus_folder=plan.corpus, targets="cpu",
                 repetitions=1, python=None, timeout=1), **keywords})
-    (tmp_path / "rows").write_text("[1]\n{}\n")
-    with pytest.raises(UserError, match="line 1"):
-        history.read(tmp_path / "rows")
+    assert history.releases("all", "bytes", sys.executable) == ("0.10.1", "9.9.9")
+
+
+def test_rows_that_are_none_are_named_and_kept(tmp_path):
+    file, good = tmp_path / "rows", [json.dumps(row) for row in made_up({"0.9.0": [5.0]})]
+    no_seconds = {k: v for k, v in json.loads(good[1]).items() if k != "compile"}
+    for bad, reason in (("[1]", "list"), ("{}", "no 'role'"), ("7", "int"), ("\0", "Expecting"),
+                        (json.dumps(no_seconds), "no 'compile'")):
+        text = "\n".join([*good, bad, ""])
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"line 4 is not a row of a history .*{reason}"):
+            history.read(file)
+        assert file.read_text() == text
+    with pytest.raises(UserError, match="directory"):
+        history.read(tmp_path)
+
+
+def test_rows_of_other_bytes_are_not_mixed(plan, tmp_path):
+    row = {**made_up({"0.9.0": [5.0]})[1], "program": PROGRAM, "sha256": "0123456789abcdef"}
+    (tmp_path / "rows").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="rows of another square_f32.mlir.bc .sha256 0123456789ab"):
+        history.run(plan, tmp_path / "rows")
+    program = plan.corpus / f"{PROGRAM}.mlir.bc"
+    program.write_bytes(program.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is not the file of manifest.json"):
+        history.run(plan, tmp_path / "new")
+    program.unlink()
+    with pytest.raises(UserError, match=f"cannot read .*{program.name}"):
+        history.run(plan, tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not plan.folder.exists()
+
+
+def test_a_shared_installation_that_was_cut_off_is_not_used(tmp_path, monkeypatch):
+    def cut_off(python, folder, packages, *, dependencies=False):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environments, "install", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        environments.jaxlib(sys.executable, "0.10.1", tmp_path / "x", tmp_path, ())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lowest_release_is_that_of_the_project():
-    text = (history.ROOT / "setup.cfg").read_text()
+    text = (environments.ROOT / "setup.cfg").read_text()
     assert f"jax>={'.'.join(map(str, history.OLDEST_SUPPORTED))}," in text
 
 
@@ -91,12 +142,12 @@ def made_up(ratios, speed=(1.0, 1.0)):
             common = {"kind": "bytes", "batch": batch, "target": "cpu", "outcome": "ok"}
             reference = {"role": "reference", "release": "0.4.34", "program": "r", "repetition": 0,
                          "read": {"cpu_s": 0.0}}
-            rows += [{**common, **reference, "compile": {"cpu_s": factor * seconds}}
-                     for seconds in (1.5, 2.5)]
-            rows.append({**common, "role": "measured", "release": release, "program": "p",
-                         "repetition": repetition, "read": {"cpu_s": 0.0},
-                         "compile": {"cpu_s": 2 * ratio * factor}, "instructions": 100,
-                         "fusions": 5, "kernels": 7, "executable_bytes": 10**6})
+            before, after = ({**common, **reference, "compile": {"cpu_s": factor * seconds}}
+                             for seconds in (1.5, 2.5))
+            rows += [before, {**common, "role": "measured", "release": release, "program": "p",
+                              "repetition": repetition, "read": {"cpu_s": 0.0},
+                              "compile": {"cpu_s": 2 * ratio * factor}, "instructions": 100,
+                              "fusions": 5, "kernels": 7, "executable_bytes": 10**6}, after]
     return rows
 
 
@@ -109,7 +160,11 @@ def test_ratios_do_not_depend_on_the_speed_of_the_machine():
     assert list(steady) == ["0.9.0", "0.9.1", "0.10.0", "0.10.1"]  # not by the alphabet
     busy = history_page.points(made_up(RATIOS, speed=(3.0, 1.0)), "bytes")["p cpu"]
     assert [p.ratio for p in busy.values()] == pytest.approx([p.ratio for p in steady.values()])
-    assert history_page.spread(made_up(RATIOS, speed=(3.0, 1.0))) == pytest.approx(3.0)
+    assert history_page.spread(made_up(RATIOS, speed=(3.0, 1.0))) == pytest.approx(5.0)
+    # A run that was killed after its first reference, on a slower machine, is without effect.
+    rows = made_up(RATIOS)
+    killed = [{**rows[0], "compile": {"cpu_s": 100.0}}, *rows]
+    assert history_page.points(killed, "bytes") == history_page.points(rows, "bytes")
 
 
 def test_the_largest_steps_are_named(tmp_path):
@@ -123,6 +178,12 @@ def test_the_largest_steps_are_named(tmp_path):
     text = (tmp_path / "h.md").read_text()
     assert "| 0.9.0 -> **0.9.1** | p cpu | 5.00 -> 10.00 | 2.00 |" in text
     assert "| 0.10.0 -> **0.10.1** | p cpu | 10.00 -> 4.00 | 0.40 |" in text
+    assert "0.9.1 -> **0.10.0**" not in text  # less than the two references differ by, 1.67
+    for row in rows:
+        row["compile"]["cpu_s"] *= 1.6 if row["release"] == "0.9.0" else 1  # 2.0 becomes 1.25
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    history_page.write(tmp_path / "h.jsonl")
+    assert "0.9.0 -> **0.9.1**" not in (tmp_path / "h.md").read_text()
     [row] = outputs.github_action_of_history(rows, "bytes")
     assert row == {"name": "bytes: p cpu", "unit": "ratio to the reference", "value": 4.0,
                    "extra": "release 0.10.1"}

@@ -30,9 +30,15 @@ def test_bad_tables(tmp_path):
     (tmp_path / "m.json").write_text('{"runner": ["jit", "pmap"], "level": [null]}')
     assert [c.name.split("/")[2:5] for c in matrix.cells(str(tmp_path / "m.json"))] == [
         ["jit", "float32", "default"], ["pmap", "float32", "default"]]
-    (tmp_path / "rows.json").write_text('[{"no": 1}]')
-    with pytest.raises(UserError, match="not a result"):
-        matrix.read(tmp_path / "rows.json")
+    for text in ('[{"no": 1}]', '[{"cell": "c"}]', '[{"cell": "c", "jaxpr_equations": []}]', "[7]"):
+        (tmp_path / "rows.json").write_text(text)
+        with pytest.raises(UserError, match="not a result"):
+            matrix.read(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text('[{"cell": "c", "error": "no"}]')
+    assert matrix.read(tmp_path / "rows.json") == [{"cell": "c", "error": "no"}]
+    (tmp_path / "manifest.json").write_text('[{"name": "of another corpus"}]')
+    with pytest.raises(UserError, match="export: .* is not one of"):
+        matrix.run(matrix.cells("small"), export=tmp_path)
 
 
 def test_the_corpus_keeps_equal_modules_once(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from ddpm_jax.benchmark import corpus, history, outputs, scalars
+from ddpm_jax.benchmark import corpus, environments, outputs, scalars
 
 # The platform's schema (google-ml-infra/bap, bap_proto/), the fields that the registry uses.
 ENUMS = {"Stat": ["STAT_UNSPECIFIED", "MEAN", "MEDIAN"]}
@@ -57,7 +57,7 @@ def test_the_registry_is_one_of_the_platform():
     assert {m.name for m in first.metrics} == set(scalars.READ)
     assert all(m.stats and m.unit for m in first.metrics)
     inputs = {i.key: i.value for i in first.workload.action_inputs}
-    assert os.path.samefile(history.ROOT / inputs["script_path"], scalars.__file__)
+    assert os.path.samefile(environments.ROOT / inputs["script_path"], scalars.__file__)
     assert inputs["runtime_flags"].endswith(f"{corpus.ENTRIES[0].name}.mlir.bc")
 
 

@@ -48,11 +48,35 @@ def test_a_row_of_a_program(file, lowered):
     assert row["maxrss_bytes"] > 2**25 and row["executable_bytes"] > 1000
 
 
+def test_hlo_text_is_the_same_program(file, lowered, tmp_path):
+    text = tmp_path / "loop.hlo"
+    text.write_text(corpus.hlo_text(lowered))
+    rows = [replay.measure(f, environment=QUIET) for f in (file, text)]
+    assert [r["outcome"] for r in rows] == ["ok", "ok"]
+    assert len({(r["instructions"], r["fusions"], r["kernels"]) for r in rows}) == 1
+    text.write_text(text.read_text()[:200])
+    row = replay.measure(text, environment=QUIET)
+    assert row["outcome"] == "error" and "HloModule" in row["message"]
+
+
+def test_arguments_that_cannot_be_meant(file, tmp_path, monkeypatch, capsys):
+    for words, message in ((["no_file"], "no_file: No such file"), ([str(tmp_path)], "directory"),
+                           ([str(file), "--timeout=-1"], "-1 is not above 0"),
+                           ([str(file), f"--optimized={tmp_path}"], "is not the name of a file"),
+                           ([str(file), "--target=h100"], "needs --plugin and --gpu")):
+        monkeypatch.setattr(sys, "argv", ["replay.py", *words])
+        with pytest.raises(SystemExit) as end:
+            replay.main()
+        assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_becomes_of_a_compiler_is_a_row(file, tmp_path):
     damaged = tmp_path / "damaged.mlir.bc"
     damaged.write_bytes(file.read_bytes()[:100])
     row = replay.measure(damaged, environment=QUIET)
     assert row["outcome"] == "error" and row["message"]
+    damaged.write_bytes(b"module {}")
+    assert "neither a portable" in replay.measure(damaged, environment=QUIET)["message"]
     assert replay.measure(file, environment=QUIET, timeout=0.05)["outcome"] == "timeout"
     # XLA ends its process at a flag that it does not know; the kernel kills one without memory.
     row = replay.measure(file, environment={"XLA_FLAGS": "--no_such_flag"})

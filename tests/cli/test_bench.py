@@ -3,8 +3,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from ddpm_jax.benchmark import matrix
+from ddpm_jax.cli import bench, common
+from ddpm_jax.errors import UserError
 
 
 def ddpm(*words):
@@ -22,6 +25,21 @@ def test_help_and_bad_input(tmp_path):
     done = ddpm("data", "--config=digits", f"--out={tmp_path}/there.json")
     assert done.returncode == 2 and "exists; name another file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_written_is_named_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    for words, message in (
+            (["compile", f"--out={tmp_path}/new", f"--github={tmp_path}"], "is a folder"),
+            (["history", "--releases=0.10.2", f"--rows={tmp_path}"], "--rows=.* is a folder"),
+            (["history", "--releases=0.10.2", f"--rows={tmp_path}/file/x"], "/file, which is a"),
+            (["compile", f"--export={tmp_path}/file"], "--export=.* is a file"),
+            (["corpus", f"--corpus={tmp_path}/file"], "--corpus=.* is a file"),
+            (["history", "--repeat=-1"], "repeat"), (["history", "--timeout=-1"], "timeout")):
+        define = common.Definer(words)
+        bench.define_flags(define)
+        with pytest.raises((UserError, flags.Error), match=message):
+            bench.main(define.values, define.parse())
 
 
 def test_data_in_the_common_format(tmp_path):
