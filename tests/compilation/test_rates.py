@@ -19,15 +19,19 @@ def compiled(program):
 
 
 def measured(row):
-    [found, *_] = json.loads((BENCHMARKS / f"h100-84ae50c/{row}.json").read_text())
+    [found, *_] = json.loads((BENCHMARKS / f"{row}.json").read_text())
     return found["seconds"]["median"]
 
 
 @pytest.mark.parametrize(("program", "row", "units"), [
-    ("train_step, batch 128", "step128", 1), ("train_step, batch 512", "step512", 1),
-    ("sample, batch 512", "sample512", 1000)])
+    ("train_step, batch 128", "h100-84ae50c/step128", 1),
+    ("train_step, batch 512", "h100-84ae50c/step512", 1),
+    ("sample, batch 512", "h100-84ae50c/sample512", 1000),
+    ("train_step, batch 128, norm's kernels", "h100-2026-11-27/step128", 1),
+    ("train_step, batch 512, norm's kernels", "h100-2026-11-27/step512", 1),
+    ("sample, batch 512, norm's kernels", "h100-2026-11-27/sample512", 1000)])
 def test_the_estimate_is_near_what_was_measured(program, row, units):
-    """The rates are those of the first; the other two are predictions."""
+    """The rates are those of the first; the others are predictions."""
     stored = compiled(program)
     found = rates.estimate(H100, "bfloat16", stored["hlo"]["by_class"])
     assert found["seconds"] / units == pytest.approx(measured(row), rel=0.15)
