@@ -1,12 +1,11 @@
 """BENCHMARKS.md from the committed JSON results: tables, and plots of cost as work grows."""
 
-import json
 import pathlib
 
 from ddpm_jax.benchmark import sweeps
 from ddpm_jax.compilation import report
 from ddpm_jax.errors import UserError
-from ddpm_jax.storage.files import write_bytes
+from ddpm_jax.storage.files import read_json, write_bytes
 
 HEAD = """# Benchmarks
 
@@ -26,11 +25,11 @@ def _load(folder: pathlib.Path) -> dict[str, list[dict]]:
     then called by their files' names; UserError where there is none."""
     found = {}
     for file in sorted(folder.glob("*.json")):
-        rows = json.loads(file.read_text())
+        rows = read_json(file)
         found[file.stem] = rows if isinstance(rows, list) else [rows]
     for inner in sorted({file.parent for file in folder.glob("*/*.json")}):
         rows = [{**row, "row": file.stem} for file in sorted(inner.glob("*.json"))
-                for row in json.loads(file.read_text()) if "bench" in row]
+                for row in read_json(file) if "bench" in row]
         found |= {inner.name: rows} if rows else {}
     found = dict(sorted(found.items()))
     if not found:

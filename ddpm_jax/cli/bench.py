@@ -86,7 +86,7 @@ def _measure(what, values) -> int:
     config = None
     if what != "statistics":
         config = common.required(values, "config")
-    report.check_folder(values.profile)
+    report.check_folder(values.profile, "profile")
     rows = measures[what](Bench(
         config, config and common.config_name(values), values.repeats, values.seconds,
         values.compare, values.profile))
@@ -133,7 +133,7 @@ def _corpus(values) -> int:
     from ddpm_jax.compilation import report
     from ddpm_jax.config import load_config
 
-    report.check_folder(values.xla)
+    report.check_folder(values.xla, "xla")
     compiled.prepare_host()
     print("\n".join(corpus.write(values.corpus, load_config)))
     if values.xla:

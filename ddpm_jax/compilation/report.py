@@ -187,13 +187,14 @@ def executable_bytes(compiled) -> int | None:
         return None
 
 
-def check_folder(folder: str | os.PathLike | None) -> pathlib.Path | None:
-    """`folder` as a path; UserError where something is in it already. None stays None."""
+def check_folder(folder: str | os.PathLike | None, flag="out") -> pathlib.Path | None:
+    """`folder` as a path; UserError naming ``flag`` where something is in it already. None stays
+    None."""
     if folder is None:
         return None
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out: {folder} exists and is not an empty folder; name another")
+        raise UserError(f"{flag}: {folder} exists and is not an empty folder; name another")
     return folder
 
 

@@ -49,6 +49,9 @@ def test_the_page_is_made_of_the_results(tmp_path):
     results.mkdir()
     with pytest.raises(UserError, match="no JSON"):
         page.write(results, tmp_path / "BENCHMARKS.md")
+    (results / "sweep.json").write_text('[{"sweep": ')
+    with pytest.raises(UserError, match="sweep.json is not JSON"):
+        page.write(results, tmp_path / "BENCHMARKS.md")
     (results / "sweep.json").write_text(json.dumps([compiled(1), compiled(4)]))
     (results / "sweep.md").write_text("What it is.")
     (results / "failed.json").write_text(json.dumps([{"cell": "a|b", "error": "no"}]))
