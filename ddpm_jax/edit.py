@@ -78,8 +78,8 @@ def inpaint(workdir, image, mask, out, settings: Settings, *, jump_length=10, re
     exp, params, _, facts = load_run(workdir, step=settings.step, ema=settings.ema)
     chain = _chain(exp, workdir, settings)
     if jax.tree.leaves(jax.eval_shape(chain.sampler.start, np.zeros(1, np.float32))):
-        raise UserError("this sampler remembers predictions from before pixels were replaced; "
-                        "take --sampler=ancestral or ddim")
+        raise UserError(f"--sampler={settings.sampler or exp.config.sampler.name} remembers "
+                        "predictions from before pixels were replaced; take ancestral or ddim")
     try:
         visits = repaint_visits(chain.schedule, jump_length, resamplings)
     except ValueError as error:
@@ -99,7 +99,7 @@ def edit(workdir, image, out, settings: Settings, *, strength=0.5, stop=None) ->
     if not 0 < strength <= 1:
         raise UserError(f"--strength={strength} must be above 0 and at most 1")
     exp, params, _, facts = load_run(workdir, step=settings.step, ema=settings.ema)
-    whole = _chain(exp, workdir, settings)
+    whole = _chain(exp, workdir, settings, below=exp.config.diffusion.num_timesteps)
     first = int(whole.schedule.timesteps[max(1, round(strength * whole.num_steps)) - 1])
     try:
         chain = _chain(exp, workdir, settings, below=first + 1)
@@ -170,13 +170,15 @@ def _read_known(path, shape) -> np.ndarray:
     """-> bool [H,W,1], False where the mask is white."""
     found = image_data.decode(files.read_bytes(path), path)
     if found.shape[:2] != shape[:2]:
-        raise UserError(f"the mask {path} is {_size(found)}, its image {shape[1]}x{shape[0]}; a "
-                        "mask has the size of its image")
+        raise UserError(f"the mask {path} is {_size(found)}, its image {shape[1]}x{shape[0]}; "
+                        "crop or resize the mask")
     if np.ptp(found, axis=2).max() > GREY_ENOUGH:
-        raise UserError(f"the mask {path} has colours; white pixels are filled in, black ones kept")
+        raise UserError(f"the mask {path} has colours; make it black, which is kept, and "
+                        "white, which is filled in")
     known = found.mean(axis=2, keepdims=True) < FILLED_IN_FROM
     if known.all():
-        raise UserError(f"the mask {path} has no white pixel, so there is nothing to fill in")
+        raise UserError(f"the mask {path} has no white pixel, so there is nothing to fill in: "
+                        "paint what to replace white")
     if not known.any():
         raise UserError(f"the mask {path} is white all over, so nothing of the image is kept: "
                         "paint what to keep black (`ddpm sample` draws whole images)")

@@ -28,7 +28,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import abstract_parameters, initial_parameters
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import hosts
-from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links
+from ddpm_jax.parallel.cut import CUTS, Cut, make_cut, shares_links, slice_size
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS, Runner
 from ddpm_jax.training import importance, packing
 from ddpm_jax.training.gradients import mean_gradient
@@ -195,8 +195,10 @@ def _cut_state(exp):
         return exp, None
     runner = CUTTING_RUNNERS[parallel.runner](mesh.devices.flat, parallel.shards)
     if not shares_links(runner.mesh):
-        raise UserError(f"config.parallel.shards={parallel.shards} does not divide the devices of "
-                        "one slice; take a divisor of their number")
+        one = slice_size(runner.mesh)
+        raise UserError(f"config.parallel.shards={parallel.shards} does not divide the {one} "
+                        "devices of one slice, or host of GPUs; take one of "
+                        + ", ".join(str(n) for n in range(1, one + 1) if one % n == 0))
     cut = make_cut(runner.mesh, exp.abstract_params, fields=CUTS[parallel.cut],
                    order=packing.order_on(mesh.devices.flat[0].platform))
     return exp._replace(runner=runner._replace(loops_on_device=exp.runner.loops_on_device)), cut

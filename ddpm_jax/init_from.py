@@ -7,11 +7,14 @@ import jax
 import numpy as np
 
 from ddpm_jax import checkpoints
-from ddpm_jax.config import from_json
+from ddpm_jax.config import flatten, from_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import Experiment, Training, build_model, first_history, new_state
 from ddpm_jax.storage import files
 from ddpm_jax.training.steps import TrainState
+
+_FREE = {"model.dropout", "model.dtype", "model.remat"}  # change no weight's shape
+_SHAPES = {"data.image_size", "data.channels", "diffusion.variance"}
 
 
 class InitFrom(NamedTuple):
@@ -41,10 +44,18 @@ def find_fitting(training: Training, source: InitFrom) -> tuple[Experiment, int]
     other = build_model(from_json(stored), exp.runner.mesh.devices.flat)
     if jax.tree.map(lambda x: x.shape, other.abstract_params) != jax.tree.map(
             lambda x: x.shape, exp.abstract_params):
-        raise UserError(f"--init_from={source.workdir}: its network has other weights; "
-                        "config.model, data.image_size, data.channels and the channels of "
-                        "diffusion.variance must be those of that run")
+        raise UserError(f"--init_from={source.workdir}: its network has other weights: "
+                        f"{_differences(other.config, exp.config)}; take the values of that run")
     return other, step
+
+
+def _differences(old, new) -> str:
+    """The fields on which a network's weights depend, as 'field: old -> new'."""
+    there = flatten(old.to_dict())
+    here = {field: value for field, value in flatten(new.to_dict()).items() if field in _SHAPES
+            or field.startswith("model.") and field not in _FREE}
+    return ", ".join(f"{field}: {there[field]} -> {value}" for field, value in here.items()
+                     if there[field] != value)
 
 
 def first_state(training: Training, source: InitFrom) -> tuple[int, TrainState]:

@@ -19,10 +19,10 @@ from ddpm_jax.data.feed import shuffled_index
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.inpainting import Visits, inpaint_step
 from ddpm_jax.diffusion.likelihood import Bound, bpd_terms, prior_bpd
-from ddpm_jax.diffusion.nodes import is_named, place
+from ddpm_jax.diffusion.nodes import is_named
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES, p_mean_variance
 from ddpm_jax.diffusion.process import q_sample
-from ddpm_jax.diffusion.sampling import Sampler, reverse_step
+from ddpm_jax.diffusion.sampling import Sampler, plan_chain, reverse_step
 from ddpm_jax.diffusion.schedule import Schedule, make_schedule, respace
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import Experiment, Training, cast_kernels, denoise_fn
@@ -192,27 +192,22 @@ def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrid
         settings |= SAMPLER_DEFAULTS
     settings |= overrides
     method, keywords, clip_denoised = sampler_row(settings)
-    guidance = settings["guidance"]
-    check_guidance(experiment.config.model, guidance)
+    guidance = _guidance(experiment, settings["guidance"], labels, "guidance" in overrides)
     total, alphas_cumprod = diffusion.num_timesteps, np.cumprod(1.0 - experiment.betas)
-    steps = settings["steps"] or total
+    steps, nodes = settings["steps"] or total, settings["nodes"] or method.nodes
+    where = f"sampler.name={settings['name']}"
+    if is_named(nodes):
+        where += f", sampler.steps={steps}"
     if not 1 <= steps <= total:
         raise UserError(f"sampler.steps={steps} is not in 1 ... diffusion.num_timesteps={total}")
     try:
-        nodes = place(settings["nodes"] or method.nodes, alphas_cumprod, method.num_nodes(steps))
-        if "steps" in overrides and overrides.get("nodes") and not is_named(overrides["nodes"]):
-            raise ValueError(f"nodes={overrides['nodes']} lists the timesteps: leave steps out, or "
-                             "take nodes by name")
-        visits = method.visits(nodes[nodes < (total if below is None else below)])
-        if not len(visits):
-            raise ValueError(f"no timestep under {below} is visited")
-        if diffusion.zero_terminal_snr and nodes[-1] != total - 1:
-            raise ValueError(f"with diffusion.zero_terminal_snr the first timestep must be "
-                             f"{total - 1}, not {nodes[-1]}; take nodes even or trailing")
-        sampler = method.make(alphas_cumprod[visits], **keywords)
+        visits, sampler = plan_chain(method, alphas_cumprod, nodes, steps, below=below, **keywords)
     except ValueError as error:
-        raise UserError(f"sampler.name={settings['name']}, sampler.steps={steps}: {error}"
-                        ) from None
+        raise UserError(f"{where}: {error}") from None
+    asked = (overrides if overrides.get("nodes") else settings).get("steps")
+    if not is_named(nodes) and below in (None, total) and asked not in (None, 0, len(visits)):
+        raise UserError(f"{where}, sampler.steps={asked}: nodes={nodes} lists the timesteps: leave "
+                        "steps out, or take nodes by name")
     visited, positions = np.unique(visits, return_inverse=True)
     schedule = make_schedule(respace(experiment.betas, visited), visited,
                              first_log_variance=diffusion.first_log_variance)
@@ -234,13 +229,25 @@ def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrid
                  condition=_condition(experiment, labels))
 
 
+def _guidance(experiment, guidance, labels, asked):
+    """That of a chain, 1 where no image has a label. Raises UserError where it cannot be had and,
+    if it was ``asked`` for beside the config, where it would change nothing."""
+    check_guidance(experiment.config.model, guidance)
+    if guidance == 1 or not labels or {*labels} != {experiment.model.no_label}:
+        return guidance
+    if asked:
+        raise UserError(f"sampler.guidance={guidance} is towards a label, and no image has one; "
+                        "name a label, or leave guidance out")
+    return 1
+
+
 def _condition(experiment, labels):
     """``Chain.condition``. Raises UserError for labels that the model does not have."""
     model = experiment.model
     if not model.num_classes:
         if labels:
             raise UserError(f"labels {', '.join(map(str, labels))}: this model has no classes "
-                            "(model.num_classes=0)")
+                            "(model.num_classes=0); leave labels out")
         return lambda index: {}
     for label in labels or ():
         if not 0 <= label < model.num_labels:

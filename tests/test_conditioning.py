@@ -141,6 +141,11 @@ def test_what_needs_labels_or_has_too_many_is_one_line(conditional, straight, tm
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="label 11 is not in 0 ... 9"):
         programs.sampling_chain(build_model(config(**FIELDS)), labels=(11,))
+    exp = build_model(config(**{**FIELDS, "sampler.guidance": 3.0}))
+    with pytest.raises(UserError, match="guidance=2.0 is towards a label, and no image has one"):
+        programs.sampling_chain(exp, labels=(10,), guidance=2.0)
+    assert programs.sampling_chain(exp, labels=(10,)).passes == 1  # the config's is for the labels
+    assert programs.sampling_chain(exp, labels=(3,)).passes == 2
     with pytest.raises(UserError, match="guidance=2.* not .model.label_dropout=0"):
         build_model(config(**{**FIELDS, "model.label_dropout": 0.0, "sampler.guidance": 2.0}))
     with pytest.raises(UserError, match="num_classes=7: digits has 10 classes: 0, 1"):
@@ -153,7 +158,7 @@ def test_weights_with_and_without_classes_are_not_exchanged(
         source_has, conditional, straight, tmp_path):
     source, other = (conditional, straight) if source_has else (straight, conditional)
     fields = {} if source_has else FIELDS
-    with pytest.raises(UserError, match="other weights; config.model"):
+    with pytest.raises(UserError, match="weights: model.num_classes: (0 -> 10|10 -> 0); take"):
         training.train(config(**fields), tmp_path / "new", stop=Stop(), watchdog=Watchdog(),
                        init_from=training.InitFrom(str(source)))
     assert not (tmp_path / "new").exists()

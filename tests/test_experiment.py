@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny_run
 
-from ddpm_jax.config import from_json, load_config, override, packaged_configs, to_json
+from ddpm_jax.config import defaults, from_json, load_config, override, packaged_configs, to_json
 from ddpm_jax.configs.cifar10_improved import CELLS
+from ddpm_jax.diffusion.objective import WEIGHTS
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training, network, schedule_warning
 from ddpm_jax.models import layers
@@ -91,6 +92,11 @@ def test_bad_fields_are_named(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         build(config)
+
+
+def test_each_keyword_of_a_weighting_is_a_field():
+    fields = {*load_config("cifar10").diffusion.weights}
+    assert all(defaults(row).keys() <= fields for row in WEIGHTS.values())
 
 
 def test_misspelt_keywords_are_named():

@@ -169,7 +169,11 @@ def test_a_chain_from_the_middle_has_its_own_plan():
     (dict(name="plms", clip_denoised=True), "plms mixes eps, which cannot be clipped"),
     (dict(name="dpmpp_2m", eta=0.5), "eta=0.5 is not of sampler.name=dpmpp_2m; its own: lower"),
     (dict(name="ddim", eta=2.0), "eta=2.0 is not in"),
-    (dict(name="dpmpp_3m", steps=3), "3 evaluations are too few: it needs 4"),
+    (dict(name="dpmpp_3m", steps=3), r"3 evaluations are too few: it needs 4 .*\(steps=4 works"),
+    (dict(name="heun", steps=2), r"1 evaluations are too few: .* ddim \(steps=3 works\)$"),
+    (dict(name="unipc_3", nodes="0,2,5"), "=unipc_3: 3 evaluations are too few: .* or ddim$"),
+    (dict(name="ddim", nodes="0,3"), "at timestep 3 of 6 are not; begin at 4 or later$"),
+    (dict(name="ddim", nodes="leading", steps=2), r"at timestep 3 of 6.*\(steps=3 works\)$"),
     (dict(name="ddim", nodes="0,7"), "distinct timesteps of 0 ... 5"),
     (dict(name="ddim", nodes="evn"), "known: even, quad, logsnr"),
     (dict(name="pndm", steps=6), "four nodes"),
@@ -222,6 +226,10 @@ def test_another_sampler_takes_its_own_clipping_and_keywords():
     exp = build_model(tiny(**{"sampler.name": "ddim", "sampler.eta": 0.5,
                               "sampler.clip_denoised": True, "sampler.nodes": "0,3,5"}))
     assert programs.sampling_chain(exp).num_steps == 3
+    with pytest.raises(UserError, match="nodes=0,3,5 lists the timesteps: leave steps out"):
+        programs.sampling_chain(exp, steps=4)
+    assert programs.sampling_chain(exp, steps=3).num_steps == 3
+    assert programs.sampling_chain(exp, steps=4, nodes="even").num_steps == 4
     assert programs.sampling_chain(exp, name="plms", steps=6).num_steps == 6
     with pytest.raises(UserError, match="cannot be clipped"):
         build_model(tiny(**{"sampler.name": "plms", "sampler.clip_denoised": True}))

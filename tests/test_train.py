@@ -284,7 +284,7 @@ def test_what_cannot_start_from_another_run(straight, tmp_path):
         start_from(tmp_path / "nothing", tmp_path / "a")
     with pytest.raises(UserError, match="no such checkpoint .* there are 8, 12"):
         start_from(straight, tmp_path / "b", 5)
-    with pytest.raises(UserError, match="its network has other weights; config.model"):
+    with pytest.raises(UserError, match="its network has other weights: model.ch: 4 -> 8; take"):
         start_from(straight, tmp_path / "c", **{"model.ch": 8})
     train(tmp_path / "d", **{"train.steps": 2})
     with pytest.raises(UserError, match="holds another run already; leave --init_from out"):

@@ -339,6 +339,8 @@ def summary(text: str) -> dict:
     collectives: dict[str, dict[str, int]] = {}
     for i, runs in run.lines:
         name = i.opcode.removesuffix("-start")
+        if (i.attribute("calls") or "").startswith("all-reduce-scatter"):
+            name = "reduce-scatter"  # a TPU's is a fusion
         if name in COLLECTIVES:
             row = collectives.setdefault(name, {"count": 0, "bytes": 0})
             row["count"] += runs

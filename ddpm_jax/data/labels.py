@@ -45,7 +45,7 @@ def chosen_labels(words, names, num_classes, no_label) -> tuple | None:
     """
     if words and not num_classes:
         raise UserError(f"label {_quoted(words[0])}: this model has no classes "
-                        "(model.num_classes=0)")
+                        "(model.num_classes=0); leave labels out")
     if not words or list(words) == ["all"]:
         return None
     if list(words) == ["none"]:

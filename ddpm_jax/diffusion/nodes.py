@@ -30,7 +30,8 @@ def logsnr(alphas_cumprod, num_steps):
     if num_steps == 1:
         return np.array([total - 1])
     if alphas_cumprod[-1] == 0:
-        raise ValueError("nodes=logsnr: the last timestep has no signal; take even or trailing")
+        raise ValueError("nodes=logsnr: the last timestep has no signal; take even or trailing, "
+                         "with ancestral or ddim")
     lam = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
     wanted = np.linspace(lam[-1], lam[0], num_steps)
     near = np.round(np.interp(wanted, lam[::-1], np.arange(total)[::-1])).astype(np.int64)[::-1]
@@ -56,6 +57,11 @@ def _at_least(fewest, num_steps, name):
 
 
 NODES = {"even": even, "quad": quad, "logsnr": logsnr, "leading": leading, "trailing": trailing}
+
+
+def lowest_start(total):
+    """The lowest of T timesteps from which images of pure noise are decoded: that of ``quad``."""
+    return -(-4 * total // 5) - 1
 
 
 def is_named(nodes) -> bool:

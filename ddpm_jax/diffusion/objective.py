@@ -79,7 +79,7 @@ def _weights(weigh):
 WEIGHTS = {
     "target": lambda schedule, t, predict: jnp.ones(t.shape),   # plain error of the target
     "l_simple": _weights(lambda snr: snr),                      # = target for eps
-    "constant": _weights(jnp.ones_like),                        # = target for x_start
+    "constant": _weights(lambda snr: jnp.ones_like(snr)),       # = target for x_start
     "snr_plus_one": _weights(lambda snr: snr + 1.0),            # = target for v
     # Salimans & Ho 2022, sec. 4
     "truncated_snr": _weights(lambda snr: jnp.maximum(snr, 1.0)),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.diffusion import solvers
+from ddpm_jax.diffusion.nodes import is_named, lowest_start, place
 from ddpm_jax.diffusion.process import q_sample
 
 
@@ -88,7 +89,7 @@ def _solve(alphas_cumprod, *, plan, output, span, **keywords):
                          "or ddim, or a list of nodes without it")
     if len(at.lam) <= span:
         raise ValueError(f"{len(at.lam)} evaluations are too few: it needs {span + 1} or more; "
-                         "take more steps, or ddim")
+                         "take more, or ddim")
     table = plan(at, **keywords)
     return Sampler(functools.partial(solver_step, table, output),
                    lambda x_T: (jnp.zeros_like(x_T),) * (table.shape[1] - 1))
@@ -122,6 +123,49 @@ SAMPLERS = {
     "pndm": _solver(solvers.pndm, "eps", 12)._replace(
         nodes="even", visits=solvers.pndm_visits, num_nodes=solvers.without_start),
 }
+
+
+def plan_chain(method, alphas_cumprod, nodes, steps, *, below=None, **keywords):
+    """-> (timesteps int [N] of a chain's network calls, rising; its Sampler).
+
+    method: a Method; alphas_cumprod float64 [T]; nodes: a row of ``nodes.NODES`` of ``steps`` calls
+    in 1 ... T, or listed timesteps; below: as a chain from pure noise, but only its timesteps under
+    this one; keywords: the method's. Raises ValueError where they do not fit each other; where
+    another number of steps would, the message names the nearest.
+    """
+    plan = functools.partial(_plan_chain, method, alphas_cumprod, nodes, below=below, **keywords)
+    try:
+        return plan(steps)
+    except ValueError as error:
+        others = range(1, len(alphas_cumprod) + 1) if is_named(nodes) else ()
+        near = sorted(others, key=lambda other: abs(other - steps))
+        works = next((other for other in near if _fits(plan, other)), None)
+        if works is None:
+            raise
+        raise ValueError(f"{error} (steps={works} works)") from None
+
+
+def _fits(plan, steps) -> bool:
+    try:
+        plan(steps)
+    except ValueError:
+        return False
+    return True
+
+
+def _plan_chain(method, alphas_cumprod, nodes, steps, *, below, **keywords):
+    nodes = place(nodes, alphas_cumprod, method.num_nodes(steps))
+    total, first = len(alphas_cumprod), nodes[-1]
+    if below is None and alphas_cumprod[-1] == 0 and first != total - 1:
+        raise ValueError(f"the last timestep has no signal, so the first one visited must be "
+                         f"{total - 1}, not {first}; take nodes even or trailing")
+    if below is None and first < lowest_start(total):
+        raise ValueError(f"it starts from pure noise, which images at timestep {first} of "
+                         f"{total} are not; begin at {lowest_start(total)} or later")
+    visits = method.visits(nodes if below is None else nodes[nodes < below])
+    if not len(visits):
+        raise ValueError(f"no timestep under {below} is visited")
+    return visits, method.make(alphas_cumprod[visits], **keywords)
 
 
 def reverse_step(sampler, schedule, predict_fn, noise_fn, x_t, t, memory):

@@ -275,7 +275,8 @@ def pndm_visits(nodes):
     """
     nodes = np.asarray(nodes)
     if len(nodes) < 4 or (np.diff(nodes[-4:]) < 2).any():
-        raise ValueError("its Runge-Kutta start needs four nodes that are two timesteps apart")
+        raise ValueError("its Runge-Kutta start needs four nodes that are two timesteps "
+                         "apart; plms has none")
     start = []
     for low, high in zip(nodes[-4:-1], nodes[-3:], strict=True):
         middle = (low + high) // 2

@@ -136,7 +136,7 @@ def make_context(subject: features.Subject, options: Options, session: Session) 
     needs = frozenset().union(*(row.needs for row in rows))
     if CLASSES in needs and not subject.model.exp.model.num_classes:
         raise UserError(f"{options.prefix}metrics=labels: this model has no classes "
-                        "(model.num_classes=0)")
+                        "(model.num_classes=0); leave it out")
     if REALS in needs and session.sources is None:
         raise UserError(f"--metrics={','.join(options.metrics)}: nn and offline compare with real "
                         "images; add --dataset=NAME")

@@ -65,6 +65,12 @@ def shares_links(mesh) -> bool:
     return all(len({getattr(d, "slice_index", 0) for d in row}) == 1 for row in mesh.devices)
 
 
+def slice_size(mesh) -> int:
+    """Devices of the smallest slice, or host of GPUs."""
+    return min(collections.Counter(
+        getattr(d, "slice_index", 0) for d in mesh.devices.flat).values())
+
+
 def make_cut(mesh, like, *, fields, order) -> Cut:
     """like: the network's tree of weights; order: that of the axes of 4-D ones in their stacks.
 

@@ -123,6 +123,27 @@ ENTRY %main (a: {first}, b: {second}) -> {result} {{
         assert hlo.summary(text)["by_class"]["convolution"]["flops"] == work
 
 
+def test_a_reduce_scatter_of_a_tpu_is_a_fusion():
+    """As libtpu writes it: the sum and the cut are one kernel, whose operand is the whole array."""
+    found = hlo.summary("""HloModule jit_f
+
+%all-reduce-scatter.10 (input: bf16[256,8]) -> bf16[32,8] {
+  %input = bf16[256,8]{1,0} parameter(0)
+  %part = u32[] partition-id()
+  %all-reduce.80 = bf16[256,8]{1,0} all-reduce(%input), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %cut = bf16[32,8]{1,0} dynamic-slice(%all-reduce.80, %part, %zero), dynamic_slice_sizes={32,8}
+}
+
+ENTRY %main (g: bf16[256,8]) -> bf16[32,8] {
+  %g = bf16[256,8]{1,0} parameter(0)
+  ROOT %fusion.1009 = bf16[32,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.10
+}
+""")  # noqa: E501
+    assert found["collectives"]["reduce-scatter"] == {"count": 1, "bytes": 256 * 8 * 2}
+    assert found["by_class"]["collective"]["kernels"] == 1
+
+
 def test_an_unknown_trip_count_counts_once_and_says_so():
     found = hlo.summary(PROGRAM.replace("direction=LT", "direction=NE"))
     assert found["loops"] == [{"name": "while.1", "trips": None}]

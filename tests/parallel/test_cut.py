@@ -207,7 +207,8 @@ def test_bad_input(fields, message):
 def test_a_state_is_not_cut_over_slices():
     devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
     assert cut.shares_links(SimpleNamespace(devices=devices.reshape(2, 4)))
-    assert not cut.shares_links(SimpleNamespace(devices=devices.reshape(1, 8)))
+    over = SimpleNamespace(devices=devices.reshape(1, 8))
+    assert not cut.shares_links(over) and cut.slice_size(over) == 4
 
 
 # ---- two processes of four devices against one of eight ----
