@@ -219,10 +219,14 @@ def measure(file, *, python=sys.executable, target="cpu", timeout=900.0, environ
            "XLA_FLAGS": (environment or os.environ).get("XLA_FLAGS", "")}
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "row.json")
+        variables = {**os.environ, **QUIET, **(environment or {})}
+        if variables.get("PYTHONPATH"):  # the process has another working directory
+            variables["PYTHONPATH"] = os.pathsep.join(
+                map(os.path.abspath, variables["PYTHONPATH"].split(os.pathsep)))
         words = [str(python), __file__, str(file), f"--target={target}", f"--child={out}", *options]
         start = _clock()
         process = subprocess.Popen(
-            words, env={**os.environ, **QUIET, **(environment or {})}, cwd=folder,
+            words, env=variables, cwd=folder,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             _, errors = process.communicate(timeout=timeout)

@@ -88,6 +88,15 @@ def test_what_becomes_of_a_compiler_is_a_row(file, tmp_path):
     assert row["outcome"] == "killed" and row["message"] == "SIGKILL"
 
 
+def test_a_relative_path_of_modules_is_that_of_the_caller(file, tmp_path, monkeypatch):
+    shows = tmp_path / "shows.sh"
+    shows.write_text('#!/bin/sh\necho "$PYTHONPATH" >&2; exit 3\n')
+    shows.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    row = replay.measure(file, python=shows, environment={"PYTHONPATH": "a:/b"})
+    assert row["message"] == f"exit status 3 {tmp_path}/a:/b"
+
+
 def test_a_limit_of_memory(file):
     row = replay.measure(file, environment=QUIET, options=["--memory_gb=0.05"])
     assert row["outcome"] in ("error", "killed")
