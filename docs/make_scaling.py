@@ -1,5 +1,6 @@
 """Write docs/scaling.md, a model of the training step on many chips: python docs/make_scaling.py"""
 
+import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from ddpm_jax.config import load_config
 from ddpm_jax.experiment import network
 
 PAGE = pathlib.Path(__file__).with_name("scaling.md")
+COMPILED = [PAGE.parent.parent / "benchmarks" / f"{name}.json"
+            for name in ("matrix-cut", "matrix-cut-pod")]
 MFU = 0.3
 SHARDS = 8
 UPDATE_BYTES = 36  # a parameter: weight, average, two moments read and written, gradient read
@@ -17,26 +20,33 @@ COUNTS = (1, 8, 64, 128, 256, 512, 1024, 4096)
 
 HEAD = """# Scaling
 
-Written by `python docs/make_scaling.py`; do not edit. **Estimated**: no step was timed on more than
-one chip, and none on a TPU. The chips' figures are those of
-[hardware.py](../ddpm_jax/compilation/hardware.py).
+Written by `python docs/make_scaling.py`; do not edit. **Estimated**: no step was timed on more
+than one chip, and none on a TPU. For the choice of a number of chips, 1 to {most:,}, for
+{configs}: what the paper's batch gains from more of them, what a larger batch gains, what cutting
+the state saves.
 
+Vendors' figures of a chip, from [hardware.py](../ddpm_jax/compilation/hardware.py):
+
+{chips}
 The step is the sum of four terms, of which none overlaps another:
 
 | term | assumption |
 |---|---|
 {terms}
 
-Left out: latency of the collectives, input, checkpoints, evaluation, waiting for the slowest chip,
-failures. The cut steps of the 256x256 models have been compiled for v5litepod-8 and
-h100:8 ([BENCHMARKS.md](../BENCHMARKS.md), section "matrix-cut"); none has run.
+Left out: latency of the collectives, the per-replica clip (the paper's; 9 % of a step on an
+[H100](h100.md)), input, checkpoints, evaluation, waiting for the slowest chip, failures. Memory
+is not checked: 8 images of a 256x256 model need 4.4 to 12.4 GB beside the state (compiled, see
+below), so a chip may take its images only in parts (`train.accumulation`), which leaves the
+network's term as it is.
 
 - *efficiency*: images a second and chip, over those of one chip with as many images a step (at the
   paper's batch: with all of them). Over 100 %: a chip updates only its part of the state.
-- *chip-hours*: of as many images as the paper's run has; whether a larger batch reaches the same
-  FID is not predicted.
+- *chip-hours*: of as many images as the paper's run has, so that a run takes as many hours over
+  the number of chips; whether a larger batch reaches the same FID is not predicted.
 
-ZeRO-1 is `parallel.shards={shards}`, FSDP also `parallel.cut=params`
+ZeRO-1 is `parallel.shards={shards}`, FSDP also `parallel.cut=params`, which takes
+`train.clip_scope=global`; both need `parallel.runner=jit`
 ([Training](training.md#a-state-that-is-cut-over-devices)). With fewer than {shards} chips the
 state is cut over all of them.
 """
@@ -134,13 +144,72 @@ def _memory(models):
             yield f"{(kind.whole + kind.cut / SHARDS) * model.parameters / 1e9:.2f}"
 
 
+def _chips():
+    head = ["chip", "bfloat16 TFLOP/s", "HBM GB", "HBM GB/s", "links GB/s", "joined by links",
+            "network GB/s"]
+    cells = []
+    for name in ("v5e", "h100"):
+        c = CHIPS[name]
+        rates = (c.bf16_flops / 1e12, c.hbm_bytes / 1e9, c.hbm_bandwidth / 1e9,
+                 c.ici_bandwidth / 1e9, c.ici_chips, c.dcn_bandwidth / 1e9)
+        cells += [name, *(f"{rate:,g}" for rate in rates)]
+    return _table(head, cells)
+
+
+COMPILED_HEAD = """
+## What has been compiled
+
+Training steps of the two 256x256 models, 8 images a chip, compiled for chips that were not there
+(`ddpm bench compile --matrix=cut` and `--matrix=cut_pod`; none has run). *State* is what a chip
+holds between steps, without the gradient; *peak* what it needs in a step. *Sent* is what a ring
+moves out of a chip for the program's collectives, beside what the third term counts for the same
+step. Collectives one by one: [BENCHMARKS.md](../BENCHMARKS.md), sections "matrix-cut" and
+"matrix-cut-pod".
+
+"""
+COMPILED_TAIL = """
+Less is sent than the third term counts because XLA's partitioner (`jit`) sums the gradients of
+kernels in bfloat16; the default runner, `shard_map`, sums float32. On 8 chips the cut steps have
+reduce-scatters (on a TPU fusions of their own): FSDP sends as much as a replicated step, ZeRO-1,
+which gathers new weights in float32, more. On 256 chips, 32 groups of 8, they have none: each
+gradient is summed whole over all chips and each chip takes its part, so that both send more. What
+cutting saves is memory, and the update's time.
+"""
+
+
+def sent(row, chips: int) -> float:
+    """Bytes out of a chip for the collectives of a compiled step, all as rings."""
+    ring = {"all-reduce": 2 * (chips - 1) / chips, "reduce-scatter": (SHARDS - 1) / SHARDS,
+            "all-gather": SHARDS - 1}  # of operands: an all-gather's is a part
+    return sum(ring[name] * c["bytes"] for name, c in row["hlo"]["collectives"].items())
+
+
+def _compiled(models):
+    by_name = {model.config: model for model in models}
+    rows = [row for file in COMPILED for row in json.loads(file.read_text())]
+    for row in sorted(rows, key=lambda row: row["about"]["config"]):
+        about, words = row["about"], row["cell"].split("/")
+        name = ("FSDP" if "parallel.cut=params" in words else
+                "ZeRO-1" if f"parallel.shards={SHARDS}" in words else "replicated")
+        model, chips = by_name[about["config"]], about["devices"]
+        chip = CHIPS["h100" if about["topology"].startswith("h100") else "v5e"]
+        assumed = step(model, chip, chips, 0, KINDS[name]).links * chip.ici_bandwidth
+        yield from (model.config, about["topology"], name, *(
+            f"{value / 1e9:.2f}" for value in (row["memory"]["argument"], row["memory"]["peak"],
+                                               sent(row, chips), assumed)))
+
+
 def page() -> str:
     models = [model_of(name) for name in ("cifar10", "lsun_bedroom", "lsun_bedroom_large")]
     terms = "\n".join(f"| {name} | {text} |" for name, text in TERMS.items())
-    parts = [HEAD.format(terms=terms, shards=SHARDS),
+    parts = [HEAD.format(terms=terms, shards=SHARDS, chips=_chips(), most=COUNTS[-1],
+                         configs=", ".join(f"`{model.config}`" for model in models)),
              f"\n## State and gradient on a chip, GB\n\nOver {SHARDS} chips, without activations: "
              "20 bytes a parameter; ZeRO-1 4 whole and 16 in parts, FSDP 20 in parts and a whole "
-             "copy in bfloat16.\n\n", _table(["config", *KINDS], _memory(models))]
+             "copy in bfloat16.\n\n", _table(["config", *KINDS], _memory(models)),
+             COMPILED_HEAD,
+             _table(["config", "machine", "", "state GB", "peak GB", "sent GB", "counted GB"],
+                    _compiled(models)), COMPILED_TAIL]
     head = ["chips", "batch", *(f"{kind} {what}" for kind in KINDS
                                 for what in ("ms", "efficiency", "chip-hours"))]
     for model in models:
