@@ -203,6 +203,8 @@ def sampling_chain(experiment: Experiment, *, below=None, labels=None, **overrid
     try:
         visits, sampler = plan_chain(method, alphas_cumprod, nodes, steps, below=below, **keywords)
     except ValueError as error:
+        if not is_named(nodes) and "nodes=" not in str(error):
+            where += f", sampler.nodes={nodes}"
         raise UserError(f"{where}: {error}") from None
     asked = (overrides if overrides.get("nodes") else settings).get("steps")
     if not is_named(nodes) and below in (None, total) and asked not in (None, 0, len(visits)):

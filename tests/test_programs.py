@@ -171,7 +171,7 @@ def test_a_chain_from_the_middle_has_its_own_plan():
     (dict(name="ddim", eta=2.0), "eta=2.0 is not in"),
     (dict(name="dpmpp_3m", steps=3), r"3 evaluations are too few: it needs 4 .*\(steps=4 works"),
     (dict(name="heun", steps=2), r"1 evaluations are too few: .* ddim \(steps=3 works\)$"),
-    (dict(name="unipc_3", nodes="0,2,5"), "=unipc_3: 3 evaluations are too few: .* or ddim$"),
+    (dict(name="unipc_3", nodes="0,2,5"), "nodes=0,2,5: 3 evaluations are too few: .* or ddim$"),
     (dict(name="ddim", nodes="0,3"), "at timestep 3 of 6 are not; begin at 4 or later$"),
     (dict(name="ddim", nodes="leading", steps=2), r"at timestep 3 of 6.*\(steps=3 works\)$"),
     (dict(name="ddim", nodes="0,7"), "distinct timesteps of 0 ... 5"),

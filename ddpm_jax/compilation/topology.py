@@ -24,7 +24,8 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
          "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}
 GPUS_PER_HOST = 8
-NAME = re.compile(r"([a-z0-9]+?)(?:(-|:)([0-9x]+))?(?:\*(\d+))?")
+NAME = re.compile(
+    r"([a-z0-9]+?)(?:(-|:)([1-9][0-9]*(?:x[1-9][0-9]*)*))?(?:\*([1-9][0-9]*))?")
 
 
 class Topology(NamedTuple):
@@ -72,11 +73,12 @@ def _need(module: str, name: str, command: str) -> None:
 
 
 def _describe_tpu(name: str, tpu: hardware.Tpu, joint: str, size: str, slices: int):
-    if joint == "-":
+    shape = None
+    if joint == "-" and "x" not in size:
         chips, rest = divmod(int(size), tpu.cores)
-        shape = None if rest or "x" in size else hardware.torus(chips, tpu.dimensions)
-    else:
-        shape = size if size.count("x") == tpu.dimensions - 1 else None
+        shape = None if rest else hardware.torus(chips, tpu.dimensions)
+    elif joint == ":" and size.count("x") == tpu.dimensions - 1:
+        shape = size
     if shape is None:
         sides = "x".join("N" * tpu.dimensions)
         raise _unknown(name, f" (a {tpu.platform} slice is a power of two of chips, "
@@ -140,7 +142,7 @@ def describe(name: str) -> Topology:
     if match is None:
         raise _unknown(name)
     kind, joint, size, slices = match[1], match[2] or ":", match[3] or "", int(match[4] or 1)
-    if kind == "cpu":
+    if kind == "cpu" and slices == 1:
         return Topology(name, _cpu_devices(name, size or "1"), None, 1)
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)

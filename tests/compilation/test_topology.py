@@ -15,7 +15,8 @@ def test_cpu_devices():
 
 
 @pytest.mark.parametrize("name", ["v9-8", "v3-8-8", "", "v5e", "h100:2x2", "cpu:2x4", "h100:12",
-                                  "v3-5", "v3:1x1x1", "b200:8"])
+                                  "v3-5", "v3:1x1x1", "b200:8", "v5e-2x4", "cpu:0", "v5e-8*0",
+                                  "cpu:2*2", "v5e:x4"])
 def test_unknown_names_list_what_exists(name):
     with pytest.raises(UserError, match="v5litepod-8.*v5p:4x4x4.*h100:8.*cpu:8"):
         topology.describe(name)
