@@ -26,7 +26,8 @@ process of its own.
 - **source**: the source of this project on each JAX that it supports: trace, lower, compile, as
   `ddpm compile` does for one CPU device, 64 images (8 of CIFAR-10).
 - **ratio**: CPU seconds (of all threads) by those of the reference, {reference} on jaxlib
-  {release}, which was compiled before and after each release; the least of the repetitions.
+  {release}, which was compiled before and after each release; of both, the least of the
+  repetitions.
 - CPU seconds depend on the machine; ratios less so. Steps are listed if they are larger than
   {least:.0%} and than what the two references around either release differ by: one repetition on a
   busy machine is no better. One that changes no instruction may still be the machine's.
@@ -37,7 +38,8 @@ How to run one file, or this history: [for compiler people]({page}).
 
 
 class Point(NamedTuple):
-    """One program on one release. ratio: least CPU seconds of all stages by the reference's;
+    """One program on one release. ratio: CPU seconds of all stages by the reference's, each the
+    least of the repetitions: other work on the machine makes both larger, never smaller;
     cpu: by stage; row: the row of that repetition; repetitions that were ok; noise: the greater of
     its two references by the lesser. Without one that was ok ratio is None and row the last."""
 
@@ -92,14 +94,15 @@ def points(rows: list[dict], kind: str) -> dict[str, dict[str, Point]]:
         found[name] = {}
         for release in sorted(by_release, key=history.version_key):
             tried = by_release[release]
-            good = [(_total(row) * len(base) / sum(base), row, base) for row, base in tried
-                    if row["outcome"] == "ok" and base]
+            good = [(row, base) for row, base in tried if row["outcome"] == "ok" and base]
             if not good:
                 found[name][release] = Point(None, {}, tried[-1][0], 0, 1.0)
                 continue
-            ratio, best, base = min(good, key=lambda g: g[0])
+            best, base = min(good, key=lambda g: _total(g[0]))
             cpu = {stage: best[stage]["cpu_s"] for stage in history.KINDS[kind].stages}
-            found[name][release] = Point(ratio, cpu, best, len(good), max(base) / min(base))
+            reference = min(sum(base) / len(base) for _, base in good)
+            found[name][release] = Point(_total(best) / reference, cpu, best, len(good),
+                                         max(base) / min(base))
     return found
 
 
