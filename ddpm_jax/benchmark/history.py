@@ -190,14 +190,16 @@ def read(file) -> list[dict]:
 
 
 def _append(file: pathlib.Path, rows: list[dict], row: dict) -> None:
-    """Adds a row to the file and to ``rows``; a last line that was cut off goes."""
+    """Adds a row to the file and to ``rows``, those of the file; a line that was cut off goes."""
     with files.storage_errors(file, "write"):
         file.parent.mkdir(parents=True, exist_ok=True)
         text = file.read_text() if file.exists() else ""
-        if text and not text.endswith("\n"):
+        cut = len(text.splitlines()) > len(rows)
+        if cut:
             file.write_text(text[:text.rfind("\n") + 1])
         with open(file, "a") as out:
-            out.write(json.dumps(row) + "\n")
+            newline = "" if cut or text[-1:] in ("", "\n") else "\n"
+            out.write(newline + json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())
     rows.append(row)

@@ -101,6 +101,14 @@ def test_rows_that_are_none_are_named_and_kept(tmp_path):
         history.read(tmp_path)
 
 
+def test_a_last_row_without_its_newline_is_kept(tmp_path):
+    file, (first, second, third) = tmp_path / "rows", made_up({"0.9.0": [5.0]})
+    file.write_text(json.dumps(first) + "\n" + json.dumps(second))
+    rows = history.read(file)
+    history._append(file, rows, third)
+    assert history.read(file) == rows == [first, second, third]
+
+
 def test_rows_of_other_bytes_are_not_mixed(plan, tmp_path):
     row = {**made_up({"0.9.0": [5.0]})[1], "program": PROGRAM, "sha256": "0123456789abcdef"}
     (tmp_path / "rows").write_text(json.dumps(row) + "\n")
