@@ -75,8 +75,9 @@ def get_config():
                                   # each; more need runner jit
             cut="optimizer",      # optimizer (moments and average: ZeRO-1), params (weights too:
                                   # FSDP)
-            norm_kernel="auto",   # xla; on NVIDIA GPUs kernels: triton, triton_padded (more
-                                  # shapes); auto: the fastest measured on the device
+            norm_kernel="auto",   # xla; stored (for CPUs); on NVIDIA GPUs kernels:
+                                  # triton, triton_padded (more shapes); auto: the fastest
+                                  # measured on the device
             clip_kernel="auto",   # gradients of filters where a device clips several parts of a
                                   # batch: convolutions, turned (for CPUs), kernels (for NVIDIA
                                   # GPUs); auto: the fastest measured on the device

@@ -80,7 +80,7 @@ def _pixels(v):
     return v[:, None, None, :]
 
 
-def _forward(x, keep, shift, scale, bias, act):
+def _forward(x, keep, shift, scale, bias, act, stored=lambda v: v):
     # Without this barrier XLA joins the sums over pixels and channels and reads x again for each
     # (NOTES.md, "barrier after the pixel sums").
     x, (first, *sums) = lax.optimization_barrier((x, _channel_sums(x)))
@@ -89,6 +89,7 @@ def _forward(x, keep, shift, scale, bias, act):
     inverse = lax.rsqrt(variance + act.eps)
     factor = inverse * scale[None, :]
     offset = bias[None, :] - (mean if shift is None else mean - shift) * factor
+    factor, offset = stored((factor, offset))
     y = x.astype(jnp.float32) * _pixels(factor) + _pixels(offset)
     if act.silu:
         y = y * jax.nn.sigmoid(y)
@@ -124,17 +125,45 @@ def _backward(x, g, keep, shift, scale, bias, channel, mean, inverse, act, sums=
     centre = mean if shift is None else mean - shift
     x, g, sum_dy, sum_dy_xhat = sums(act, x, g, keep, centre, inverse, scale, bias)
     pixels = x.shape[1] * x.shape[2]
-    both = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
-    mean_dy, mean_dy_xhat = _group_mean(both, act.groups)
+    mean_dy, mean_dy_xhat = _mean_gradients(sum_dy, sum_dy_xhat, scale, pixels, act)
     xhat, dy = _normalised_and_gradient(act, x, g, keep, centre, inverse, scale, bias)
     dx = _pixels(inverse) * (
         dy * scale[None, None, None, :] - _pixels(mean_dy) - xhat * _pixels(mean_dy_xhat)
     )
-    dshift = None
-    if shift is not None:  # the sum of dx over the pixels
-        mean_xhat = (channel - mean) * inverse
-        dshift = sum_dy * scale[None, :] - pixels * (mean_dy + mean_xhat * mean_dy_xhat)
-        dshift = inverse * dshift
+    moments = channel, mean, inverse, mean_dy, mean_dy_xhat
+    dshift = None if shift is None else _shift_gradient(sum_dy, scale, pixels, *moments)
+    return dx.astype(x.dtype), dshift, sum_dy, sum_dy_xhat
+
+
+def _mean_gradients(sum_dy, sum_dy_xhat, scale, pixels, act):
+    both = jnp.stack([sum_dy, sum_dy_xhat]) * (scale[None, None, :] / pixels)
+    return _group_mean(both, act.groups)
+
+
+def _shift_gradient(sum_dy, scale, pixels, channel, mean, inverse, mean_dy, mean_dy_xhat):
+    """The sum of dx over the pixels."""
+    mean_xhat = (channel - mean) * inverse
+    dshift = sum_dy * scale[None, :] - pixels * (mean_dy + mean_xhat * mean_dy_xhat)
+    return inverse * dshift
+
+
+def _backward_stored(x, g, keep, shift, scale, bias, channel, mean, inverse, act):
+    """``_backward`` for a CPU, where xhat and dy are written for YNNPACK's sums anyway: they are
+    read again, not computed again. The barriers make XLA write vectors of channels as well; in the
+    loop over the pixels each of them costs a division of the channel's index by the group's size.
+    """
+    centre = mean if shift is None else mean - shift
+    centre, factor = lax.optimization_barrier((centre, inverse))
+    xhat, dy = lax.optimization_barrier(
+        _normalised_and_gradient(act, x, g, keep, centre, factor, scale, bias))
+    sum_dy, sum_dy_xhat = dy.sum(axis=(1, 2)), (dy * xhat).sum(axis=(1, 2))
+    pixels = x.shape[1] * x.shape[2]
+    mean_dy, mean_dy_xhat = _mean_gradients(sum_dy, sum_dy_xhat, scale, pixels, act)
+    of_dy, of_xhat, offset = lax.optimization_barrier(
+        (inverse * scale[None, :], inverse * mean_dy_xhat, inverse * mean_dy))
+    dx = dy * _pixels(of_dy) - xhat * _pixels(of_xhat) - _pixels(offset)
+    moments = channel, mean, inverse, mean_dy, mean_dy_xhat
+    dshift = None if shift is None else _shift_gradient(sum_dy, scale, pixels, *moments)
     return dx.astype(x.dtype), dshift, sum_dy, sum_dy_xhat
 
 
@@ -199,13 +228,15 @@ def kernels_form(padded, interpret=False) -> Form:
 
 FORMS = {
     "xla": Form(_forward, _backward),
+    "stored": Form(functools.partial(_forward, stored=lax.optimization_barrier), _backward_stored),
     "triton": kernels_form(padded=False),  # the form that was measured
     "triton_padded": kernels_form(padded=True),
 }
 PLAIN = "xla"  # the row without kernels
 # By jax.Device.device_kind and the compute type, where another row was measured to be
-# the fastest (NOTES.md, "Norm kernels").
-FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
+# the fastest (NOTES.md, "Norm kernels" and "The norm on a CPU").
+FASTEST_FORMS = {("cpu", "float32"): "stored",
+                 ("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
                  ("NVIDIA H100 80GB HBM3", "float32"): "triton"}
 
 

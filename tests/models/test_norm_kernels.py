@@ -141,7 +141,7 @@ def test_on_a_cpu_every_form_is_that_of_xla():
     ({"parallel.norm_kernel": "triton"},
      r"config.parallel.norm_kernel=triton: .*NVIDIA.*the devices are cpu; take .*norm_kernel=xla"),
     ({"parallel.norm_kernel": "cuda"},
-     "norm_kernel='cuda' is not known; known: auto, xla, triton, "),
+     "norm_kernel='cuda' is not known; known: auto, xla, stored, triton, "),
     ({"parallel.clip_kernel": "kernels"},
      r"config.parallel.clip_kernel=kernels: .*NVIDIA.*are cpu; take .*clip_kernel=convolutions"),
     ({"parallel.clip_kernel": "xla"},
@@ -174,8 +174,10 @@ def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
     assert sorted(named) == ["norm kernels, backward", "norm kernels, forward"]
 
 
-def test_auto_on_a_cpu_is_xla():
-    assert build_model(config(), jax.devices()[:1]).model.norm_form == "xla"
+def test_auto_on_a_cpu_was_measured_in_float32_alone():
+    found = {dtype: build_model(config(**{"model.dtype": dtype}), jax.devices()[:1]).model.norm_form
+             for dtype in ("float32", "bfloat16")}
+    assert found == {"float32": "stored", "bfloat16": "xla"}
 
 
 @pytest.mark.peer
