@@ -232,7 +232,7 @@ FORMS = {
     "triton": kernels_form(padded=False),  # the form that was measured
     "triton_padded": kernels_form(padded=True),
 }
-PLAIN = "xla"  # the row without kernels
+PLAIN = "xla"  # has no kernels
 # By jax.Device.device_kind and the compute type, where another row was measured to be
 # the fastest (NOTES.md, "Norm kernels" and "The norm on a CPU").
 FASTEST_FORMS = {("cpu", "float32"): "stored",
