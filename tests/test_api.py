@@ -137,6 +137,7 @@ def handlers():
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
 
 
+@pytest.mark.slow
 def test_training_resumes_also_outside_the_main_thread_and_leaves_no_handler(straight, tmp_path):
     before, threads = handlers(), set(threading.enumerate())
     shutil.copytree(straight, tmp_path / "run")

@@ -33,8 +33,8 @@ run()
 """
 
 
-@pytest.mark.parametrize("scope", [
-    "global", pytest.param("per_replica", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["global", "per_replica"])
 def test_few_frames_lie_between_the_command_and_the_loss(scope, tmp_path):
     """Closures count. As the paper trained: eight devices, each of them a replica."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}

@@ -55,6 +55,7 @@ def test_hand_counted_flops_agree_with_xla():
     assert 0.97 * counted < lowered.cost_analysis()["flops"] < 1.1 * counted
 
 
+@pytest.mark.slow
 def test_a_report_from_a_config():
     config = tiny(**{"model.ch_mult": (1,), "train.clip_replicas": 2, "train.random": "unsafe_rbg"})
     result = compiled.measure(config, topology="cpu:2", program="train_step", name="tiny",

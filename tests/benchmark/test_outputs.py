@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from ddpm_jax.benchmark import corpus, environments, outputs, scalars
@@ -61,6 +62,7 @@ def test_the_registry_is_one_of_the_platform():
     assert inputs["runtime_flags"].endswith(f"{corpus.ENTRIES[0].name}.mlir.bc")
 
 
+@pytest.mark.slow
 def test_scalars_of_a_compilation(tmp_path):
     lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((4, 4), jnp.float32))
     file = tmp_path / "square.mlir.bc"

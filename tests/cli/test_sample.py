@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from ddpm_jax.cli import main
 
 
+@pytest.mark.slow
 def test_sample_from_a_trained_run(tmp_path, straight, capsys):
     out = tmp_path / "out"
     words = ["sample", f"--workdir={straight}", "--num=5", f"--out={out}", "--batch_size=8",

@@ -8,6 +8,7 @@ import time
 import pytest
 
 
+@pytest.mark.slow
 def test_train_then_extend(tmp_path, train_command, one_device):
     first = train_command(tmp_path, "--config.train.steps=10", "--config.checkpoint.every=5")
     # The run's own config; a field stands before the folder.

@@ -111,7 +111,8 @@ def test_a_dict_in_npy_is_refused_and_not_run(tmp_path):
         image_files.open_images(tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("compression", [
+    zipfile.ZIP_STORED, pytest.param(zipfile.ZIP_DEFLATED, marks=pytest.mark.slow)])
 def test_a_large_npz_is_never_whole_in_memory(compression, tmp_path):
     """Half a GiB of zeros; what is allocated stays below a tenth of it."""
     import tracemalloc

@@ -101,7 +101,7 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-CASES = [(8, "optimizer"), (4, "params"),
+CASES = [pytest.param((8, "optimizer"), marks=pytest.mark.slow), (4, "params"),
          pytest.param((8, "optimizer", "per_replica"), marks=pytest.mark.soak)]  # 20 s to compile
 
 
@@ -144,6 +144,7 @@ def test_parts_that_are_clipped_go_with_a_cut_optimizer():
     assert "shards" in lowered(8, "optimizer", "per_replica")[2].as_text()
 
 
+@pytest.mark.slow
 def test_checkpoints_fit_any_number_of_shards(tmp_path):
     store, source = Checkpoints(tmp_path, keep=9), made(4, "params")
     carry, _ = source.steps(source.start(), 1)

@@ -79,11 +79,13 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("runner, devices", [
-    ("jit", 8), ("pmap", 8), ("shard_map", 8), ("shard_map", 1), ("pmap", 1)])
+    ("jit", 8), ("shard_map", 8), *(pytest.param(*cell, marks=pytest.mark.slow)
+                                    for cell in (("pmap", 8), ("shard_map", 1), ("pmap", 1)))])
 def test_unclipped_gradients_agree(runner, devices):
     assert_same(one_step(runner, devices), one_step("jit", 1))
 
 
+@pytest.mark.slow
 def test_packed_parameters_move_as_named_ones_do():
     assert_same(one_step("jit", 1), one_step("jit", 1, packed=False))
 

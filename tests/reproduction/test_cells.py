@@ -22,6 +22,7 @@ from ddpm_jax.reproduction.paper_results import Chain
 from ddpm_jax.reproduction.targets import TARGETS, Request, cell_config, existing
 
 
+@pytest.mark.slow
 def test_each_sampler_is_evaluated_once(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
     chains = (Chain("noisy", {"name": "ddim", "eta": 1.0}, {4: (), 99: ()}, {}),

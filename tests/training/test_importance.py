@@ -102,9 +102,10 @@ def test_a_run_that_is_cut_off_and_resumed_has_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("runner, devices, fields", [
-    ("shard_map", 8, ()), ("jit", 4, (("train.accumulation", 2),)),
-    ("shard_map", 1, (("train.clip_scope", "per_replica"), ("train.accumulation", 2))),
-    ("jit", 8, (("parallel.shards", 4), ("parallel.cut", "params")))])
+    ("shard_map", 8, ()), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (
+        ("jit", 4, (("train.accumulation", 2),)),
+        ("shard_map", 1, (("train.clip_scope", "per_replica"), ("train.accumulation", 2))),
+        ("jit", 8, (("parallel.shards", 4), ("parallel.cut", "params")))))])
 def test_the_same_history_on_any_devices(runner, devices, fields, monkeypatch):
     """Losses reach it in the order of the examples, whatever parts a batch is taken in and
     whatever is cut over devices."""
