@@ -39,7 +39,7 @@ export PATH
 if ! $all; then
     uv -e '.[test]' || pip -e '.[test]'
     exec "$venv/bin/python" -m pytest -n 2 --dist worksteal \
-        -m '(not slow and not peer and not root and not multiprocess) or smoke' "$@"
+        -m '(not slow and not soak and not peer and not root and not multiprocess) or smoke' "$@"
 fi
 
 # The tests on the lowest versions run while this environment is made.
