@@ -180,6 +180,8 @@ def _plot(found: dict[str, dict[str, Point]], title: str, file: pathlib.Path) ->
     releases = sorted({r for by in found.values() for r in by}, key=history.version_key)
     figure, axes = pyplot.subplots(figsize=(12, 4.5))
     for name, by_release in found.items():
+        if len(by_release) == 1 < len(releases):
+            continue  # no line; its height would flatten those of the others
         x = [i for i, r in enumerate(releases) if r in by_release]
         axes.plot(x, [by_release[releases[i]].ratio or float("nan") for i in x], "o-", label=name)
         bad = [i for i in x if by_release[releases[i]].ratio is None]
