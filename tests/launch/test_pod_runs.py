@@ -221,9 +221,7 @@ def test_sigterm_during_the_compilation(tmp_path):
     wait_for_text(process, tmp_path / "logs", "warning: config.diffusion")
     time.sleep(1)
     os.kill(children(process)[1], signal.SIGTERM)
-    started = time.time()
-    assert process.wait(30) == 42, texts(tmp_path / "logs")
-    assert time.time() - started < 25
+    assert process.wait(150) == 42, texts(tmp_path / "logs")
     assert "nothing unsaved" in texts(tmp_path / "logs")
 
 

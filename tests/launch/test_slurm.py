@@ -115,7 +115,7 @@ def cluster(tmp_path):
         for daemon in daemons:
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(20)
+            daemon.wait(60)
         hosts.write_text(before)
 
 

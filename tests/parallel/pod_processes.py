@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -112,7 +113,7 @@ class Processes:
         for i in range(count) if only is None else only:
             e = {**os.environ, "DDPM_COORD": f"127.0.0.1:{port}", "DDPM_NPROC": str(count),
                  "DDPM_PROC": str(i), "XLA_FLAGS": xla_flags(1),
-                 "TF_CPP_MIN_LOG_LEVEL": "3"}
+                 "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONFAULTHANDLER": "1"}
             e.update(env(i) if callable(env) else env)
             e = {k: v for k, v in e.items() if v is not None
                  and not (count == 1 and k.startswith("DDPM_"))}
@@ -136,7 +137,7 @@ class Processes:
     def text(self, i):
         return pathlib.Path(self.files[i].name).read_text()
 
-    def until(self, word, seconds=60):
+    def until(self, word, seconds=120):
         deadline = time.time() + seconds
         while not all(word in self.text(i) for i in range(len(self.popen))):
             assert time.time() < deadline, [self.text(i) for i in range(len(self.popen))]
@@ -146,5 +147,12 @@ class Processes:
 
     def wait(self, seconds=60):
         deadline = time.time() + seconds
-        return [p.wait(max(0.1, deadline - time.time())) for p in self.popen]
+        try:
+            return [p.wait(max(0.1, deadline - time.time())) for p in self.popen]
+        except subprocess.TimeoutExpired:
+            for p in self.popen:
+                p.send_signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER: stacks of all threads
+            for p in self.popen:
+                p.wait()
+            raise AssertionError([self.text(i) for i in range(len(self.popen))]) from None
 

@@ -11,7 +11,7 @@ from ddpm_jax.parallel import exit_codes
 def test_exception_in_one_process_ends_the_run_with_its_code(tmp_path, who):
     with Processes(tmp_path, ["loop"], 2, flags=["--heartbeat=5"],
                    env=lambda i: {"RAISE": str(int(i == who))}) as run:
-        codes = run.wait(40)
+        codes = run.wait()
     # The bug's own code survives in the process that has it; the other says "peer lost".
     assert codes[who] == 1 and codes[1 - who] in (-signal.SIGABRT, exit_codes.EXIT_LOST)
     assert "AssertionError: RAISE" in run.text(who)
@@ -22,7 +22,7 @@ def test_worker_killed_ends_the_run_within_the_heartbeat(tmp_path):
     with Processes(tmp_path, ["loop"], 2, flags=["--heartbeat=5"]) as run:
         run.until("READY")
         run.popen[1].kill()
-        codes = run.wait(30)
+        codes = run.wait()
     assert codes[0] in (-signal.SIGABRT, exit_codes.EXIT_LOST)
     assert codes[1] == -signal.SIGKILL
 
