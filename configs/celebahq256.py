@@ -1,7 +1,7 @@
 """The paper's 256x256 model on CelebA-HQ (App. B).
 
 Machine and hours (the paper's): TPU v3-8, 2.2 steps/s, 2.6 days for 500,000 steps.
-Expect: good faces; the paper gives no FID.
+Expect: the paper gives no FID; its samples are in Fig. 1.
 """
 
 from ddpm_jax.configs import default

@@ -8,9 +8,9 @@ cosine           4000   cosine   L_simple  3.26 / 3.05
 cosine_hybrid    4000   cosine   L_hybrid  3.17 / 3.19   (the default)
 cosine_vlb       4000   cosine   L_vlb     2.94 / 11.47  (t drawn by importance)
 
-Machine and hours: not run here, and not given there. Their network also has four attention heads
-and scales as well as shifts by the timestep, which change neither loss nor chain; here the paper's
-blocks are used. Their linear betas are scaled by 1000 / T.
+Machine and hours: not run here, and not given there. Their network also has four attention heads,
+and the timestep scales the features as well as shifting them; here the blocks are those of Ho et
+al. Loss and chain are theirs. Their linear betas are scaled by 1000 / T.
 """
 
 from ddpm_jax.configs import default
@@ -26,6 +26,8 @@ CELLS = {
 
 
 def get_config(cell="cosine_hybrid"):
+    if cell not in CELLS:
+        raise ValueError(f"no cell {cell!r}; known: {', '.join(CELLS)}")
     config, c = default.get_config(), CELLS[cell]
     scale = 1000 / c["num_timesteps"]
     schedule = {"linear": dict(name="linear", beta_start=scale * 1e-4, beta_end=scale * 0.02),

@@ -1,12 +1,14 @@
-"""The six cells of Table 2: --config=configs/cifar10_table2.py:CELL, unconditional CIFAR-10.
+"""The six cells of Table 2: --config=cifar10_table2:CELL, unconditional CIFAR-10.
 
-CELL            paper's IS / FID         machine and hours (the paper's): as cifar10
-mu_learned_l    7.28 / 23.69
-mu_fixed_l      8.06 / 13.22
-mu_fixed_simple unstable
-eps_learned_l   unstable
-eps_fixed_l     7.67 / 13.51
-eps_fixed_simple 9.46 / 3.17             (= cifar10)
+CELL              the paper's IS / FID
+mu_learned_l      7.28 / 23.69
+mu_fixed_l        8.06 / 13.22
+mu_fixed_simple   unstable
+eps_learned_l     unstable
+eps_fixed_l       7.67 / 13.51
+eps_fixed_simple  9.46 / 3.17   (the default; the same as cifar10)
+
+Machine and hours: as cifar10. mu predicts the mean of x_{t-1} (predict=x_prev).
 """
 
 from ddpm_jax.configs import default

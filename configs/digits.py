@@ -1,4 +1,8 @@
-"""scikit-learn's 1,797 handwritten digits, 8x8 grey: the default that needs no download."""
+"""scikit-learn's 1,797 handwritten digits, 8x8 grey: the config of launch/quickstart.sh, which
+needs no download.
+
+Machine and minutes: two CPU cores, four minutes of training (docs/small-runs.md). Not in the paper.
+"""
 
 from ddpm_jax.configs import default
 

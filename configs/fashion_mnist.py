@@ -1,7 +1,8 @@
 """Fashion-MNIST at its own 28x28 grey pixels, a narrow U-Net for one small machine.
 
-28 can be halved twice: three resolutions, 28, 14, 7. Not in the paper. fashion_mnist:small is for
-minutes on a CPU, `bash launch/quickstart.sh fashion`: blocks of 2x2 pixels, 14x14 of them.
+28 can be halved twice: three resolutions, 28, 14, 7. Not in the paper.
+fashion_mnist:small, the config of `bash launch/quickstart.sh fashion`, takes minutes on a CPU: its
+blocks of 2x2 pixels become channels, 14x14 of them (docs/small-runs.md).
 """
 
 from ddpm_jax.configs import default, digits

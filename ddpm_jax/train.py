@@ -62,7 +62,7 @@ def _open_data(exp, split):
                          image_size=config.data.image_size, channels=config.data.channels)
     if tuple(source.shape) != exp.image_shape:
         raise UserError(
-            f"{config.data.name} has images {tuple(source.shape)}, the config says "
+            f"{config.data.name} has images {tuple(source.shape)}, the config has "
             f"{exp.image_shape}: set data.image_size and data.channels")
     if len(source) < 1:
         raise UserError(f"{config.data.name}, split {split}, has no images")

@@ -5,8 +5,9 @@
 Real jax.distributed and real collectives; on the CPU every process gets that many fake devices,
 with --platform=cuda its share of the GPUs. Process 0 is shown, every process has a log file. When
 one fails the others are ended and its log is named. Ctrl-C and the other signals that the program
-hears are passed on as SIGTERM; a second Ctrl-C ends all at once. Exit code: 0 all done; 42 stopped
-on a signal with everything saved; 130 a second Ctrl-C; otherwise that of the process that failed.
+handles are passed on as SIGTERM; a second Ctrl-C ends all at once. Exit code: 0 all done; 42
+stopped on a signal with everything saved; 130 a second Ctrl-C; otherwise that of the process that
+failed.
 """
 
 import argparse

@@ -28,5 +28,5 @@ def test_fields_of_the_default_config_with_their_comments():
     for name, value in values.items():
         default = eval(fields[name].default)
         assert (list(default) if isinstance(default, tuple) else default) == value
-    assert fields["train.clip_norm"].comment == "0 = off"
+    assert fields["train.clip_norm"].comment.endswith("gradient; 0 = off")
     assert fields["sampler.nodes"].comment.endswith('"0,20,99"; "" = as the sampler needs')

@@ -1,7 +1,7 @@
 """ddpm bench WHAT [flags]
 
-Measure this machine (step, sample, data, eval, statistics) or XLA's compiler (compile), in one
-format.
+Measure this machine (step, sample, data, eval, statistics) or XLA's compiler (compile, sweep,
+history), and write all results in one format.
 
   ddpm bench step --config=digits                  a training step: ms, images/s, MFU
   ddpm bench step --config=cifar10 --compare=diffusers --config.model.dtype=bfloat16
@@ -34,11 +34,12 @@ from ddpm_jax.storage import files
 
 def define_flags(define):
     define.config()
-    define.integer("repeats", 20, "rounds at most")
-    define.float("seconds", 20.0, "stop after this long, but not before three rounds")
+    define.integer("repeats", 20, "most rounds of a measurement")
+    define.float("seconds", 20.0, "seconds of a measurement, of three rounds at least")
     define.path("out", None, "write the result as JSON into this new file")
     define.string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
-    define.path("profile", None, "step, sample: new folder for a trace")
+    define.path("profile", None, "step, sample: trace one call into this new folder, and print "
+                "where its time goes")
     define.path("matrix", "small", "compile: small, absent, programs, cut, cut_pod or a JSON file "
                   "of lists by program, config, runner, dtype, level, topology, set, sets")
     define.path("baseline", None, "compile: an older result to compare with")

@@ -1,8 +1,11 @@
 """ddpm edit --workdir=DIR --image=FILE_OR_FOLDER --out=DIR [--strength=0.5] [--seed ...]
 
-Noise images part of the way and decode them with a trained model: png/NAME.png, samples.npz (arr_0:
-uint8 NHWC) and comparison.png with before and after. Results depend on the image, its place in the
-folder and --seed alone. An interrupted command resumes where it stopped.
+Change images with a trained model: noise them part of the way, then denoise them (SDEdit). Writes
+png/NAME.png, samples.npz (arr_0: uint8 NHWC) and comparison.png with before and after. Results
+depend on the image, its place in the folder and --seed alone. After a stop, the same command
+resumes.
+
+  ddpm edit --workdir=runs/digits --image=picture.png --out=edited --strength=0.25 --num=6
 """
 
 from ddpm_jax.cli import common

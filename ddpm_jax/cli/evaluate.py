@@ -1,14 +1,18 @@
 """ddpm evaluate --workdir=DIR [--metrics=bpd,offline] [--num=50000] [...]
    ddpm evaluate --samples=FOLDER_OR_NPZ --reference=FILE [--metrics=fid,is,kid,pr]
 
-Evaluates a run or given images and writes evaluation.json (keyed by checkpoint step and protocol,
-with the provenance of every number) and a page, evaluation.html.
+Evaluate a run or given images. Writes evaluation.json (keyed by checkpoint step and protocol, with
+the provenance of every number) and a page, evaluation.html. After a stop, the same command resumes;
+the result does not depend on the number of devices or hosts.
 
-Without any download: bpd (bits/dim of real images) and offline (bpd, the eps-loss by timestep, and
-distances in the features of a small classifier: FD-cnn@<hash>, FD-rand@<seed>; not FID); for a
-model with classes labels (the share of samples that the classifier calls by their label). With
-Inception's weights: fid, is, kid, pr. A command that was stopped resumes; the result does not
-depend on the number of devices or hosts.
+Without any download: bpd (bits/dim of real images), offline (of a run bpd too; distances in the
+features of a small classifier, FD-cnn@<hash>, and of a random network, FD-rand@<seed>: not FID), nn
+(nearest training images) and, for a model with classes, labels (the share of samples that the
+classifier calls by their label). With Inception's weights (ddpm inception): fid, is, kid and pr
+(precision and recall); fid, kid and pr also need a --reference (ddpm reference).
+
+  ddpm evaluate --workdir=runs/digits --metrics=bpd,offline,nn --num=1000
+  ddpm evaluate --workdir=runs/cifar10 --metrics=fid,is --reference=cifar10_train.npz
 
 --protocol=paper: integers, float32 convolutions, OpenAI's IS over 10 splits (to report).
 --protocol=monitor: as the official training program (to watch).
@@ -61,7 +65,8 @@ def define_flags(define):
     define.integer("batch_size", None, "images at a time, all devices together")
     define.sampler()
     define.integer("crop", None, "nearest neighbours in the middle CROP x CROP pixels")
-    define.bool("force", False, "compare with a reference of another protocol or dataset")
+    define.bool("force", False, "compare with a reference of another protocol or dataset; the "
+                "result is marked")
     define.bool("keep_images", False, "write the generated images to samples.npz")
     define.path("out", None, "folder for the results; default: --workdir")
     define.pod()

@@ -1,9 +1,11 @@
 """ddpm inpaint --workdir=DIR --image=FILE_OR_FOLDER --mask=FILE_OR_FOLDER --out=DIR [...]
 
-Fill in the white pixels of a mask with a trained model (RePaint): png/NAME.png,
-samples.npz (arr_0: uint8 NHWC) and comparison.png with before, mask and after. The other pixels
-stay as they are. Results depend on the image, its mask, its place in the folder and --seed alone.
-An interrupted command resumes where it stopped.
+Fill in the white pixels of a mask with a trained model (RePaint); the other pixels stay as they
+are. Writes png/NAME.png, samples.npz (arr_0: uint8 NHWC) and comparison.png with before, mask and
+after. Results depend on the image, its mask, its place in the folder and --seed alone. After a
+stop, the same command resumes.
+
+  ddpm inpaint --workdir=runs/digits --image=picture.png --mask=mask.png --out=filled --num=6
 """
 
 from ddpm_jax.cli import common

@@ -1,9 +1,11 @@
-"""ddpm reference --dataset=cifar10 --split=train --out=cifar10-train.npz [--protocol=paper]
+"""ddpm reference --dataset=cifar10 --split=train --out=cifar10_train.npz [--protocol=paper]
 
 Statistics of a dataset's real images, made once, for `ddpm evaluate --reference`. The file carries
 the protocol (resize, scale, precision), the weights' sha256, the number and identity of the images,
-and the features of --features images for KID, precision and recall. No image is mirrored,
-cropped or left out.
+and the features of --features images for KID, precision and recall. Without --num and --image_size
+it is made of all images of the split as they are; none is mirrored.
+
+  ddpm reference --dataset=folder --data_dir=PICTURES --out=pictures.npz
 """
 
 from ddpm_jax.cli import common
@@ -16,10 +18,11 @@ from ddpm_jax.storage import files
 
 def define_flags(define):
     define_inception_flags(define)
-    define.string("dataset", None, "a row of `ddpm data`")
+    define.string("dataset", None, "a dataset of `ddpm data`")
     define.path("data_dir", None, "where `ddpm data prepare` put the dataset")
     define.string("split", "train", "a split of the dataset")
-    define.integer("image_size", None, "side of the images, where the dataset leaves a choice")
+    define.integer("image_size", None, "side of the images: a folder is cropped and resized to "
+                   "it, digits and mnist are padded; default: as they are")
     define.integer("num", None, "images of the split, in a fixed random order; default: all")
     define.integer("features", 10_000, "images whose features are kept, for kid and pr")
     define.integer("batch_size", None, "images at a time, all devices together")

@@ -1,9 +1,9 @@
 """ddpm report --workdir=RUN [--open]
 
-Write RUN/index.html again, one file that opens without a network: samples, denoising, the numbers
-with their meaning, the loss, nearest training images, the next commands. It shows what is in RUN
-and in the folders in it, as `ddpm train`, `ddpm sample --out=RUN/drawn` and `ddpm evaluate` left
-it, and computes nothing. `ddpm train` writes it at each checkpoint.
+Write the page of a run, RUN/index.html, again: one file that opens without a network, with samples,
+denoising, the numbers and their meaning, the loss, nearest training images and the next commands.
+It shows the files that `ddpm train`, `ddpm sample --out=RUN/drawn` and `ddpm evaluate` wrote into
+RUN and the folders in it, and computes nothing. `ddpm train` writes it at each checkpoint.
 """
 
 import os

@@ -1,9 +1,13 @@
 """ddpm sample --workdir=DIR --num=N --out=DIR [--step --seed --batch_size --ema/--noema ...]
 
-Draw images from a trained run: samples.npz (arr_0: uint8 NHWC), grid.png, progressive.png. A model
-with classes draws each in turn, or what --label or --labels names; samples.npz then has labels too.
-Image i depends on --seed, i and its label alone, whatever the batch, the devices or the hosts. An
-interrupted command resumes where it stopped.
+Draw images from a trained run. Writes samples.npz (arr_0: uint8 NHWC), grid.png and progressive.png
+(the predicted x_0 on the way from noise). A model with classes draws each class in turn, or those
+that --label or --labels names; samples.npz then has labels too. Image i depends on --seed, i and
+its label alone, whatever the batch, the devices or the hosts. After a stop, the same command
+resumes.
+
+  ddpm sample --workdir=runs/digits --num=100 --out=runs/digits/drawn
+  ddpm sample --workdir=runs/digits --num=100 --out=runs/digits/fast --sampler=dpmpp_2m --steps=20
 """
 
 from ddpm_jax.cli import common

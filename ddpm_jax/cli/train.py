@@ -27,7 +27,7 @@ def define_flags(define):
                 "average and step; any field but the network's may differ")
     define.bool("init_optimizer", False, "with --init_from: the optimizer's state too")
     define.bool("dry_run", False, "print the config, the parameters, FLOPs, memory and hours, and "
-                "the command that trains; do nothing")
+                "the command that trains; train nothing")
     define.string("wandb", None, "project of Weights & Biases that gets the numbers too; "
                   "WANDB_MODE=offline needs no account")
     define.pod()
@@ -53,8 +53,8 @@ def _init_from(values):
 def main(values, words):
     common.no_words(words)
     if values.config is None and values.workdir:
-        raise UserError(f"--config is missing, and --workdir={values.workdir} holds no run to go "
-                        f"on with; packaged: {', '.join(names.packaged_configs())}")
+        raise UserError(f"--config is missing, and --workdir={values.workdir} holds no run to "
+                        f"resume; packaged: {', '.join(names.packaged_configs())}")
     config = common.required(values, "config")
     if values.dry_run:
         from ddpm_jax import plan

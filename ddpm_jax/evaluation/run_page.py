@@ -26,21 +26,21 @@ MEANINGS = tuple((re.compile(pattern), text) for pattern, text in (
     (r"bpd_\w+_(n|std_error)$", ""),
     (r"bpd_(train|test)$", "bits per dimension of the \\1 images, a bound on their negative "
      "log-likelihood: lower is better; 8 is a uniform guess of 256 grey levels"),
-    (r"rate_\w+$", "of these, the bits/dim that all steps but the last take"),
+    (r"rate_\w+$", "of these, the bits/dim of all steps but the last"),
     (r"distortion_\w+$", "of these, the bits/dim of the last step"),
     (r"rmse_\w+$", "error of the last prediction, in grey levels of 0 to 255"),
     (r"prior_\w+$", "of these, the bits/dim of the chain's end; near 0 where nothing of the image "
      "is left there"),
-    (r"FD-cnn\S*_real_vs_real$", "the same distance of as many held-out real images: what a "
-     "perfect model reaches"),
-    (r"FD-cnn\S*_equal_n$", "distance of as many samples as there are held-out images"),
+    (r"FD-cnn\S*_real_vs_real$", "FD-cnn of the held-out real images: what a perfect model reaches "
+     "at FD-cnn ... equal_n"),
+    (r"FD-cnn\S*_equal_n$", "FD-cnn of as many samples as there are held-out images"),
     (r"FD-cnn", "Fréchet distance of the samples to the training images in the features of a small "
      "classifier (not FID): lower is better"),
     (r"FD-rand\S*", ""),
     (r"cnn_accuracy$", "share of held-out real images that this classifier gets right"),
-    (r"cnn_confident_samples$", "share of the samples of which it is more than "
-     f"{small_cnn.CONFIDENT:.0%} sure"),
-    (r"cnn_confident_reals$", "share of the held-out real images of which it is sure"),
+    (r"cnn_confident_samples$", "share of the samples to whose class this classifier gives "
+     f"more than {small_cnn.CONFIDENT:.0%}"),
+    (r"cnn_confident_reals$", "the same of the held-out real images"),
     (r"fid$", "Fréchet Inception distance to the reference: lower is better"),
     (r"is_\w*std$", ""),
     (r"is_", "Inception score: higher is better"),
@@ -52,8 +52,9 @@ MEANINGS = tuple((re.compile(pattern), text) for pattern, text in (
     (r"nn_(pixels|features)_median_distance_held_out$", "the same of real images that were not "
      "trained on: samples much nearer than that are copies"),
     (r"nn_\w+_exact_copies$", "samples that are training images, pixel by pixel"),
-    (r"loss$", "training loss, mean since the line before"),
-    (r"images_per_second$", "speed of training"),
+    (r"loss$", "training loss, a mean over the last train.log_every steps"),
+    (r"images_per_second$", "speed of training, without compilation, checkpoints, samples and "
+     "evaluations"),
 ))
 
 
@@ -195,16 +196,23 @@ def _next(workdir, stored, unfinished, chain, documents, nearest) -> str:
     def command(name, *flags):
         return shlex.join(["ddpm", *name.split(), f"--workdir={workdir}", *flags])
 
-    steps = stored["train"]["steps"]
+    steps, decay = stored["train"]["steps"], stored["optimizer"].get("decay_steps", 0)
     ideas = [
-        (unfinished, command("train"), "go on to the last step"),
+        (unfinished, command("train"), "resume, up to the last step"),
         (not chain, command("sample", "--num=64", f"--out={files.join(workdir, 'drawn')}"),
          "draw images, and see them come out of noise"),
         (not documents, command("evaluate"), "bits/dim, and how far samples are from real images"),
-        (not nearest, command("evaluate", "--metrics=nn"), "are the samples copies?"),
+        (not nearest, command("evaluate", "--metrics=nn"),
+         "nearest training images: are the samples copies?"),
         (True, command("sample", "--sampler=dpmpp_2m", "--steps=20", "--num=64",
                        f"--out={files.join(workdir, 'fast')}"), "draw with 20 network calls"),
-        (not unfinished, command("train", f"--config.train.steps={2 * steps}"), "train on"),
+        (not unfinished and not decay, command("train", f"--config.train.steps={2 * steps}"),
+         "train longer"),
+        (not unfinished and decay, shlex.join([
+            "ddpm", "train", f"--config={files.join(workdir, 'config.json')}",
+            f"--workdir={workdir.rstrip('/')}-longer", f"--config.train.steps={2 * steps}",
+            f"--config.optimizer.decay_steps={2 * decay}"]),
+         "a longer run of this config, whose learning rate has decayed to 0"),
         (True, command("export diffusers", f"--out={files.join(workdir, 'diffusers')}"),
          "use the model elsewhere")]
     rows = [f"<p>{html.escape(why)}</p><pre>{html.escape(line)}</pre>"

@@ -77,9 +77,13 @@ def test_the_next_commands_can_be_given(run):
     text = written(run)
     lines = [line.replace("&#x27;", "'") for line in re.findall("<pre>(ddpm .*?)</pre>", text)]
     assert len(lines) == 3 and "ddpm sample" in lines[0]
+    decayed = to_json(config(**{"optimizer.decay_steps": 12}))     # its rate is 0 at step 12
+    text = run_page._next(str(run), decayed, False, ["chain"], [{}], ["nearest"])
+    lines += re.findall("<pre>(ddpm train .*?)</pre>", text.replace("&#x27;", "'"))
+    assert len(lines) == 4 and "--config.optimizer.decay_steps=24" in lines[-1]
     for line in lines:
         words = shlex.split(line)
-        assert f"--workdir={run}" in words
+        assert f"--workdir={run}" in words or f"--workdir={run}-longer" in words
         _subcommand(*words[1:])     # parses
     assert "ddpm train" in written(run, "gs://b/run", to_json(
         config(**{"train.steps": 99})))
