@@ -21,9 +21,9 @@ COUNTS = (1, 8, 64, 128, 256, 512, 1024, 4096)
 HEAD = """# Scaling
 
 Written by `python docs/make_scaling.py`; do not edit. **Estimated**: no step was timed on more
-than one chip, and none on a TPU. For the choice of a number of chips, 1 to {most:,}, for
-{configs}: what the paper's batch gains from more of them, what a larger batch gains, what cutting
-the state saves.
+than one chip, and none on a TPU. This page helps to choose a number of chips, 1 to {most:,}, for
+{configs}: it estimates what the paper's batch gains from more of them, what a larger batch gains,
+and what cutting the state saves.
 
 Vendors' figures of a chip, from [hardware.py](../ddpm_jax/compilation/hardware.py):
 
@@ -40,10 +40,11 @@ is not checked: 8 images of a 256x256 model need 4.4 to 12.4 GB beside the state
 below), so a chip may take its images only in parts (`train.accumulation`), which leaves the
 network's term as it is.
 
-- *efficiency*: images a second and chip, over those of one chip with as many images a step (at the
-  paper's batch: with all of them). Over 100 %: a chip updates only its part of the state.
-- *chip-hours*: of as many images as the paper's run has, so that a run takes as many hours over
-  the number of chips; whether a larger batch reaches the same FID is not predicted.
+- *efficiency*: images a second and chip, divided by those of one chip with as many images a step
+  (at the paper's batch: with all of them). It can exceed 100 %, because a chip updates only its
+  part of a cut state.
+- *chip-hours*: for as many images as the paper's run has; divided by the number of chips they are
+  the hours of the run. Whether a larger batch reaches the same FID is not predicted.
 
 ZeRO-1 is `parallel.shards={shards}`, FSDP also `parallel.cut=params`, which takes
 `train.clip_scope=global`; both need `parallel.runner=jit`
