@@ -24,8 +24,8 @@ def define_flags(define):
                   "steps without a loop), sample, evaluate (bits/dim) or inception (features)")
     define.string("runner", None, "jit, pmap or shard_map; default: the config's")
     define.string("optimization_level", None, "O0 (quick), O1, O2, O3; default: XLA's own")
-    define.multi_string("compiler_options", [], "an XLA option, key=value; may be repeated")
-    define.integer("num_examples", 50_000, "images of a data set that lives on the device")
+    define.multi_string("compiler_options", [], "an XLA option, key=value")
+    define.integer("num_examples", 50_000, "images of the dataset that is kept on the device")
     define.path("out", None, "new folder for report.json, StableHLO and HLO")
     define.bool("json", False, "print the report as JSON instead of a table")
 

@@ -27,11 +27,12 @@ from ddpm_jax.storage import files, remote
 
 
 def define_flags(define):
-    define.string("name", None, f"dataset: {', '.join(datasets.DATASETS)}")
+    define.string("name", None, f"the dataset: {', '.join(datasets.DATASETS)}")
     define.path("dir", "", "folder of prepared data, also gs:// (default: $DDPM_DATA_DIR "
                         "or ~/.cache/ddpm_jax/data)")
-    define.multi_path("from", "file or folder to read; may be repeated")
-    define.integer("image_size", None, "folder, lsun_*: centre crop and resize to this")
+    define.multi_path("from", "file or folder to read")
+    define.integer("image_size", None, "folder, lsun_*: crop to the centre square and resize to "
+                   "this side")
     define.enum("channels", None, ["1", "3"], "folder: 3 makes grey RGB, 1 requires grey")
     define.string("split", None, "info: only this split")
     define.bool("split_folders", None, "folder: whether folders called train, test, val ... are "

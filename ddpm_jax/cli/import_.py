@@ -2,7 +2,7 @@
    ddpm import diffusers --path=FOLDER_OR_FILE --workdir=DIR [--config=NAME]
 
 Make a run's folder from the weights of another program, for `ddpm sample`, `ddpm evaluate` and
-`ddpm train`. Ends with a parity verdict: PASS, FAIL (nothing is written, exit status not 0) or
+`ddpm train`. Ends with a parity verdict: PASS, FAIL (nothing is written, exit code not 0) or
 "not compared" where diffusers and PyTorch are not installed.
 
   official   a TensorFlow 1 checkpoint of the paper's code (raw and EMA weights, Adam's moments,

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def command(argv: list[str]) -> int:
-    """Run `argv` (without the program's name); returns the exit status."""
+    """Run `argv` (without the program's name); returns the exit code."""
     if argv[:1] == ["help"] and argv[1:]:
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help", "--helpfull"):

@@ -24,9 +24,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     string("coordinator", None, "HOST or HOST:PORT of process 0 (env DDPM_COORD)")
     integer("coordinator_port", None,
             f"port of the coordinator (env JAX_COORDINATOR_PORT); default {DEFAULT_PORT}, on SLURM "
-            "one by the job's number", lower_bound=1, upper_bound=65535)
+            "derived from the job's number", lower_bound=1, upper_bound=65535)
     integer("num_processes", None, "processes in all (env DDPM_NPROC)", lower_bound=1)
-    integer("process_id", None, "number of this one, from 0 (env DDPM_PROC)", lower_bound=0)
+    integer("process_id", None, "number of this process, from 0 (env DDPM_PROC)", lower_bound=0)
     integer("init_timeout", None, "seconds to wait for the other processes; default 300, several "
             "TPU slices 3600 (env DDPM_INIT_TIMEOUT)", lower_bound=1)
     integer("heartbeat", None, "seconds after which a silent process counts as dead and the others "
