@@ -31,8 +31,8 @@ MEANINGS = tuple((re.compile(pattern), text) for pattern, text in (
     (r"rmse_\w+$", "error of the last prediction, in grey levels of 0 to 255"),
     (r"prior_\w+$", "of these, the bits/dim of the chain's end; near 0 where nothing of the image "
      "is left there"),
-    (r"FD-cnn\S*_real_vs_real$", "FD-cnn of the held-out real images: what a perfect model reaches "
-     "at FD-cnn ... equal_n"),
+    (r"FD-cnn\S*_real_vs_real$", "FD-cnn of the held-out real images: the value of equal_n that a "
+     "perfect model has"),
     (r"FD-cnn\S*_equal_n$", "FD-cnn of as many samples as there are held-out images"),
     (r"FD-cnn", "Fréchet distance of the samples to the training images in the features of a small "
      "classifier (not FID): lower is better"),
