@@ -118,6 +118,19 @@ def test_another_device_count_reads_it(tmp_path):
     store.close()
 
 
+def test_a_save_of_arrays_on_all_devices_compiles_nothing(tmp_path, caplog):
+    whole = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.sharding.PartitionSpec())
+    placed = jax.device_put(init_state({"w": np.ones((8, 41), np.float32)}, TX), whole)
+    store = C.Checkpoints(tmp_path)
+    with jax.log_compiles():
+        store.save(3, placed, {})
+    assert "Compiling" not in caplog.text
+    equal(store.restore(3, placed), placed)
+    assert len(store.restore(3, placed).params["w"].devices()) == 8
+    store.close()
+
+
 def test_no_checkpoint_and_no_such_step(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         C.Checkpoints(tmp_path).find(None)
