@@ -14,21 +14,16 @@ import time
 import numpy as np
 import pytest
 from tiny_run import FLAGS
+from xla_flags import xla_flags
 
 LOCAL = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
-TINY = ["--config=digits", "--config.model.ch=8", "--config.model.ch_mult=(1,)",
-        "--config.model.num_res_blocks=1", "--config.model.attn_resolutions=()",
-        "--config.model.num_groups=4", "--config.diffusion.num_timesteps=20",
-        "--config.train.batch_size=16", "--config.eval.sample_every=0",
-        "--config.train.log_every=1", "--config.train.steps_per_dispatch=1"]
-
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 
-def train_command(workdir, *, steps, every=1000, devices, extra=()):
-    return [sys.executable, "-m", "ddpm_jax", "train", *TINY, f"--workdir={workdir}",
-            f"--config.train.steps={steps}", f"--config.checkpoint.every={every}",
-            f"--config.train.clip_replicas={devices}", *extra]
+def train_command(workdir, *, steps, every=1000, extra=()):
+    return [sys.executable, "-m", "ddpm_jax", "train", *FLAGS, f"--workdir={workdir}",
+            "--config.train.log_every=1", f"--config.train.steps={steps}",
+            f"--config.checkpoint.every={every}", *extra]
 
 
 STARTED = []
@@ -127,9 +122,9 @@ def assert_same(a, b, steps):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """12 steps, 2 processes x 1 device: what interrupted runs must equal."""
+    """12 steps, 2 processes x 4 devices: what interrupted runs must equal."""
     d = tmp_path_factory.mktemp("uninterrupted")
-    run(d / "logs", 2, 1, train_command(d / "run", steps=12, devices=2))
+    run(d / "logs", 2, 4, train_command(d / "run", steps=12))
     return d
 
 
@@ -137,10 +132,10 @@ def uninterrupted(tmp_path_factory):
 def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, uninterrupted):
     """1x2 and 2x1 agree; a run that starts as one and goes on as the other does too."""
     alone, changed = tmp_path / "alone", tmp_path / "changed"
-    run(tmp_path / "a", 1, 2, train_command(alone, steps=12, devices=2))
+    run(tmp_path / "a", 1, 2, train_command(alone, steps=12))
     assert_same(losses(alone), losses(uninterrupted / "run"), range(1, 13))
-    run(tmp_path / "b", 1, 2, train_command(changed, steps=6, devices=2))
-    text = run(tmp_path / "c", 2, 1, train_command(changed, steps=12, devices=2))
+    run(tmp_path / "b", 1, 2, train_command(changed, steps=6))
+    text = run(tmp_path / "c", 2, 1, train_command(changed, steps=12))
     assert "from step 6" in text
     assert_same(losses(changed), losses(alone), range(1, 13))
     assert_same_parameters(alone, changed)
@@ -149,8 +144,8 @@ def test_same_run_on_any_shape_and_host_count_changed_at_restart(tmp_path, unint
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, who):
     work = tmp_path / "run"
-    command = train_command(work, steps=100_000, devices=2)
-    process = start(tmp_path / "logs", 2, 1, command)
+    command = train_command(work, steps=100_000)
+    process = start(tmp_path / "logs", 2, 4, command)
     wait_for_step(process, work, 4)
     os.kill(children(process)[who], signal.SIGTERM)
     assert process.wait(150) == 42, texts(tmp_path / "logs")
@@ -158,7 +153,7 @@ def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, 
     assert len(stopped) == 2 and stopped[0] == stopped[1]
     assert [p.name for p in (work / "checkpoints").iterdir()] == [str(stopped[0])]
     steps = max(12, stopped[0] + 2)
-    text = run(tmp_path / "again", 2, 1, train_command(work, steps=steps, devices=2))
+    text = run(tmp_path / "again", 2, 4, train_command(work, steps=steps))
     assert f"from step {stopped[0]}" in text
     got, expected = losses(work), losses(uninterrupted / "run")
     assert sorted(got) == list(range(1, steps + 1))  # nothing twice, nothing left out
@@ -169,16 +164,15 @@ def test_sigterm_to_one_process_and_exact_continuation(tmp_path, uninterrupted, 
 @pytest.mark.soak
 def test_single_process_stops_and_continues(tmp_path):
     work = tmp_path / "run"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    process = subprocess.Popen(train_command(work, steps=100_000, devices=1), env=env,
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
+    process = subprocess.Popen(train_command(work, steps=100_000), env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(process, work, 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # a second one leaves the save alone
     assert process.wait(150) == 42
     [saved] = [int(p.name) for p in (work / "checkpoints").iterdir()]
-    done = subprocess.run(train_command(work, steps=saved + 2, devices=1), env=env,
+    done = subprocess.run(train_command(work, steps=saved + 2), env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0 and f"from step {saved}" in done.stderr
     assert sorted(losses(work)) == list(range(1, saved + 3))
@@ -188,8 +182,9 @@ def test_single_process_stops_and_continues(tmp_path):
 def test_sigterm_during_an_evaluation(tmp_path):
     """The step it belongs to is saved before; the restart evaluates it first."""
     work = tmp_path / "run"
-    command = train_command(work, steps=8, every=4, devices=2, extra=[
-        "--config.eval.every=4", "--config.eval.metrics=bpd", "--config.eval.bpd_num=300",
+    command = train_command(work, steps=8, every=4, extra=[
+        "--config.diffusion.num_timesteps=20", "--config.eval.every=4",
+        "--config.eval.metrics=bpd", "--config.eval.bpd_num=300",
         "--config.sampler.batch_size=2"])
     process = start(tmp_path / "logs", 2, 1, command)
     deadline = time.time() + 200
@@ -208,8 +203,8 @@ def test_sigterm_during_an_evaluation(tmp_path):
 def test_sigterm_during_the_compilation(tmp_path):
     """A program that no cache holds; no Python handler can run in the meantime."""
     work = tmp_path / "run"
-    command = train_command(work, steps=100, devices=2,
-                            extra=["--config.model.ch=16", "--config.model.num_res_blocks=4"])
+    command = train_command(work, steps=100, extra=[
+        "--config.model.ch=16", "--config.model.num_res_blocks=4"])
     env_cache = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     try:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
@@ -232,10 +227,10 @@ KILLS = int(os.environ.get("DDPM_TEST_KILLS", 4))  # more of them find what is r
 def test_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
     """kill -9 of worker or coordinator at random moments, saves at every second step."""
     work, rng, reached = tmp_path / "run", random.Random(0), 0
-    command = train_command(work, steps=100_000, every=2, devices=2, extra=["--heartbeat=10"])
+    command = train_command(work, steps=100_000, every=2, extra=["--heartbeat=10"])
     for attempt in range(KILLS):
         logs = tmp_path / f"logs{attempt}"
-        process = start(logs, 2, 1, command)
+        process = start(logs, 2, 4, command)
         # Saves follow each other without a pause, so this is in the middle of one, as a rule.
         wait_for_save(process, work, reached + rng.choice([2, 4]), logs)
         time.sleep(rng.random() * 0.4)
@@ -249,7 +244,7 @@ def test_kills_leave_no_bad_checkpoint(tmp_path, uninterrupted):
         reached = newest
     assert reached >= 4
     steps = max(12, reached + 1)
-    text = run(tmp_path / "end", 2, 1, train_command(work, steps=steps, every=2, devices=2))
+    text = run(tmp_path / "end", 2, 4, train_command(work, steps=steps, every=2))
     assert f"from step {reached}" in text
     got, expected = losses(work), losses(uninterrupted / "run")
     assert sorted(got) == list(range(1, steps + 1))
@@ -283,20 +278,19 @@ def test_samples_do_not_depend_on_the_hosts_and_resume_by_shard(tmp_path, uninte
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    """run(processes, steps, runner) -> folder of the tiny run on eight devices, one image each,
-    and its logs."""
-    folder = tmp_path_factory.mktemp("eight")
+def eight_devices(folder, processes, steps=12, runner="shard_map"):
+    """The run of `train_command` on eight devices, one image each. -> its folder, its logs"""
+    work = folder / "run"
+    return work, run(folder / f"logs{steps}", processes, 8 // processes, train_command(
+        work, steps=steps, extra=[f"--config.parallel.runner={runner}"]))
 
-    def start_and_wait(processes, steps=12, runner="shard_map"):
-        work = folder / f"{processes}{runner}"
-        text = run(folder / f"logs_{work.name}_{steps}", processes, 8 // processes, [
-            sys.executable, "-m", "ddpm_jax", "train", *FLAGS, f"--workdir={work}",
-            f"--config.train.steps={steps}", f"--config.parallel.runner={runner}"])
-        return work, text
 
-    return start_and_wait
+def assert_same_run(work, straight):
+    """straight: it logged means of two steps."""
+    each = losses(work)
+    assert_same({step: np.mean([each[step - 1], each[step]], axis=0) for step in range(2, 13, 2)},
+                losses(straight), range(2, 13, 2))
+    assert_same_parameters(work, straight)
 
 
 def assert_same_parameters(a, b):
@@ -310,33 +304,33 @@ def assert_same_parameters(a, b):
             np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
-def test_eight_devices_as_one_two_and_four_processes(eight, straight, processes):
+def test_eight_devices_as_one_and_two_processes(uninterrupted, straight):
     """One: the process of this test."""
-    work, _ = eight(processes)
-    assert_same(losses(work), losses(straight), range(2, 13, 2))
-    assert_same_parameters(work, straight)
+    assert_same_run(uninterrupted / "run", straight)
 
 
 @pytest.mark.soak
-def test_pmap_in_two_processes_trains_saves_and_resumes(eight, straight):
-    eight(2, steps=6, runner="pmap")
-    work, text = eight(2, steps=12, runner="pmap")
+def test_eight_devices_as_four_processes(tmp_path, straight):
+    assert_same_run(eight_devices(tmp_path, 4)[0], straight)
+
+
+@pytest.mark.soak
+def test_pmap_in_two_processes_trains_saves_and_resumes(tmp_path, straight):
+    eight_devices(tmp_path, 2, steps=6, runner="pmap")
+    work, text = eight_devices(tmp_path, 2, steps=12, runner="pmap")
     assert "from step 6" in text and "(pmap)" in text
-    assert_same(losses(work), losses(straight), range(2, 13, 2))
-    assert_same_parameters(work, straight)
+    assert_same_run(work, straight)
 
 
 def test_run_on_a_bucket(tmp_path, storage):
     """Two hosts train, continue and sample on gs://; metrics are uploaded by the first."""
     import gcsfs
     for steps in (4, 8):
-        text = run(tmp_path / f"to{steps}", 2, 1,
-                   train_command("gs://ddpm/run", steps=steps, devices=2))
+        text = run(tmp_path / f"to{steps}", 2, 4, train_command("gs://ddpm/run", steps=steps))
         assert f"done: step {steps}" in text
     run(tmp_path / "sample", 2, 1, [
         sys.executable, "-m", "ddpm_jax", "sample", "--workdir=gs://ddpm/run", "--num=4",
-        "--batch_size=4", "--out=gs://ddpm/samples"])
+        "--batch_size=2", "--out=gs://ddpm/samples"])
     bucket = gcsfs.GCSFileSystem(use_listings_cache=False)
     lines = bucket.cat("ddpm/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
@@ -350,7 +344,7 @@ def test_evaluation_of_a_run_on_a_bucket(tmp_path, storage):
     """Two hosts; what a cut-off evaluation left on the bucket is not made again."""
     import gcsfs
     bucket = gcsfs.GCSFileSystem(use_listings_cache=False)
-    run(tmp_path / "train", 2, 1, train_command("gs://ddpm/judged", steps=4, devices=2))
+    run(tmp_path / "train", 2, 1, train_command("gs://ddpm/judged", steps=4))
 
     def evaluate(name):
         """-> all values"""
@@ -422,7 +416,7 @@ def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, fashion
     """At the restart nothing is downloaded."""
     from ddpm_jax.data.datasets import open_source
     texts = [run(tmp_path / f"to{steps}", 2, 1, train_command(
-        tmp_path / "run", steps=steps, devices=2, extra=[*FASHION, f"--config.data.dir={fashion}"]))
+        tmp_path / "run", steps=steps, extra=[*FASHION, f"--config.data.dir={fashion}"]))
         for steps in (1, 2)]
     assert [text.count("staging gs://") for text in texts] == [1, 0]
     fingerprint = open_source("fashion_mnist", tmp_path / "data", "train").fingerprint
@@ -432,7 +426,7 @@ def test_data_on_a_bucket_is_staged_by_one_process_of_the_host(tmp_path, fashion
 
 def test_sigterm_while_data_is_staged(tmp_path, fashion):
     """It asks for a restart, and that downloads what is missing."""
-    _, _, _, *flags = train_command(tmp_path / "run", steps=1, devices=1, extra=[
+    _, _, _, *flags = train_command(tmp_path / "run", steps=1, extra=[
         *FASHION, f"--config.data.dir={fashion}"])
     stuck = ("import sys, time\n"
              "from ddpm_jax.storage import remote\n"
@@ -444,7 +438,7 @@ def test_sigterm_while_data_is_staged(tmp_path, fashion):
              f"sys.argv = {['ddpm', *flags]!r}\n"
              "from ddpm_jax.cli.main import run\n"
              "run()\n")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen([sys.executable, "-c", stuck], env=env, stderr=subprocess.PIPE,
                                text=True)
     deadline = time.time() + 60
@@ -466,8 +460,7 @@ def test_hosts_with_different_data_are_named(tmp_path):
         pixels = np.random.default_rng(process).integers(0, 256, (16, 8, 8, 1), np.uint8)
         prepare.write_store(tmp_path / f"data{process}", "folder", {
             "train": (16, range(16), [0] * 16, pixels.__getitem__)}, (8, 8, 1))
-    command = train_command(tmp_path / "run", steps=2, devices=2,
-                            extra=["--config.data.name=folder"])
+    command = train_command(tmp_path / "run", steps=2, extra=["--config.data.name=folder"])
     own = f"DDPM_DATA_DIR={tmp_path}/data$DDPM_PROC exec \"$@\""
     text = run(tmp_path, 2, 1, ["sh", "-c", own, "sh", *command], code=2)
     facts = r'\{"train": "\w+"\}'
