@@ -34,7 +34,7 @@ def host(tmp_path):
                                      or sys.executable))
     old.chmod(0o755)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env |= {"HOME": str(tmp_path / "home"), "DDPM_PYTHON": "python3",
+    env |= {"HOME": str(tmp_path / "home"), "DDPM_PYTHON": "python3", "PIP_NO_COMPILE": "1",
             "PATH": f"{tmp_path}/bin:{env['PATH']}", "DDPM_NEED_MB": "2000"}
 
     def run(*arguments):

@@ -88,17 +88,17 @@ def test_golden_lines_pass_the_real_gcloud(tmp_path):
                 lines.setdefault(shape(line), line)
     assert 15 < len(lines) < 60
 
-    def lint(line):
-        done = subprocess.run(
-            ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={line}"],
-            env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)[0]
-
-    for line in lines.values():
-        verdict = lint(line)
+    wrong = "gcloud compute tpus queued-resources create a --zone=z --no-such"
+    file = tmp_path / "lines.json"
+    file.write_text(json.dumps([{"command_string": line} for line in (*lines.values(), wrong)]))
+    done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"],
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verdicts = {verdict["command_string"]: verdict for verdict in json.loads(done.stdout)}
+    assert not verdicts.pop(wrong)["success"]
+    assert verdicts.keys() == set(lines.values())
+    for line, verdict in verdicts.items():
         assert verdict["success"], (line, verdict)
-    assert not lint("gcloud compute tpus queued-resources create a --zone=z --no-such")["success"]
 
 
 # --- the real loop -----------------------------------------------------------------------------

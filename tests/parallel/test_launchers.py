@@ -66,19 +66,29 @@ STARTED_BY = {
         "DDPM_COORD": "127.0.0.1:{port}", "DDPM_NPROC": "2"}}
 
 
+def started_by(*launcher_names):
+    """-> environment(i) of process i of 2 under these launchers"""
+    port = free_port()
+
+    def environment(i):
+        return dict.fromkeys(launchers.VARIABLES.values()) | {
+            name: value.format(i=i, port=port) for who in launcher_names
+            for name, value in STARTED_BY[who].items()}
+
+    return environment
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("who", STARTED_BY)
 def test_the_processes_of_each_launcher_find_each_other(tmp_path, clean_env, who):
-    port = free_port()
-
-    def env(i):
-        return dict.fromkeys(launchers.VARIABLES.values()) | {
-            name: value.format(i=i, port=port) for name, value in STARTED_BY[who].items()}
-
-    with Processes(tmp_path, [], 2, env=env) as run:
+    with Processes(tmp_path, [], 2, env=started_by(who)) as run:
         assert run.wait() == [0, 0], run.text(0)
         assert ["END 0 2" in run.text(0), "END 1 2" in run.text(1)] == [True, True], run.text(0)
-    with Processes(tmp_path, [], 2, env=env, flags=["--multihost=off"]) as run:
+
+
+@pytest.mark.multiprocess
+def test_off_joins_nothing_whatever_launcher_there_is(tmp_path, clean_env):
+    with Processes(tmp_path, [], 2, env=started_by(*STARTED_BY), flags=["--multihost=off"]) as run:
         assert run.wait() == [0, 0]
         assert ["END 0 1" in run.text(i) for i in (0, 1)] == [True, True]
 
