@@ -31,9 +31,9 @@ def wait_for_steps(workdir, count=5):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("ending", ["2> >(head -n 1 >&2)", *[
+@pytest.mark.parametrize("ending", ["> >(head -c 1) 2>&1", *[
     pytest.param(ending, marks=pytest.mark.slow) for ending in
-    ("> >(head -c 1) 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1")]])
+    ("<&- >&- 2>&-", "> /dev/full 2>&1")]])
 def test_a_run_goes_on_to_its_end(tmp_path, ending):
     command = " ".join(f"'{word}'" for word in [*TRAIN, f"--workdir={tmp_path}/run",
                                                 "--config.train.steps=20"])
@@ -70,8 +70,8 @@ def test_a_closed_terminal_saves(tmp_path):
 
 @forking
 @pytest.mark.slow
-def test_ctrl_c_saves_and_goes_on(tmp_path):
-    run = tmp_path / "run"
+def test_ctrl_c_saves_and_goes_on_where_the_output_cannot_show_a_name(tmp_path):
+    run = tmp_path / "läuft"
     with run_in_a_terminal(run) as (pid, terminal):
         os.write(terminal, b"\x03")
         text = b""
@@ -83,8 +83,10 @@ def test_ctrl_c_saves_and_goes_on(tmp_path):
     assert b"on SIGINT" in text and b"Traceback" not in text
     [step] = saved(run)
     more = subprocess.run([*TRAIN, f"--workdir={run}", f"--config.train.steps={step + 5}"],
-                          capture_output=True, text=True)
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+                          text=True)
     assert more.returncode == 0 and f"from step {step}" in more.stderr, more.stderr
+    assert "l\\xe4uft" in more.stderr
 
 
 def test_a_pipe_that_closes_is_no_error_of_other_commands():
@@ -92,14 +94,6 @@ def test_a_pipe_that_closes_is_no_error_of_other_commands():
                            f"{sys.executable} -m ddpm_jax data info --name=digits | true"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path):
-    done = subprocess.run([*TRAIN, f"--workdir={tmp_path}/läuft", "--config.train.steps=2"],
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"l\\xe4uft" in done.stderr
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(tmp_path):
