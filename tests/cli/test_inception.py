@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from ddpm_jax.cli import main
+from ddpm_jax.evaluation.inception import weights
 
 HERE = pathlib.Path(__file__).parents[1]
 
@@ -19,7 +20,9 @@ def handmade(name):
 
 
 @pytest.mark.slow
-def test_convert_and_check(tmp_path, capsys):
+def test_convert_and_check(tmp_path, capsys, monkeypatch):
+    images = weights.fingerprint_images()[:2]  # of eight: half a second each
+    monkeypatch.setattr(weights, "fingerprint_images", lambda: images)
     source, target = tmp_path / "graph.tgz", tmp_path / "w.npz"
     source.write_bytes(handmade("graph_file"))
     assert main.main(["inception", "convert", str(source), str(target)]) == 2

@@ -125,9 +125,7 @@ def on_one_device(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices, runner", [
-    (8, "shard_map"), pytest.param(2, "shard_map", marks=pytest.mark.slow),
-    pytest.param(4, "jit", marks=pytest.mark.slow),
-    pytest.param(8, "pmap", marks=pytest.mark.slow)])
+    (8, "shard_map"), (4, "jit"), (8, "pmap")])
 def test_numbers_do_not_depend_on_the_devices(tiny, on_one_device, devices, runner):
     bound, given, drawn = measure(tiny, devices, runner)
     for name in ("bpd", "rate", "rmse", "prior"):

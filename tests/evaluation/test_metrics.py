@@ -134,6 +134,7 @@ def test_no_file_is_entered_twice_on_the_way_to_a_number(
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert main.main([
         "evaluate", f"--workdir={workdir}", f"--metrics={','.join(names)}", "--num=8",
+        "--batch_size=8",
         *(w.format(tmp=tmp_path, weights=seeded_weights) for w in words)]) == 0
     assert {*names, "rows"} <= seen.keys()
     for name, stacks in seen.items():

@@ -248,14 +248,24 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def two_fingerprint_images(monkeypatch):
+    """Of the eight: half a second each."""
+    images = weights.fingerprint_images()[:2]
+    monkeypatch.setattr(weights, "fingerprint_images", lambda: images)
+
+
 @pytest.fixture(scope="module")
 def converted(source):
     path = source.with_name("w.npz")
-    weights.convert(source, path, allow_unknown=True)
+    with pytest.MonkeyPatch.context() as patch:
+        two_fingerprint_images.__wrapped__(patch)
+        weights.convert(source, path, allow_unknown=True)
     return path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_fingerprint_images")
 def test_convert_then_load_gives_the_same_network(source, converted):
     direct, loaded = weights.load(source, allow_unknown=True), weights.load(converted)
     assert direct.state_sha256 == loaded.state_sha256
