@@ -1,6 +1,7 @@
 """Whole runs on the embedded digits: train, be cut off, go on."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +15,9 @@ from ddpm_jax.config import from_json, to_json
 from ddpm_jax.errors import UserError
 from ddpm_jax.run_log import read_metrics
 from ddpm_jax.storage.lock import Lock
+
+# A save takes a second of a test.
+AT_THE_END = {"checkpoint.every": 100}
 
 
 def final(workdir):
@@ -35,8 +39,8 @@ def test_a_run_leaves_what_a_person_looks_for(straight):
 
 @pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsys):
-    assert train(tmp_path, at=cut) is False
-    assert train(tmp_path) is True
+    assert train(tmp_path, at=cut, **AT_THE_END) is False
+    assert train(tmp_path, **AT_THE_END) is True
     assert f"resuming {tmp_path} from step {cut}" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
     steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")]
@@ -49,7 +53,7 @@ def test_a_run_cut_off_and_continued_is_bit_equal(straight, tmp_path, cut, capsy
 ])
 def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fields):
     with count_compilations() as programs:
-        train(tmp_path, **fields)
+        train(tmp_path, **AT_THE_END, **fields)
     # Under pmap it is one of several lambdas.
     assert sum("train_steps" in p.name for p in programs) == (
         "pmap" not in fields.values()), programs
@@ -59,17 +63,17 @@ def test_the_same_examples_and_weights_whatever_runs_them(straight, tmp_path, fi
 
 
 @pytest.mark.slow
-def test_attention_that_no_level_has_is_refused_of_new_runs_alone(tmp_path):
+def test_attention_that_no_level_has_is_refused_of_new_runs_alone(straight, tmp_path):
     attention = {"model.attn_resolutions": (16,)}
     with pytest.raises(UserError, match=r"config.model: attn_resolutions=\(16,\).*sides of 8 pix"):
         train(tmp_path / "run", **attention)
     assert not (tmp_path / "run").exists()
-    train(tmp_path / "run", **{"train.steps": 4})  # without attention, as older versions made it
+    shutil.copytree(straight, tmp_path / "run")  # without attention, as older versions made it
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
     stored["model"]["attn_resolutions"] = [16]
     path.write_text(json.dumps(stored))
-    assert train(tmp_path / "run", **{"train.steps": 5, **attention}) is True
+    assert train(tmp_path / "run", **{"train.steps": 13, **attention}) is True
 
 
 @pytest.mark.slow
@@ -77,7 +81,7 @@ def test_extending_is_allowed_changing_is_not(straight, tmp_path):
     train(tmp_path, **{"train.steps": 4})
     with pytest.raises(UserError, match="model.ch: 4 -> 8"):
         train(tmp_path, **{"model.ch": 8})
-    train(tmp_path, **{"train.steps": 12, "checkpoint.every": 6, "parallel.runner": "shard_map"})
+    train(tmp_path, **AT_THE_END, **{"train.steps": 12, "parallel.runner": "shard_map"})
     jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
 
 
@@ -91,13 +95,13 @@ def test_an_error_saves_what_was_trained_before_it(straight, tmp_path):
     def evaluate(exp, params, step):
         raise UserError("no such metric")
 
-    c = config(**{"eval.every": 7, "checkpoint.every": 100})
+    c = config(**{"eval.every": 7, **AT_THE_END})
     with pytest.raises(UserError, match="no such metric"):
         training.train(c, tmp_path, stop=Stop(), watchdog=Watchdog(), evaluate=evaluate)
     store = checkpoints.Checkpoints(tmp_path, read_only=True)
     assert store.steps() == [7]
     store.close()
-    assert train(tmp_path)
+    assert train(tmp_path, **AT_THE_END)
     jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
 
 
@@ -136,11 +140,11 @@ def test_two_commands_do_not_share_a_run(straight, monkeypatch):
     lock.release()
 
 
-def test_other_images_are_not_trained_on(tmp_path):
-    train(tmp_path, **{"train.steps": 2})
-    (tmp_path / "data.json").write_text('{"train": "0123456789abcdef"}')
+def test_other_images_are_not_trained_on(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text('{"train": "0123456789abcdef"}')
     with pytest.raises(UserError, match="was trained on other images .fingerprint 0123456789abcd"):
-        train(tmp_path)
+        train(tmp_path / "run", **{"train.steps": 13})
 
 
 def test_a_folder_inside_a_run_is_left_alone(straight):
@@ -168,10 +172,10 @@ def test_a_diverging_run_stops_and_keeps_the_good_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loop_compiles_once(tmp_path):
-    train(tmp_path, **{"train.steps": 4})
+def test_the_loop_compiles_once(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
     with count_compilations() as programs:
-        train(tmp_path, **{"train.steps": 12, "checkpoint.every": 3})
+        train(tmp_path / "run", **{"train.steps": 16, "checkpoint.every": 3})  # of 3 steps and of 1
     steps = [p for p in programs if "train_steps" in p.name]
     assert len(steps) == 1, steps
 
@@ -205,19 +209,19 @@ class Judge:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at, every", [(8, 4), (12, 4), (8, 12)])  # both due, at the end, no save
+@pytest.mark.parametrize("at, every", [(4, 4), (8, 4), (4, 8)])  # both due, at the end, no save
 def test_an_evaluation_that_is_cut_short_is_done_at_the_restart(tmp_path, at, every):
-    c = config(**{"eval.every": 4, "eval.best": "bpd", "checkpoint.every": every})
+    c = config(**{"train.steps": 8, "eval.every": 2, "eval.best": "bpd", "checkpoint.every": every})
     stop = Stop()
     judge = Judge(stop, at)
     assert not training.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=judge)
-    assert judge.steps == list(range(4, at + 1, 4))
+    assert judge.steps == list(range(2, at + 1, 2))
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == at
     judge = Judge(Stop(), None)
     assert training.train(c, tmp_path, stop=judge.stop, watchdog=Watchdog(), evaluate=judge)
-    assert judge.steps == list(range(at, 13, 4))
+    assert judge.steps == list(range(at, 9, 2))
     rows = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "bpd" in r]
-    assert rows == [4, 8, 12]
+    assert rows == [2, 4, 6, 8]
     again = Judge(Stop(), None)
     assert training.train(c, tmp_path, stop=again.stop, watchdog=Watchdog(), evaluate=again)
     assert again.steps == []
@@ -234,9 +238,9 @@ def test_what_is_saved_before_an_evaluation_is_not_unsaved_during_it(tmp_path):
         return {"bpd": 1.0}
 
     stop = Stop()
-    c = config(**{"eval.every": 4, "checkpoint.every": 4})
+    c = config(**{"train.steps": 8, "eval.every": 4, "checkpoint.every": 4})
     training.train(c, tmp_path, stop=stop, watchdog=Watchdog(), evaluate=evaluate)
-    assert seen == [(False, 4), (False, 8), (False, 12)]
+    assert seen == [(False, 4), (False, 8)]
 
 
 def saved(workdir, step):
@@ -254,7 +258,8 @@ def start_from(source, workdir, step=None, optimizer=False, **fields):
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_weights_and_average_of_another(straight, tmp_path, capsys):
-    fields = {"optimizer.learning_rate": 1e-2, "checkpoint.keep": 5, "train.batch_size": 16}
+    fields = {"optimizer.learning_rate": 1e-2, "checkpoint.keep": 5, "train.batch_size": 16,
+              **AT_THE_END}
     assert start_from(straight, tmp_path, 8, **fields)
     assert f"starting from step 8 of {straight}" in capsys.readouterr().err
     old, new = saved(straight, 8), saved(tmp_path, 8)
@@ -268,14 +273,14 @@ def test_a_new_run_starts_from_weights_and_average_of_another(straight, tmp_path
     assert rows[0]["learning_rate"] == pytest.approx(1e-2 * 1 / 100)  # its second update
     # Resumed with or without the flag; the source stays on record.
     assert train(tmp_path, **fields, **{"train.steps": 14})
-    assert start_from(straight, tmp_path, None, **fields, **{"train.steps": 16})
+    assert start_from(straight, tmp_path, None, **fields, **{"train.steps": 14})
     assert json.loads((tmp_path / "config.json").read_text())["init_from"] == stored["init_from"]
     assert from_json(stored).to_dict() == config(**fields).to_dict()
 
 
 @pytest.mark.slow
 def test_with_the_optimizer_it_is_the_same_run(straight, tmp_path):
-    assert start_from(straight, tmp_path, 8, True)
+    assert start_from(straight, tmp_path, 8, True, **AT_THE_END)
     jax.tree.map(np.testing.assert_array_equal, final(tmp_path), final(straight))
 
 
@@ -286,7 +291,7 @@ def test_what_cannot_start_from_another_run(straight, tmp_path):
         start_from(straight, tmp_path / "b", 5)
     with pytest.raises(UserError, match="its network has other weights: model.ch: 4 -> 8; take"):
         start_from(straight, tmp_path / "c", **{"model.ch": 8})
-    train(tmp_path / "d", **{"train.steps": 2})
+    shutil.copytree(straight, tmp_path / "d")
     with pytest.raises(UserError, match="holds another run already; leave --init_from out"):
         start_from(straight, tmp_path / "d")
     with pytest.raises(UserError, match=f"another config: .*--init_from={straight} to continue"):

@@ -215,11 +215,16 @@ def initial_parameters(module, key):
                            for path, value in zip(paths, values, strict=True)})
 
 
+_CONSTANTS = nn.initializers.zeros, nn.initializers.ones
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(kinds, keys):
     """For each (initializer, shape) of ``kinds`` and its keys [N]: a list of N arrays. The loop is
     there for the compiler: under vmap, or unrolled, the same draws take it several times longer."""
     def drawn(initializer, shape, keys):
+        if initializer in _CONSTANTS:
+            return [initializer(None, shape, jnp.float32)] * len(keys)
         return list(lax.map(lambda key: initializer(key, shape, jnp.float32), keys))
 
     return [drawn(*kind, of_kind) for kind, of_kind in zip(kinds, keys, strict=True)]
