@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_programs import as_one_program, tiny
+from test_programs import as_one_program, model, tiny
 from tiny_run import Stop
 
 from ddpm_jax import edit, programs
@@ -24,13 +24,9 @@ KNOWN = np.random.default_rng(1).random((8, 4, 4, 1)) < 0.5
 def test_results_do_not_depend_on_runner_batch_or_devices():
     wanted = None
     for runner, devices, index in [("jit", 1, [0, 1, 2, 3]), ("shard_map", 8, range(8)),
-                                   ("pmap", 8, [3, 2, 1, 0, 7, 6, 5, 4])]:
-        exp = as_one_program(build_model(tiny(**{"parallel.runner": runner}),
-                                         jax.devices()[:devices]))
-        rng = np.random.default_rng(0)
-        params = exp.runner.put("replicated", jax.tree.map(
-            lambda a, rng=rng: 0.2 * rng.standard_normal(a.shape, np.float32),
-            exp.abstract_params))
+                                   ("pmap", 4, [3, 2, 1, 0])]:
+        exp, params = model(devices, runner)
+        exp = as_one_program(exp)
         index = np.array(index, np.int32)
         order = np.argsort(index)[:4]
         index, images, known = (exp.runner.put("batch", a) for a in (
