@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import digits
+from tiny_run import digits, weights
 
 from ddpm_jax import programs
 from ddpm_jax.diffusion.nodes import NODES
@@ -30,9 +30,7 @@ def tiny(**fields):
 def model(devices, runner="jit"):
     """-> (Experiment, weights of order one on its devices)"""
     exp = build_model(tiny(**{"parallel.runner": runner}), jax.devices()[:devices])
-    random = np.random.default_rng(0)
-    return exp, exp.runner.put("replicated", jax.tree.map(
-        lambda p: 0.2 * random.standard_normal(p.shape, np.float32), exp.abstract_params))
+    return exp, exp.runner.put("replicated", weights(exp.abstract_params))
 
 
 def as_one_program(exp):

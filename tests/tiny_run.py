@@ -1,5 +1,8 @@
 """A run of seconds on the embedded digits, for the tests of training and sampling."""
 
+import jax
+import numpy as np
+
 from ddpm_jax import train as training
 from ddpm_jax.config import load_config, override
 
@@ -32,6 +35,15 @@ def config(**fields):
     c = digits()
     c.update_from_flattened_dict({**FIELDS, **fields})
     return c
+
+
+def weights(like, seed=0):
+    """Made without a program, and of order one, as the initial ones are not: with those the last
+    layers' outputs and gradients nearly vanish. like: a tree of parameters' shapes."""
+    random = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: np.float32(("scale" in jax.tree_util.keystr(path))
+                                   + 0.3 * random.standard_normal(p.shape)), like)
 
 
 class Stop:

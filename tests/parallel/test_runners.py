@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import digits
+from tiny_run import digits, weights
 
 from ddpm_jax import programs
 from ddpm_jax.compilation import hlo
@@ -57,14 +57,6 @@ def plain_sgd(runner, devices, fields=()):
                                       training.experiment.abstract_params))
 
 
-def weights(like):
-    """Of order one: at the initial ones the last layers' gradients nearly vanish."""
-    random = np.random.default_rng(5)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: np.float32(("scale" in jax.tree_util.keystr(path))
-                                   + 0.3 * random.standard_normal(p.shape)), like)
-
-
 @functools.cache
 def of_two():
     """What every step is compared with: the losses [8] and the gradients [8, ...] of the first
@@ -82,7 +74,7 @@ def of_two():
         return jax.value_and_grad(settings["loss_fn"], has_aux=True)(
             params, Batch(images, labels), draws)
 
-    found = [value_and_gradient(weights(exp.abstract_params), np.arange(i, i + 2),
+    found = [value_and_gradient(weights(exp.abstract_params, 5), np.arange(i, i + 2),
                                 IMAGES[rows[i:i + 2]], LABELS[rows[i:i + 2]])
              for i in range(0, 16, 2)]
     (losses, _), grads = jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(found))
@@ -104,7 +96,7 @@ def expected(parts=1, clip=np.inf):
 def one_step(runner, devices, fields=()):
     """Parameters moved by one SGD step of rate 1, and the metrics."""
     training = plain_sgd(runner, devices, fields)
-    exp, params = training.experiment, weights(training.experiment.abstract_params)
+    exp, params = training.experiment, weights(training.experiment.abstract_params, 5)
     state = exp.runner.put("replicated", TrainState(
         np.int32(0), params, params, training.tx.init(params)))
     program = programs.train_program(training, len(IMAGES), max_steps=1)
