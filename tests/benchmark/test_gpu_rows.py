@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny_run
+from xla_flags import xla_flags
 
 from ddpm_jax.compilation import parts
 
@@ -17,7 +18,8 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks/gpu.sh"
 def call(*words, **variables):
     return subprocess.run(
         ["bash", SCRIPT, *map(str, words)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHON": sys.executable, "COMMIT": "abc1234", **variables})
+        env={**os.environ, "PYTHON": sys.executable, "COMMIT": "abc1234",
+             "XLA_FLAGS": xla_flags(1), **variables})
 
 
 def test_every_row_fits_a_call_and_has_a_function():

@@ -45,11 +45,6 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory):
-    return tmp_path_factory.mktemp("classifiers")
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ sys.path.insert(0, HELPERS)
 from made_up import SMALL, assert_bit_equal, random_params, restore, small_config  # noqa: E402
 
 from ddpm_jax import checkpoints, experiment  # noqa: E402
-from ddpm_jax.cli import common  # noqa: E402
+from ddpm_jax.cli import common, main  # noqa: E402
 from ddpm_jax.config import differing_fields, load_config, to_json  # noqa: E402
 from ddpm_jax.interchange import importing, parameter_names  # noqa: E402
 from ddpm_jax.interchange.diffusers.write import write_folder  # noqa: E402
@@ -73,7 +73,7 @@ def test_the_printed_lines_can_be_pasted(tmp_path, attention):
 @pytest.mark.peer
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_commands_end_to_end_with_real_tensorflow_and_diffusers(tmp_path):
+def test_commands_end_to_end_with_real_tensorflow_and_diffusers(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorflow")
     pytest.importorskip("diffusers")
     from made_up_tf import write_checkpoint
@@ -84,11 +84,13 @@ def test_commands_end_to_end_with_real_tensorflow_and_diffusers(tmp_path):
         "", "def get_config():", "    return small_config()", ""]))
     prefix, held = write_checkpoint(tmp_path / "tf", SMALL, random_params(SMALL), step=790)
 
+    monkeypatch.chdir(tmp_path)
+
     def ddpm(*words, status=0):
-        done = subprocess.run([sys.executable, "-m", "ddpm_jax", *words], cwd=tmp_path,
-                              capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        return done.stderr + done.stdout
+        returned = main.main(list(words))
+        out, err = capsys.readouterr()
+        assert returned == status, err
+        return err + out
 
     said = ddpm("import", "official", f"--checkpoint={prefix}", "--config=c.py", "--workdir=run")
     assert "parity: PASS" in said and "step 790" in said

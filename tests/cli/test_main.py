@@ -81,8 +81,9 @@ def test_main_can_be_called_again(capsys):
     """As from a notebook: each call has its own flags and keeps its own changes."""
     for steps in (3, 4):
         words = ["compile", "--config=digits", f"--config.train.steps={steps}", "--topology=cpu:1",
-                 "--config.model.ch=8", "--config.model.num_groups=4", "--json",
-                 "--config.train.steps_per_dispatch=1"]
+                 "--config.model.ch=4", "--config.model.ch_mult=(1,)",
+                 "--config.model.num_res_blocks=1", "--config.model.attn_resolutions=()",
+                 "--config.model.num_groups=2", "--json", "--config.train.steps_per_dispatch=1"]
         assert main.main(words) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["about"]["config"] == "digits"

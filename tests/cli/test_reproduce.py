@@ -102,9 +102,9 @@ def test_bad_input_is_one_line(words, message, capsys):
 
 
 @pytest.mark.slow
-def test_targets_end_to_end_on_digits(tmp_path):
+def test_targets_end_to_end_on_digits(tmp_path, classifiers):
     words = ("--config=digits", f"--workdir={tmp_path}", f"--set={TINY}", "--num=40",
-             "--bpd_num=16", f"--classifier_dir={tmp_path}/c")
+             "--bpd_num=16", f"--classifier_dir={classifiers}")
     for target in ("fig10", "nearest", "table4"):
         ddpm(target, *words)
         page = (tmp_path / f"{target}.html").read_text()
