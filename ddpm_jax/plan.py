@@ -27,14 +27,14 @@ class Speed(NamedTuple):
     fields: dict
 
 
-_H100 = MEASURED[0]
 SPEEDS = (
     *(Speed("a TPU v3-8, by the paper", parameters, paper["steps_per_s"] * paper["batch"],
             {"train.batch_size": paper["batch"]})
       for parameters, paper in ((35_746_307, V3_8[32]), (113_673_219, V3_8[256]))),
-    Speed("one H100, docs/h100.md", _H100.parameters, _H100.images_per_second, {
-        "train.batch_size": _H100.images, "model.dtype": _H100.dtype,
-        "train.clip_scope": _H100.clip}),
+    *(Speed("one H100, docs/h100.md", row.parameters, row.images_per_second, {
+        "train.batch_size": row.images, "model.dtype": row.dtype,
+        "train.clip_scope": "global" if row.clip == "global" else "per_replica"})
+      for row in MEASURED if row.clip),
 )
 
 
@@ -90,8 +90,11 @@ def _hours(stored, parameters, workdir) -> list[str]:
         if rates:
             found.append((float(np.median(rates)), "as this run was measured so far"))
     flat = flatten(stored)
-    found += [(s.images_per_second, f"on {s.where}") for s in SPEEDS if s.parameters == parameters
-              and all(flat[name] == value for name, value in s.fields.items())]
+    speeds = {}  # the fastest form of each machine: what it takes by itself
+    for s in SPEEDS:
+        if s.parameters == parameters and s.fields.items() <= flat.items():
+            speeds[s.where] = max(s.images_per_second, speeds.get(s.where, 0))
+    found += [(rate, f"on {where}") for where, rate in speeds.items()]
     return [f"{images / rate / 3600:.3g} {where} ({rate:,.0f} images/s)"
             for rate, where in found] or ["not measured for this config; ddpm bench step measures"]
 

@@ -35,6 +35,7 @@ MEASURED = (  # BENCHMARKS.md, h100-2026-11-27
     Measured(H100, 35_746_307, "bfloat16", "xla", None, 512, 27827),
     Measured(H100, 35_746_307, "float32", "triton", "global", 128, 3828),
     Measured(H100, 35_746_307, "float32", "xla", "global", 128, 3528),
+    Measured(H100, 35_746_307, "float32", "xla", "convolutions", 128, 2748),
 )
 
 # What XLA by default multiplies float32 in, by platform; elsewhere in float32.

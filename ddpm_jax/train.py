@@ -182,8 +182,10 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
                 return False
         last = config.train.steps
         if step >= last:
-            say(f"{folder} is at step {step} of {last}: nothing to train "
-                "(raise --config.train.steps to continue)")
+            longer = ("raise --config.train.steps to continue" if not config.optimizer.decay_steps
+                      else "its learning rate has decayed to 0: a longer run is a new one, with "
+                      "more --config.train.steps and --config.optimizer.decay_steps")
+            say(f"{folder} is at step {step} of {last}: nothing to train ({longer})")
             return True
         arguments = _feeder(exp, source, step, program.max_steps)
         say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "

@@ -87,7 +87,7 @@ def test_extending_is_allowed_changing_is_not(straight, tmp_path):
 
 def test_nothing_left_to_train(straight, capsys):
     assert train(straight)
-    assert "nothing to train" in capsys.readouterr().err
+    assert "nothing to train (raise --config.train.steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow
