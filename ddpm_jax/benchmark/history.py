@@ -162,7 +162,7 @@ def _check(row) -> None:
         measured = row["role"] == "measured"
         _ = [row[stage]["cpu_s"] + 0.0
              for stage in KINDS[row["kind"] if measured else "bytes"].stages]
-        _ = measured and [row[key] + 0 for key in ("instructions", "fusions", "kernels")]
+        _ = measured and [(row[key] or 0) + 0 for key in ("instructions", "fusions", "kernels")]
 
 
 def read(file) -> list[dict]:
@@ -300,7 +300,12 @@ def line(row: dict) -> str:
     if row["outcome"] != "ok":
         return f"{head}: {row['outcome']}: {row.get('message', '')}"
     stages = ", ".join(f"{stage} {row[stage]['cpu_s']:.2f}" for stage in KINDS[row["kind"]].stages)
-    return f"{head}: CPU seconds {stages}; {row['instructions']:,} instructions"
+    return f"{head}: CPU seconds {stages}; {count(row['instructions'])} instructions"
+
+
+def count(value: int | None) -> str:
+    """A number of instructions; None where the release does not show them."""
+    return "unknown" if value is None else f"{value:,}"
 
 
 def plan(kind: str, *, spec: str, programs: str, corpus_folder, targets: str, repetitions: int,

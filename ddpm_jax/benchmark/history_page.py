@@ -134,7 +134,7 @@ def _table(by_release: dict[str, Point]) -> str:
         rss = row.get("maxrss_bytes")
         lines.append([
             release, f"{p.ratio:.2f}", ", ".join(f"{s} {t:.2f}" for s, t in p.cpu.items()),
-            *(f"{row[key]:,}" for key in (*front, "instructions", "fusions", "kernels")),
+            *(history.count(row[key]) for key in (*front, "instructions", "fusions", "kernels")),
             size(row.get("executable_bytes")), size(rss), str(p.repetitions)])
     return markdown(["release", "ratio", "CPU seconds", *(FRONT_END[key] for key in front),
                      "HLO instructions", "fusions", "kernels", "executable",
@@ -156,7 +156,8 @@ def _steps(found, rows) -> str:
                 ["release", "program", "ratio", "times", "instructions", "kernels", "executable"],
                 [[f"{s.before} -> **{s.after}**", s.program,
                   f"{s.was.ratio:.2f} -> {s.now.ratio:.2f}", f"{s.times:.2f}",
-                  *(f"{s.was.row[k]:,} -> {s.now.row[k]:,}" for k in ("instructions", "kernels")),
+                  *(f"{history.count(s.was.row[k])} -> {history.count(s.now.row[k])}"
+                    for k in ("instructions", "kernels")),
                   f"{size(s.was.row.get('executable_bytes'))} -> "
                   f"{size(s.now.row.get('executable_bytes'))}"] for s in mine]))
     failed = [f"{name} on {release}: {p.row['outcome']} ({p.row.get('message', '')[:120]})"

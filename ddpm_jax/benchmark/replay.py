@@ -14,6 +14,7 @@ is a line too. 'outcome' is ok, error (an exception: 'message'), timeout or kill
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -37,7 +38,10 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
 
 
 def _summary(text: str) -> dict:
-    """Counts and fingerprint of the optimised HLO, by this project's reader, one file."""
+    """Counts and fingerprint of the optimised HLO, by this project's reader, one file; None each
+    without a text."""
+    if not text:
+        return dict.fromkeys(("instructions", "fusions", "kernels", "optimized"))
     file = pathlib.Path(__file__).resolve().parent.parent / "compilation/hlo.py"
     spec = importlib.util.spec_from_file_location("hlo", file)
     reader = importlib.util.module_from_spec(spec)
@@ -70,13 +74,31 @@ def _read(extension, content: bytes):
     try:
         return extension.mlir.deserialize_portable_artifact(content)
     except RuntimeError:  # since 0.11 or 0.12 it wants a context, and returns a module of it
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import chlo, stablehlo
-
-        with ir.Context() as context:
-            for dialect in (stablehlo, chlo):
-                dialect.register_dialect(context)
+        with _context():
             return extension.mlir.deserialize_portable_artifact(content)
+
+
+def _context():
+    """An MLIR context that knows what the artifacts consist of."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir._mlir_libs import _jax_mlir_ext
+    from jaxlib.mlir.dialects import chlo, stablehlo
+
+    context, registry = ir.Context(), ir.DialectRegistry()
+    _jax_mlir_ext.register_dialects(registry)
+    context.append_dialect_registry(registry)
+    context.load_all_available_dialects()
+    for dialect in (stablehlo, chlo):
+        dialect.register_dialect(context)
+    return context
+
+
+def _parsed(text):
+    """The module of a text, for clients that take no text: those of absent devices before 0.10."""
+    from jaxlib.mlir import ir
+
+    with _context():
+        return ir.Module.parse(text)
 
 
 def _of_jaxlib(name: str):
@@ -118,16 +140,32 @@ def _compiler(arguments, client, extension):
             return lambda module: cpu.compile_and_load(module, devices, options)
         except AttributeError:
             return lambda module: cpu.compile_and_load(module, cpu.local_devices()[:1], options)
+    # There is no GPU to measure kernels on, and releases before 0.8 insist on it.
+    options.env_option_overrides = [("xla_gpu_autotune_level", "0")]
     devices = _topology(client, arguments)._make_compile_only_devices()[:1]
     backend = devices[0].client
 
     def compile(module):
         try:
-            return backend.compile(module, extension.DeviceList(tuple(devices)), options)
-        except TypeError:
-            return backend.compile(module, options)
+            chosen = [extension.DeviceList(tuple(devices)), options]
+        except AttributeError:
+            chosen = [options]
+        for form in (lambda: module, lambda: module.encode(), lambda: _parsed(module)):
+            with contextlib.suppress(TypeError):
+                return backend.compile(form(), *chosen)
+        return backend.compile(module, options)
 
     return compile
+
+
+def _text(executable) -> str:
+    """The optimised HLO; empty where a release has it not for an absent device (before 0.10)."""
+    try:
+        return "\n\n".join(m.to_string() for m in executable.hlo_modules())
+    except Exception as error:  # each release raises a type of its own
+        if "GetHloModules is not supported" not in str(error):
+            raise
+        return ""
 
 
 def _executable_bytes(executable, compiler_client):
@@ -168,7 +206,7 @@ def _child(arguments) -> dict:
     start = _clock()
     executable = compile(module)
     row["compile"] = _since(start)
-    text = "\n\n".join(m.to_string() for m in executable.hlo_modules())
+    text = _text(executable)
     if arguments.optimized:
         pathlib.Path(arguments.optimized).write_text(text)
     return {**row, "outcome": "ok", **_summary(text),
