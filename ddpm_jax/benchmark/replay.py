@@ -146,14 +146,12 @@ def _compiler(arguments, client, extension):
     backend = devices[0].client
 
     def compile(module):
-        try:
-            chosen = [extension.DeviceList(tuple(devices)), options]
-        except AttributeError:
-            chosen = [options]
-        for form in (lambda: module, lambda: module.encode(), lambda: _parsed(module)):
+        chosen = extension.DeviceList(tuple(devices)), options
+        for arguments in (lambda: (module, *chosen), lambda: (module, options),
+                          lambda: (module.encode(), *chosen)):
             with contextlib.suppress(TypeError):
-                return backend.compile(form(), *chosen)
-        return backend.compile(module, options)
+                return backend.compile(*arguments())
+        return backend.compile(_parsed(module), *chosen)
 
     return compile
 
