@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests already run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other in a loop
 
 import bucket  # noqa: E402
 import jax  # noqa: E402

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import Stop, Watchdog, config, train
+from tiny_run import Stop, Watchdog, config, train, weights
 
 from ddpm_jax import programs
 from ddpm_jax import sample as sampling
@@ -28,9 +28,7 @@ def conditional(tmp_path_factory):
     """A run of 4 steps, without the minutes of compiling them: its weights are made up."""
     folder = tmp_path_factory.mktemp("conditional")
     exp = build_model(config(**FIELDS), jax.devices()[:1])
-    noise = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(
-        lambda p: p + 0.2 * jax.random.normal(next(noise), p.shape), exp.init_params())
+    params = weights(exp.abstract_params)
     write_run(folder, exp, training_state(exp, 4, params, params), {})
     assert train(folder, **FIELDS)  # nothing is left to train, but the data is opened
     return folder
@@ -112,8 +110,7 @@ def test_guided_samples_do_not_depend_on_the_runner():
             ("shard_map", 1, dict(guidance=0.0)), ("shard_map", 1, dict(labels=(10,)))):
         exp = build_model(config(**{**FIELDS, "parallel.runner": runner}), jax.devices()[:devices])
         chain = programs.sampling_chain(exp, steps=2, **choices)
-        params = exp.runner.put("replicated", jax.tree.map(
-            lambda p: np.asarray(p) + 0.1, exp.init_params()))
+        params = exp.runner.put("replicated", weights(exp.abstract_params))
         images.append(exp.runner.local(programs.sample_program(exp, chain)(
             params, np.uint32(0), exp.runner.put("batch", index))).astype(int))
     one, two, zero, none = images
