@@ -63,6 +63,8 @@ def test_arguments_that_cannot_be_meant(file, tmp_path, monkeypatch, capsys):
     for words, message in ((["no_file"], "no_file: No such file"), ([str(tmp_path)], "directory"),
                            ([str(file), "--timeout=-1"], "-1 is not above 0"),
                            ([str(file), f"--optimized={tmp_path}"], "is not the name of a file"),
+                           ([str(file), "--option=a=1"], "--option is for --target=h100"),
+                           ([str(file), "--target=h100", "--option=a"], "a is not NAME=VALUE"),
                            ([str(file), "--target=h100"], "needs --plugin and --gpu")):
         monkeypatch.setattr(sys, "argv", ["replay.py", *words])
         with pytest.raises(SystemExit) as end:
