@@ -22,7 +22,7 @@ Written by `ddpm bench history`; do not edit. Each line of [{rows}]({rows}) is o
 process of its own.
 
 - **bytes**: one file of the [corpus]({corpus}), the same bytes for every release, compiled by
-  jaxlib alone (`replay.py`) for one CPU device: XLA's share.
+  jaxlib alone (`replay.py`) for one CPU device, or for an absent H100 or v5e: XLA's share.
 - **source**: the source of this project on each JAX that it supports: trace, lower, compile, as
   `ddpm compile` does for one CPU device, 64 images (8 of CIFAR-10).
 - **ratio**: CPU seconds (of all threads) by those of the reference, {reference} on jaxlib
@@ -179,7 +179,7 @@ def _plot(found: dict[str, dict[str, Point]], title: str, file: pathlib.Path) ->
     from matplotlib import pyplot
 
     releases = sorted({r for by in found.values() for r in by}, key=history.version_key)
-    figure, axes = pyplot.subplots(figsize=(12, 4.5))
+    figure, axes = pyplot.subplots(figsize=(14, 4.5))
     for name, by_release in found.items():
         if len(by_release) == 1 < len(releases):
             continue  # no line; its height would flatten those of the others
@@ -196,7 +196,7 @@ def _plot(found: dict[str, dict[str, Point]], title: str, file: pathlib.Path) ->
     axes.set_xticks(range(len(releases)), releases, rotation=60, fontsize=8)
     axes.set(title=title, ylabel="CPU seconds by the reference's", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(file, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
