@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# How the OHWI kernels of 3x3 convolutions lie in a stack. XLA wants them as HWIO on a TPU and a CPU
-# and would copy every one of them, and on a TPU its gradient, at every step.
-ORDERS = {"tpu": (1, 2, 3, 0), "cpu": (1, 2, 3, 0)}
+# How the OHWI kernels of 3x3 convolutions lie in a stack. XLA wants them as HWIO on a TPU and
+# would copy every one of them, and its gradient, at every step.
+ORDERS = {"tpu": (1, 2, 3, 0)}
 AS_THEY_ARE = (0, 1, 2, 3)
 
 
