@@ -23,7 +23,7 @@ from etils import epath
 from ddpm_jax.config import differing_fields
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import hosts
-from ddpm_jax.parallel.runners import fetch
+from ddpm_jax.parallel.runners import fetch, one_copy_a_host
 from ddpm_jax.storage.files import (
     is_remote,
     listing,
@@ -229,12 +229,11 @@ class Checkpoints:
         a save fails or reads back differently.
         """
         if step not in self._manager.all_steps():
-            args, items = self._ocp.args, _items(state)
+            args, items = self._ocp.args, jax.tree.map(one_copy_a_host, _items(state))
             with self._failures(f"saving step {step}"):
                 self._manager.save(step, args=args.Composite(
                     config=args.JsonSave(config),
-                    **{name: args.StandardSave(jax.tree.map(_one_copy_a_host, tree))
-                       for name, tree in items.items()}))
+                    **{name: args.StandardSave(tree) for name, tree in items.items()}))
         if verify or not self._verified:
             self._verify(step, state)
 
@@ -358,19 +357,6 @@ def _items(state) -> dict:
     """The trees of a TrainState by the name of their item in a checkpoint."""
     rest = {k: v for k, v in state._asdict().items() if "params" not in k and v is not None}
     return {"params": state.params, "ema_params": state.ema_params, "training": rest}
-
-
-def _one_copy_a_host(x):
-    """A replicated array on one device of each process, without a copy. From an array on all
-    devices Orbax writes a slice of each, and compiles a program for each shape and device."""
-    if (not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
-            or not x.sharding.is_fully_replicated):
-        return x
-    first = {d.process_index: d for d in sorted(x.sharding.device_set, key=lambda d: -d.id)}
-    mesh = jax.sharding.Mesh(np.array([first[i] for i in sorted(first)]), ("hosts",))
-    here = [s.data for s in x.addressable_shards if s.device in first.values()]
-    return jax.make_array_from_single_device_arrays(
-        x.shape, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), here)
 
 
 def _same(written, read) -> bool:

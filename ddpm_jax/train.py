@@ -145,6 +145,14 @@ class _Log:
         self._bar.close()
 
 
+def _how_to_go_on(config) -> str:
+    """After the last step."""
+    if not config.optimizer.decay_steps:
+        return "raise --config.train.steps to continue"
+    return ("its learning rate has decayed to 0: a longer run is a new one, with more "
+            "--config.train.steps and --config.optimizer.decay_steps")
+
+
 def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
           init_from: InitFrom | None = None, page=None, sink=None) -> bool:
     """Train the run in ``workdir`` up to config.train.steps, from its newest checkpoint if any.
@@ -182,10 +190,8 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
                 return False
         last = config.train.steps
         if step >= last:
-            longer = ("raise --config.train.steps to continue" if not config.optimizer.decay_steps
-                      else "its learning rate has decayed to 0: a longer run is a new one, with "
-                      "more --config.train.steps and --config.optimizer.decay_steps")
-            say(f"{folder} is at step {step} of {last}: nothing to train ({longer})")
+            say(f"{folder} is at step {step} of {last}: nothing to train "
+                f"({_how_to_go_on(config)})")
             return True
         arguments = _feeder(exp, source, step, program.max_steps)
         say(f"training {config.data.name} ({len(source):,} images, {source.fingerprint}) on "

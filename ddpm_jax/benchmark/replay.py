@@ -163,7 +163,7 @@ def _compiler(arguments, client, extension):
 
 
 def _text(executable) -> str:
-    """The optimised HLO; empty where a release has it not for an absent device (before 0.10)."""
+    """The optimised HLO; empty where a release has it not for an absent device (before 0.8)."""
     try:
         return "\n\n".join(m.to_string() for m in executable.hlo_modules())
     except Exception as error:  # each release raises a type of its own

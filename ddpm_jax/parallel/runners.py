@@ -55,6 +55,21 @@ def fetch(tree):
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
 
 
+def one_copy_a_host(x):
+    """A replicated array on one device of each process, without a copy; anything else as it is.
+
+    For Orbax: from an array on all devices it writes a slice of each, and compiles a program for
+    each shape and device.
+    """
+    if (not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
+            or not x.sharding.is_fully_replicated):
+        return x
+    first = {d.process_index: d for d in sorted(x.sharding.device_set, key=lambda d: -d.id)}
+    here = [s.data for s in x.addressable_shards if s.device in first.values()]
+    return jax.make_array_from_single_device_arrays(
+        x.shape, NamedSharding(_mesh(first.values()), P()), here)
+
+
 def _mesh(devices, shards=1) -> Mesh:
     devices = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)))
     if shards == 1:
