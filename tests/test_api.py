@@ -154,7 +154,7 @@ def test_training_resumes_also_outside_the_main_thread_and_leaves_no_handler(str
 
 def test_an_interrupt_saves_and_is_raised(tmp_path):
     before = handlers()
-    fields = {"train.steps": 1_000_000, "train.log_every": 5}
+    fields = {"train.steps": 1_000_000, "train.log_every": 5, "checkpoint.every": 1000}
 
     def interrupt():
         while not (tmp_path / "metrics.jsonl").exists():
