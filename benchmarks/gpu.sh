@@ -63,8 +63,8 @@ folder=$1 && shift
 mkdir -p "$folder" || exit 2
 work=${WORK:-$folder/work} limit=${LIMIT:-570}
 mkdir -p "$work" && echo "*" >"$work/.gitignore" || exit 2
-measure=(--seconds=20 --repeats=20)
-[ ${#tiny[@]} = 0 ] || measure=(--seconds=0 --repeats=3)
+measure=(--seconds=20 --rounds=20)
+[ ${#tiny[@]} = 0 ] || measure=(--seconds=0 --rounds=3)
 common=("--config=$config" --config.model.dtype=bfloat16 --config.train.clip_scope=global
         --config.train.steps_per_dispatch=1)
 

@@ -95,33 +95,45 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write(folder, load_config, entries=ENTRIES, texts=True) -> list[str]:
+def _is_other(file, content: bytes) -> bool:
+    return file.exists() and file.read_bytes() != content
+
+
+def write(folder, load_config, entries=ENTRIES, texts=True, overwrite=False) -> list[str]:
     """Write every entry and the manifest into ``folder``. -> one line a program: new, unchanged, or
     changed against the manifest that was there, with the versions that it was made with.
 
-    load_config(name) -> config; texts: HLO text too, which takes several MB a program.
+    load_config(name) -> config; texts: HLO text too, which takes several MB a program. Raises
+    UserError, with nothing written, where a file in ``folder`` or its manifest is of another
+    program and ``overwrite`` is not set.
     """
     folder = pathlib.Path(folder)
     before = {r["name"]: r for r in read(folder)} if (folder / MANIFEST).exists() else {}
-    rows, lines = [], []
+    rows, lines, made, differing = [], [], {}, []
     for entry in entries:
         lowered = lower(entry, load_config(entry.config))
         contents = {f"{entry.name}.mlir.bc": artifact(lowered),
                     f"{entry.name}.hlo": hlo_text(lowered).encode()}
         hashes = {name: {"sha256": digest(c), "bytes": len(c)} for name, c in contents.items()}
-        for name, content in contents.items():
-            if texts or not name.endswith(".hlo"):
-                files.write_bytes(folder / name, content)
         old = before.get(entry.name)
+        changed = [n for n, h in hashes.items() if old and old["files"].get(n) != h]
+        kept = {n: c for n, c in contents.items() if texts or not n.endswith(".hlo")}
+        made |= kept
+        differing += changed or [n for n, c in kept.items() if _is_other(folder / n, c)]
         rows.append({**entry._asdict(), "targets": list(entry.targets), "files": hashes,
-                     "versions": report.versions()})
+                     "versions": old["versions"] if old and not changed else report.versions()})
         if old is None:
             lines.append(f"{entry.name}: new")
         else:
-            changed = [n for n, h in hashes.items() if old["files"].get(n) != h]
-            made = f"made with jax {old['versions']['jax']}, now {jax.__version__}"
-            lines.append(f"{entry.name}: {'changed' if changed else 'unchanged'} ({made})"
+            versions = f"made with jax {old['versions']['jax']}, now {jax.__version__}"
+            lines.append(f"{entry.name}: {'changed' if changed else 'unchanged'} ({versions})"
                          + (f": {', '.join(changed)}" if changed else ""))
+    if differing and not overwrite:
+        raise UserError(f"corpus: {folder} holds other programs under these names: "
+                        f"{', '.join(differing)}; name a new folder with --corpus, or replace them "
+                        "with --overwrite")
+    for name, content in made.items():
+        files.write_bytes(folder / name, content)
     files.write_json(folder / MANIFEST, rows, sort_keys=False)
     return lines
 

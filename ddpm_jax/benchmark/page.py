@@ -14,9 +14,9 @@ Written by `ddpm bench page` from the JSON in `{folder}`; do not edit. What was 
 
 Rows of `ddpm bench compile` and `ddpm compile` are the compiler's own figures for machines that
 need not be there: instructions, kernels, collectives and memory are those of one compilation by the
-versions named (a GPU's compiler may decide otherwise in another process, xla #49047; `--repeat`
-shows it), bytes moved, roofline times and times at measured rates are **estimated**. Rows of
-`ddpm bench step|sample|data|eval` are measured on the machine named.
+versions named (a GPU's compiler may decide otherwise in another process, xla #49047;
+`--compilations` shows it), bytes moved, roofline times and times at measured rates are
+**estimated**. Rows of `ddpm bench step|sample|data|eval` are measured on the machine named.
 """
 
 

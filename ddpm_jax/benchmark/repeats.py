@@ -10,7 +10,7 @@ DEAREST = 10
 
 class Metric(NamedTuple):
     """read(report) -> number or None. A new value above old * times + plus is a regression; for
-    seconds only where their spread was not measured (bench compile --repeat)."""
+    seconds only where their spread was not measured (bench compile --compilations)."""
 
     read: Callable
     times: float

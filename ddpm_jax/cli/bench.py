@@ -11,8 +11,9 @@ history), and write all results in one format.
   ddpm bench eval --config=cifar10                 Inception features, as a share of sampling
   ddpm bench statistics                            FID and IS from 50,000 features, host memory
   ddpm bench compile --matrix=small --out=now.json --baseline=before.json --export=corpus
-  ddpm bench compile --matrix=small --repeat=5 --passes   what differs between processes; which
-                                                   of XLA's passes take the time
+  ddpm bench compile --matrix=small --compilations=5 --passes
+                                                   what differs between processes; which of XLA's
+                                                   passes take the time
   ddpm bench sweep --config=cifar10 --topology=h100 --out=sweep.json
                                                    cost as batch, image, width, devices grow
   ddpm bench corpus                                five programs as files that compilers read
@@ -34,7 +35,8 @@ from ddpm_jax.storage import files
 
 def define_flags(define):
     define.config()
-    define.integer("repeats", 20, "most rounds of a measurement")
+    define.integer("rounds", 20, "most rounds of a measurement")
+    define.renamed("repeats", "rounds")
     define.float("seconds", 20.0, "seconds of a measurement, of three rounds at least")
     define.path("out", None, "write the result as JSON into this new file")
     define.string("compare", None, "step: diffusers, or diffusers_compiled (torch.compile)")
@@ -49,11 +51,13 @@ def define_flags(define):
     define.list("axes", None, f"sweep: some of {', '.join(axes)}; default: all")
     define.path("results", "benchmarks", "page: folder of JSON results")
     define.path("page", "BENCHMARKS.md", "page: file to write; plots go beside --results")
-    define.integer("repeat", None, "compile: processes a cell, default 1; history: compilations "
-                   "of each program on each release, default 3", lower_bound=1)
+    define.integer("compilations", None, "compile: of a cell, each by a process of its own, "
+                   "default 1; history: of each program on each release, default 3", lower_bound=1)
+    define.renamed("repeat", "compilations")
     define.bool("passes", False, "compile: one more compilation with XLA's log of its passes")
     define.path("github", None, "compile, history: also write JSON for github-action-benchmark")
     define.path("corpus", "benchmarks/corpus", "corpus: folder to write; history: to read")
+    define.bool("overwrite", False, "corpus: replace the files of --corpus that differ")
     define.path("xla", None, "corpus: also write this new folder, as XLA's benchmarks take it")
     _define_history(define)
 
@@ -89,7 +93,7 @@ def _measure(what, values) -> int:
         config = common.required(values, "config")
     report.check_folder(values.profile, "profile")
     rows = measures[what](Bench(
-        config, config and common.config_name(values), values.repeats, values.seconds,
+        config, config and common.config_name(values), values.rounds, values.seconds,
         values.compare, values.profile))
     print(timing.render(rows))
     _write(values.out, rows)
@@ -100,7 +104,7 @@ def _compile(values) -> int:
     from ddpm_jax.benchmark import matrix, outputs, repeats
 
     old = matrix.read(values.baseline) if values.baseline else None
-    rows = matrix.run(matrix.cells(values.matrix), values.export, repeat=values.repeat or 1,
+    rows = matrix.run(matrix.cells(values.matrix), values.export, repeat=values.compilations or 1,
                       with_passes=values.passes)
     print("\n".join(["", matrix.table(rows), *repeats.notes(rows)]))
     _write(values.out, rows)
@@ -136,7 +140,8 @@ def _corpus(values) -> int:
 
     report.check_folder(values.xla, "xla")
     compiled.prepare_host()
-    print("\n".join(corpus.write(values.corpus, load_config)))
+    print("\n".join(corpus.write(values.corpus, load_config,
+                                 overwrite=values.overwrite)))
     if values.xla:
         print(f"{values.xla}: {', '.join(outputs.xla_folder(values.corpus, values.xla))}")
     return 0
@@ -148,7 +153,7 @@ def _history(values) -> int:
     plan = history.plan(
         values.same, spec=common.required(values, "releases"), programs=values.programs or "",
         corpus_folder=values.corpus, targets=values.targets,
-        repetitions=3 if values.repeat is None else values.repeat, python=values.python,
+        repetitions=values.compilations or 3, python=values.python,
         timeout=values.timeout)
     rows = history.run(plan, values.rows, seconds=values.budget)
     if rows:

@@ -112,6 +112,10 @@ class Definer:
     def pod(self):
         pod_flags.define_flags(self.values)
 
+    def renamed(self, old, new):
+        """--old is read as --new: an earlier spelling, which no help lists."""
+        self._words = [re.sub(rf"^(--?){old}(?=$|=)", rf"\1{new}", word) for word in self._words]
+
     def parse(self):
         """Read the flags; -> the words that are none. Raises UserError, flags.Error."""
         try:

@@ -23,7 +23,12 @@ def test_what_changed_is_said(tmp_path):
     [line] = corpus.write(tmp_path, load_config, [ENTRY])
     assert "unchanged" in line
     other = ENTRY._replace(settings=ENTRY.settings | {"sampler.batch_size": 4})
-    [line] = corpus.write(tmp_path, load_config, [other], texts=False)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{ENTRY.name}.mlir.bc.* with --overwrite") as caught:
+        corpus.write(tmp_path, load_config, [other])
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    [line] = corpus.write(tmp_path, load_config, [other], texts=False, overwrite=True)
     assert "changed (made with jax" in line and f"{ENTRY.name}.mlir.bc" in line
     assert (tmp_path / f"{ENTRY.name}.hlo").read_text() == text
 

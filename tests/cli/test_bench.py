@@ -8,7 +8,7 @@ from absl import flags
 from xla_flags import xla_flags
 
 from ddpm_jax.benchmark import matrix
-from ddpm_jax.cli import bench, common
+from ddpm_jax.cli import bench, common, main
 from ddpm_jax.errors import UserError
 
 
@@ -38,11 +38,25 @@ def test_what_cannot_be_written_is_named_before_anything_is_measured(tmp_path):
             (["history", "--releases=0.10.2", f"--rows={tmp_path}/file/x"], "/file, which is a"),
             (["compile", f"--export={tmp_path}/file"], "--export=.* is a file"),
             (["corpus", f"--corpus={tmp_path}/file"], "--corpus=.* is a file"),
-            (["history", "--repeat=-1"], "repeat"), (["history", "--timeout=-1"], "timeout")):
+            (["history", "--compilations=0"], "compilations"),
+            (["history", "--repeat", "0"], "compilations"),
+            (["history", "--timeout=-1"], "timeout")):
         define = common.Definer(words)
         bench.define_flags(define)
         with pytest.raises((UserError, flags.Error), match=message):
             bench.main(define.values, define.parse())
+
+
+def test_earlier_spellings_of_flags_are_read_and_not_listed(capsys):
+    values = {}
+    for words in (["--rounds=3", "--compilations", "2"], ["--repeats=3", "-repeat", "2"]):
+        define = common.Definer(["step", *words, "--out=--repeat"])
+        bench.define_flags(define)
+        assert define.parse() == ["step"]
+        values[words[0]] = define.values.rounds, define.values.compilations, define.values.out
+    assert set(values.values()) == {(3, 2, "--repeat")}
+    assert main.command(["bench", "--help"]) == 0
+    assert "--repeat" not in capsys.readouterr().out
 
 
 def test_data_in_the_common_format(tmp_path):
@@ -61,7 +75,7 @@ def test_features_are_a_share_of_sampling(tmp_path):
     from ddpm_jax.compilation.roofline import unet_work
     from ddpm_jax.config import load_config
     from ddpm_jax.evaluation.inception import network
-    done = ddpm("eval", "--config=digits", "--seconds=0", "--repeats=1",
+    done = ddpm("eval", "--config=digits", "--seconds=0", "--rounds=1",
                 "--config.sampler.batch_size=2", f"--out={tmp_path}/eval.json")
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads((tmp_path / "eval.json").read_text())}
@@ -94,7 +108,7 @@ def test_compile_matrix_baseline_and_corpus(tmp_path):
                 stage: {"cpu_s": 10**6} for stage in ("trace", "lower", "compile")}}
     (tmp_path / "b.json").write_text(json.dumps([baseline]))
     first = ddpm("compile", f"--matrix={tmp_path}/m.json", f"--out={tmp_path}/a.json",
-                 f"--export={tmp_path}/corpus", "--repeat=2", "--passes",
+                 f"--export={tmp_path}/corpus", "--compilations=2", "--passes",
                  f"--github={tmp_path}/github.json", f"--baseline={tmp_path}/b.json")
     assert first.returncode == 1, first.stdout + first.stderr
     [regression] = [line for line in first.stdout.splitlines() if "REGRESSION" in line]
