@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ddpm_jax.config import defaults, flatten, row
+from ddpm_jax.config import defaults, flatten, load_config, row
 from ddpm_jax.data.datasets import DATASETS
 from ddpm_jax.diffusion.objective import LOSSES, WEIGHTS
 from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
@@ -114,6 +114,39 @@ TRAINING_RANGES = {
     "eval.num": Range(1, INT32),
     "eval.bpd_num": Range(1, INT32),
 }
+
+
+def _cuts_nothing(config):
+    return config.parallel.shards == 1
+
+
+def _clips_the_mean(config):
+    return not clips_parts(config.train)
+
+
+def _evaluates_never(config):
+    return not config.eval.every
+
+
+# Fields without effect, the field that makes them so, and when it does.
+IDLE = {
+    "parallel.cut": ("parallel.shards", _cuts_nothing),
+    "parallel.clip_kernel": ("train.clip_scope", _clips_the_mean),
+    "train.clip_replicas": ("train.clip_scope", _clips_the_mean),
+    "model.label_dropout": ("model.num_classes", lambda config: not config.model.num_classes),
+    "data.threads": ("data.resident", lambda config: config.data.resident),
+    "eval.sample_num": ("eval.sample_every", lambda config: not config.eval.sample_every),
+    **dict.fromkeys(("eval.metrics", "eval.num", "eval.bpd_num", "eval.best"),
+                    ("eval.every", _evaluates_never)),
+}
+
+
+def idle_fields(config) -> list[str]:
+    """One line for each field that is not at its default and has no effect in training."""
+    values, default = flatten(config.to_dict()), flatten(load_config("default").to_dict())
+    return [f"config.{field}={values[field]} has no effect with {other}={values[other]}"
+            for field, (other, idle) in IDLE.items()
+            if values[field] != default[field] and idle(config)]
 
 
 def _check_ranges(config, ranges):

@@ -188,6 +188,15 @@ def build_training(exp: Experiment) -> Training:
         training.placement(training.abstract_state), training.abstract_state))
 
 
+def check_slice(shards: int, one: int) -> None:
+    """Raise UserError where ``shards`` devices are not in one slice, or host of GPUs, of ``one``
+    devices."""
+    if one % shards:
+        raise UserError(f"config.parallel.shards={shards} does not divide the {one} devices of one "
+                        "slice, or host of GPUs; take one of "
+                        + ", ".join(str(n) for n in range(1, one + 1) if one % n == 0))
+
+
 def _cut_state(exp):
     """-> (the Experiment on devices over which config.parallel cuts the state, Cut or None)."""
     parallel, mesh = exp.config.parallel, exp.runner.mesh
@@ -195,10 +204,7 @@ def _cut_state(exp):
         return exp, None
     runner = CUTTING_RUNNERS[parallel.runner](mesh.devices.flat, parallel.shards)
     if not shares_links(runner.mesh):
-        one = slice_size(runner.mesh)
-        raise UserError(f"config.parallel.shards={parallel.shards} does not divide the {one} "
-                        "devices of one slice, or host of GPUs; take one of "
-                        + ", ".join(str(n) for n in range(1, one + 1) if one % n == 0))
+        check_slice(parallel.shards, slice_size(runner.mesh))
     cut = make_cut(runner.mesh, exp.abstract_params, fields=CUTS[parallel.cut],
                    order=packing.order_on(mesh.devices.flat[0].platform))
     return exp._replace(runner=runner._replace(loops_on_device=exp.runner.loops_on_device)), cut

@@ -10,6 +10,7 @@ from ddpm_jax import checkpoints, experiment, run_log
 from ddpm_jax.compilation.report import quantity, size
 from ddpm_jax.compilation.roofline import unet_work
 from ddpm_jax.config import flatten, load_config, to_json
+from ddpm_jax.config_checks import idle_fields
 from ddpm_jax.parallel.cut import held_bytes
 from ddpm_jax.reproduction.paper_results import V3_8
 from ddpm_jax.start_line import MEASURED
@@ -60,6 +61,7 @@ def describe(config, name: str, workdir=None) -> str:
         ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
          f"{config.parallel.runner}"),
         *(("hours", line) for line in _hours(stored, work.parameters, workdir)),
+        *(("warning", text) for text in idle_fields(config)),
         ("command", _command(name, stored, workdir)),
     ]
     width = max(len(label) for label, _ in rows)

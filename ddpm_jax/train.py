@@ -14,6 +14,7 @@ from ddpm_jax import checkpoints, programs, run_log
 from ddpm_jax.compilation.ahead import compiled_ahead
 from ddpm_jax.compilation.report import size
 from ddpm_jax.config import SOURCE, to_json
+from ddpm_jax.config_checks import idle_fields
 from ddpm_jax.data import feed
 from ddpm_jax.data.datasets import open_source
 from ddpm_jax.data.labels import data_facts, labels_for
@@ -217,6 +218,8 @@ def train(config, workdir, *, stop, watchdog, evaluate=None, check=None,
 def _say_start(training):
     exp, parallel = training.experiment, training.experiment.config.parallel
     say(training_line(exp))
+    for text in idle_fields(exp.config):
+        say(f"warning: {text}")
     if training.cut is not None:
         here, whole = held_bytes(training.abstract_state)
         say(f"state cut over {parallel.shards} devices ({parallel.cut}): {size(here)} of "

@@ -22,7 +22,14 @@ from ddpm_jax.config import (
     packaged_configs,
     to_json,
 )
-from ddpm_jax.config_checks import MODEL_RANGES, TRAINING_RANGES, check_model, check_training
+from ddpm_jax.config_checks import (
+    IDLE,
+    MODEL_RANGES,
+    TRAINING_RANGES,
+    check_model,
+    check_training,
+    idle_fields,
+)
 from ddpm_jax.diffusion.schedule import BETAS
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model
@@ -197,6 +204,29 @@ def test_packaged_configs_are_within_the_ranges(name):
     config = load_config(name)
     check_model(config)
     check_training(config, 1)
+    assert idle_fields(config) == []
+
+
+# What makes other fields idle: a value that does, one that does not.
+SWITCHES = {"parallel.shards": (1, 2), "train.clip_scope": ("global", "per_replica"),
+            "model.num_classes": (0, 10), "data.resident": (True, False),
+            "eval.sample_every": (0, 5), "eval.every": (0, 5)}
+
+
+@pytest.mark.parametrize("field, value", [
+    ("parallel.cut", "params"), ("parallel.clip_kernel", "turned"), ("train.clip_replicas", 4),
+    ("model.label_dropout", 0.2), ("data.threads", 2), ("eval.sample_num", 4),
+    ("eval.metrics", "bpd"), ("eval.num", 7), ("eval.bpd_num", 7), ("eval.best", "bpd")])
+def test_a_field_without_effect_is_named_with_the_one_that_makes_it_so(field, value):
+    other = IDLE[field][0]
+    off, on = SWITCHES[other]
+    config = load_config("default")
+    override(config, {other: off})
+    assert idle_fields(config) == []
+    override(config, {field: value})
+    assert idle_fields(config) == [f"config.{field}={value} has no effect with {other}={off}"]
+    override(config, {other: on})
+    assert idle_fields(config) == []
 
 
 @pytest.mark.parametrize("field", sorted(numbers(load_config("default"))))

@@ -30,7 +30,8 @@ def test_hours_of_the_paper(tmp_path):
 
 def test_a_dry_run_prints_a_command_that_means_the_same_and_writes_nothing(tmp_path, capsys):
     words = ["--config=digits", "--config.model.ch=8", "--config.model.ch_mult=(1,2,2)",
-             "--config.model.num_groups=4", "--config.diffusion.schedule.name=cosine"]
+             "--config.model.num_groups=4", "--config.diffusion.schedule.name=cosine",
+             "--config.parallel.cut=params"]
     assert main(["train", "--dry_run", *words, f"--workdir={tmp_path}/a run"]) == 0
     text = capsys.readouterr().out
     command = shlex.split(re.search("^command +(.*)$", text, re.M)[1])
@@ -44,6 +45,7 @@ def test_a_dry_run_prints_a_command_that_means_the_same_and_writes_nothing(tmp_p
         return to_json(define.values.config)
 
     assert meant(command[2:]) == meant(words)
+    assert re.search("^warning +config.parallel.cut=params .* with parallel.shards=1$", text, re.M)
     assert "* model.ch = 8" in text and re.search("^parameters  [0-9,]+$", text, re.M)
     assert not list(tmp_path.iterdir())
 

@@ -127,6 +127,7 @@ def inception(exp, num_examples) -> Program:
 
 PROGRAMS = {"train_step": train_step, "unrolled": unrolled, "sample": sample,
             "evaluate": evaluate, "inception": inception}
+TRAINING = ("train_step", "unrolled")  # the programs that have config.parallel's cut state
 
 
 def step_parts(config) -> dict[str, str]:
@@ -152,17 +153,19 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
     """Compile `program` of `config`, called `name`, for `topology`.
 
     -> compilation.report.Compiled whose report has about, work, fit, roofline and speed too.
-    Raises UserError for an unknown program or topology, and for a batch that does not fit it.
+    Raises UserError for an unknown program or topology, for a batch that does not fit it,
+    and for a state that would be cut over its slices or hosts.
     """
     if program not in PROGRAMS:
         raise UserError(f"program: {program!r} is not known; known: {', '.join(PROGRAMS)}")
     machine = describe(topology)
     exp = experiment.build_model(config, machine.devices)
-    made = PROGRAMS[program](exp, num_examples)
+    made, devices = PROGRAMS[program](exp, num_examples), len(machine.devices)
+    if program in TRAINING:  # absent GPUs do not report which of them share a host
+        experiment.check_slice(config.parallel.shards, devices // machine.slices)
     with machine.lowering():
         result = report.compile_and_report(made.jitted, made.args, options=options,
                                            programs_cache=machine.chip is None)
-    devices = len(machine.devices)
     found = result.report | {
         "about": {
             "program": program, "config": name or config.data.name,

@@ -12,6 +12,7 @@ needs a device. XLA's default level takes minutes for a TPU; O0 takes about one.
 """
 
 import json
+import sys
 
 from ddpm_jax.cli import common
 
@@ -33,6 +34,7 @@ def define_flags(define):
 def main(values, words):
     from ddpm_jax.benchmark import compiled
     from ddpm_jax.compilation import report
+    from ddpm_jax.config_checks import idle_fields
 
     common.no_words(words)
     config, topology = common.required(values, "config"), common.required(values, "topology")
@@ -41,6 +43,8 @@ def main(values, words):
     options = report.compiler_options(values.optimization_level, values.compiler_options)
     report.check_folder(values.out)
     compiled.prepare_host()
+    for text in idle_fields(config):
+        print(f"warning: {text}", file=sys.stderr)
     result = compiled.measure(
         config, topology=topology, program=values.program, options=options,
         num_examples=values.num_examples, name=common.config_name(values))

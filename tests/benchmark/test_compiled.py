@@ -94,6 +94,18 @@ def test_bad_input():
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("topology, one", [("h100:16", 8), ("h100:4*2", 4)])
+def test_a_state_is_not_cut_over_hosts_of_absent_gpus(topology, one):
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="the CUDA plugin is not installed")
+    config = tiny(**{"parallel.runner": "jit", "parallel.shards": 2 * one})
+    for program in compiled.TRAINING:
+        with pytest.raises(UserError, match=f"shards={2 * one} does not divide the {one} devices of"
+                                            f" one slice, or host of GPUs; take .*, {one}$"):
+            compiled.measure(config, topology=topology, program=program, options={},
+                             num_examples=64)
+
+
+@pytest.mark.peer
 @pytest.mark.parametrize(("topology", "most"), [("v3-8", 2), ("v5litepod-8", 2)])
 def test_a_training_step_for_absent_tpus_sums_in_two_collectives(topology, most):
     pytest.importorskip("libtpu", reason="libtpu is not installed")
