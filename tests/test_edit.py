@@ -173,7 +173,7 @@ def save(path, *shape, level=0, kind=np.uint8):
     (None, lambda p: save(p / "m.png", 8, 8), "m.png has no white pixel, so there is nothing to"),
     (None, lambda p: save(p / "m.png", 8, 8, level=255), "m.png is white all over, so nothing of"),
     (lambda p: save(p / "x.png", 8, 8, 4), None, "x.png: has transparent pixels; flatten it"),
-    (lambda p: save(p / "x.png", 8, 8, kind=np.uint16), None, "x.png: more than 8 bits a channel"),
+    (lambda p: save(p / "x.tif", 8, 8, kind=np.uint16), None, "x.tif: more than 8 bits a channel"),
     (lambda p: save(p / "images/z.png", 4, 8).parent, None, "z.png is 8x4, the model's images"),
     (None, lambda p: save(p / "m.png", 8, 8, 3, level=(255, 0, 0)), "m.png has colours; make"),
     (None, lambda p: save(p / "m/one.png", 8, 8, level=255).parent, "holds no mask for two.png"),

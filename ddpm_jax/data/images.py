@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 GREY_MODES = ("1", "L", "LA")
+# Of 16-bit colour Pillow keeps one byte of two: the name that keeps the upper, and the lower.
+_SWAPPED = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 MAX_PIXELS = 1 << 29  # 1.6 GB as RGB
 RETRY_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
@@ -71,6 +73,24 @@ def _bits(image, data) -> int:
     return max(depths) if isinstance(depths, tuple) else depths
 
 
+def _to_8_bits(opened, data, where):
+    """A PNG of 16 bits a channel as one of 8, by the PNG specification's rule for depths: 65535
+    becomes 255, other values in proportion, rounded. UserError for other deep images."""
+    from PIL import Image
+    raw = {tile[3] for tile in opened.tile}
+    if opened.format != "PNG" or "transparency" in opened.info or not raw <= {"I;16B", *_SWAPPED}:
+        raise UserError(f"{where}: more than 8 bits a channel (mode {opened.mode}); convert it to "
+                        "8")
+    values = np.asarray(opened).astype(np.uint32)
+    if raw <= {*_SWAPPED}:  # Pillow has cut colour to the upper bytes
+        with Image.open(io.BytesIO(data)) as lower:
+            lower.tile = [(*tile[:3], _SWAPPED[tile[3]]) for tile in lower.tile]
+            values = values << 8 | np.asarray(lower)
+    image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    image.info = opened.info  # with the orientation
+    return image
+
+
 def _loaded(data, where):
     """The bytes as a PIL image of mode L or RGB, turned as its EXIF orientation requires."""
     from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -85,11 +105,10 @@ def _loaded(data, where):
             if opened.format not in _FIRST_IS_WHOLE and getattr(opened, "n_frames", 1) > 1:
                 raise UserError(f"{where}: {opened.n_frames} frames (animation or pages); extract "
                                 "the one that is meant")
-            if opened.mode in DEEP_MODES or _bits(opened, data) > 8:
-                raise UserError(f"{where}: more than 8 bits a channel (mode {opened.mode}); "
-                                "convert it to 8")
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
+            deep = opened.mode in DEEP_MODES or _bits(opened, data) > 8
+            image = _to_8_bits(opened, data, where) if deep else opened
+            image.load()
+            image = ImageOps.exif_transpose(image)
         grey = image.mode in GREY_MODES
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -116,7 +135,7 @@ def decode(file, where, *, image_size=None, channels=None) -> np.ndarray:
     the paper); an image of that size, and None, are left unchanged. channels: 1, 3 or None (as the
     file); grey becomes RGB for 3. Raises DamagedError for what does not decode, UserError for a
     path that cannot be read (after `retry`), colour if channels is 1, transparent pixels, more
-    than 8 bits a channel, several frames, and more than MAX_PIXELS.
+    than 8 bits a channel (but for a PNG's 16), several frames, and more than MAX_PIXELS.
     """
     image = _loaded(_bytes(file, where), where)
     if channels == 1 and image.mode != "L":

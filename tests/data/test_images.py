@@ -46,8 +46,6 @@ def test_channels():
     opaque[2, 2, 3] = 0
     with pytest.raises(UserError, match="x: has transparent"):
         images.decode(encoded(opaque), "x")
-    with pytest.raises(UserError, match="8 bits"):
-        images.decode(encoded(np.full((4, 4), 60000, np.uint16)), "x")
 
 
 def test_centre_crop_then_lanczos():
@@ -79,23 +77,49 @@ def test_a_truncated_file_is_named(tmp_path, kind, part):
         images.decode(path, path)
 
 
-def png(bits, colour_type, rows, palette=b""):
-    """A PNG written here, for Pillow writes no 16-bit colour. rows: bytes of each row."""
+def png(bits, colour_type, rows, **chunks):
+    """A PNG written here, for Pillow writes no 16-bit colour. rows: bytes of each row; chunks: of
+    other kinds."""
     def chunk(kind, data):
         return (struct.pack(">I", len(data)) + kind + data
                 + struct.pack(">I", zlib.crc32(kind + data)))
     head = struct.pack(">IIBBBBB", 4, len(rows), bits, colour_type, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+            + b"".join(chunk(kind.encode(), data) for kind, data in chunks.items())
             + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
             + chunk(b"IEND", b""))
 
 
+def deep_png(colour_type, values, **chunks):
+    return png(16, colour_type, [row.astype(">u2").tobytes() for row in values], **chunks)
+
+
+@pytest.mark.parametrize("colour_type, channels", [(0, 1), (2, 3), (6, 4)])
+def test_sixteen_bit_pngs_become_the_nearest_of_8_bits(colour_type, channels):
+    values = RNG.integers(0, 65536, (6, 4, channels))
+    values[0, :, 0] = 0, 128, 129, 65535  # 128 / 257 is just below a half
+    if channels == 4:
+        values[..., 3] = 65535
+    expected = np.floor(values[..., :3] * 255 / 65535 + 0.5)
+    np.testing.assert_array_equal(images.decode(deep_png(colour_type, values), "x"), expected)
+    turned = images.decode(deep_png(colour_type, values, eXIf=(  # orientation 3: by 180 degrees
+        b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, 3, 0, 0))), "x")
+    np.testing.assert_array_equal(turned, expected[::-1, ::-1])
+
+
+def test_sixteen_bit_pngs_with_transparency_are_refused():
+    values = np.full((4, 4, 4), 40000)
+    with pytest.raises(UserError, match="x: has transparent pixels"):
+        images.decode(deep_png(6, values), "x")
+    for deep in (deep_png(4, values[..., :2]), deep_png(0, values[..., :1], tRNS=b"\x9c\x40"),
+                 deep_png(2, values[..., :3], tRNS=b"\x9c\x40" * 3)):
+        with pytest.raises(UserError, match="deep.png: more than 8 bits a channel") as caught:
+            images.decode(deep, "deep.png")
+        assert not isinstance(caught.value, images.DamagedError)
+
+
 @pytest.mark.parametrize("colour_type, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_sixteen_bit_pngs_are_refused(colour_type, channels):
-    rows = list(np.full((4, 4 * channels), 40000, ">u2"))
-    deep = png(16, colour_type, [row.tobytes() for row in rows])
-    with pytest.raises(UserError, match="deep.png: more than 8 bits a channel"):
-        images.decode(deep, "deep.png")
+def test_eight_bit_pngs_of_every_kind_are_read(colour_type, channels):
     flat = png(8, colour_type, [np.full(4 * channels, 255, np.uint8).tobytes()] * 4)
     assert images.decode(flat, "flat.png").shape == (4, 4, 1 if channels < 3 else 3)
 
@@ -187,10 +211,8 @@ def test_a_long_text_in_a_png_is_no_damage():
 def test_damage_and_rules_are_told_apart():
     with pytest.raises(images.DamagedError):
         images.decode(b"", "x")
-    try:
-        images.decode(png(16, 0, [b"12345678"] * 4), "x")
-    except UserError as error:
-        assert not isinstance(error, images.DamagedError)
+    with pytest.raises(images.DamagedError):  # cut short
+        images.decode(png(16, 2, [b"12345678"]), "x")
 
 
 def test_a_file_that_is_away_for_a_moment_is_read(tmp_path, monkeypatch):
