@@ -15,6 +15,9 @@ from ddpm_jax.errors import UserError
 # What the CUDA plugin writes on a machine without a GPU, before any logging can be configured.
 NO_GPU = re.compile(rb"before absl::InitializeLog\(\) is called|cudart_stub\.cc.*GPU will not be")
 
+# What libtpu asks a Cloud TPU's metadata server for, and reports on stderr where there is none.
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+
 
 def start_jax() -> None:
     """Import JAX, once. Raises UserError for a JAX_* variable or an XLA flag that it refuses."""
@@ -36,6 +39,7 @@ def start_jax() -> None:
                 if _has_gpu() or not NO_GPU.search(line):
                     sys.stderr.write(line.decode(errors="replace"))
     _hide_absent_gpu()
+    _answer_for_absent_tpu()
     _check_xla_flags()
 
 
@@ -48,6 +52,18 @@ def _hide_absent_gpu() -> None:
     if not _has_gpu():
         logging.getLogger("jax._src.xla_bridge").addFilter(
             lambda record: "jax_plugins.xla_cuda" not in record.getMessage())
+
+
+def _has_tpu() -> bool:
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _answer_for_absent_tpu() -> None:
+    """Keep libtpu, where it is installed without a TPU, from warning that it knows no metadata.
+    JAX has looked for chips too: it sets the variable below where it found none."""
+    if not _has_tpu() and os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        for variable, value in NO_TPU.items():
+            os.environ.setdefault(variable, value)
 
 
 def _check_xla_flags() -> None:

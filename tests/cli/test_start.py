@@ -30,6 +30,25 @@ def test_lines_about_an_absent_gpu_are_hidden_and_others_are_not(gpu, lines):
     assert done.stderr.count("another line\n") == 1 and done.stderr.endswith("after\n")
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("tpu", [True, False])
+def test_libtpu_without_a_tpu_is_silent_but_for_the_error(tpu):
+    """Its warnings stay where a device file is."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    if start._has_tpu():
+        pytest.skip("there is a TPU")
+    program = ("from ddpm_jax.cli import start\n"
+               f"start._has_tpu = lambda: {tpu}\n"
+               "start.start_jax()\nimport jax\n"
+               "try:\n    jax.devices()\nexcept RuntimeError as error:\n    print(error)\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}  # of other tests
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=True, env={**env, "JAX_PLATFORMS": "tpu",
+                                           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    assert ("TPU" in done.stderr) == tpu
+    assert "TPU initialization failed" in done.stdout
+
+
 def test_only_errors_of_starting_a_backend_are_explained(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert start.backend_problem(RuntimeError("shapes differ")) is None
