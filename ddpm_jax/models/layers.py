@@ -11,12 +11,15 @@ everything that has to know names, shapes or costs without running the network.
 """
 
 import functools
+import hashlib
 import math
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
@@ -194,40 +197,50 @@ def abstract_parameters(module):
 
 def initial_parameters(module, key):
     """The parameters of ``module.init(key, ...)["params"]``, bit for bit, without tracing the
-    network. The keys are made outside of the program that draws, which draws parameters of one
-    shape in one loop: with a draw for each of them it would compile several times longer.
+    network. Parameters of one shape are drawn in one loop: with a draw for each of them the program
+    would compile several times longer.
 
-    module: unbound.
+    module: unbound; key: a typed key.
     """
-    layers = dict(parameter_layers(module))
+    alike = {}
+    for path, layer in parameter_layers(module):
+        for i, (name, shape) in enumerate(layer.shapes().items()):
+            alike.setdefault((layer.initializers()[name], shape), []).append((*path, name, i + 1))
+    kinds = tuple((*kind, tuple(_folded(*path[:-2], path[-1]) for path in paths))
+                  for kind, paths in alike.items())
+    return unflatten_dict({path[:-1]: value for paths, values in zip(
+        alike.values(), _draw(kinds, key), strict=True)
+        for path, value in zip(paths, values, strict=True)})
 
-    def keys(bound):
-        bound = {path: functools.reduce(getattr, path, bound) for path in layers}
-        return {(*path, name): bound[path].make_rng("params")  # as flax's ``param`` does
-                for path, layer in layers.items() for name in layer.shapes()}
 
-    keys, alike = module.apply({}, method=keys, rngs={"params": key}), {}
-    for path, layer in layers.items():
-        for name, shape in layer.shapes().items():
-            alike.setdefault((layer.initializers()[name], shape), []).append((*path, name))
-    drawn = _draw(tuple(alike), [jnp.stack([keys[p] for p in paths]) for paths in alike.values()])
-    return unflatten_dict({path: value for paths, values in zip(alike.values(), drawn, strict=True)
-                           for path, value in zip(paths, values, strict=True)})
+def _folded(*words):
+    """What flax folds into the key of ``init`` for a module's count-th draw, of the words of its
+    path and the count (flax/core/scope.py:_fold_in_static): folding them one by one, as flax does,
+    takes some seconds."""
+    separator = b"\0" if flax.config.flax_fix_rng_separator else b""
+    joined = b"".join(separator + (word.encode() if isinstance(word, str) else bytes([word]))
+                      for word in words)
+    return int.from_bytes(hashlib.sha1(joined).digest()[:4], "big")
 
 
 _CONSTANTS = nn.initializers.zeros, nn.initializers.ones
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(kinds, keys):
-    """For each (initializer, shape) of ``kinds`` and its keys [N]: a list of N arrays. The loop is
-    there for the compiler: under vmap, or unrolled, the same draws take it several times longer."""
-    def drawn(initializer, shape, keys):
+def _draw(kinds, key):
+    """For each (initializer, shape, N numbers) of ``kinds``: a list of N arrays, drawn from the key
+    with each number folded in. The loop is there for the compiler: under vmap, or unrolled, the
+    same draws take it several times longer."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        key, np.array([n for *_, folded in kinds for n in folded], np.uint32))
+    drawn = []
+    for initializer, shape, folded in kinds:
+        own, keys = keys[:len(folded)], keys[len(folded):]
         if initializer in _CONSTANTS:
-            return [initializer(None, shape, jnp.float32)] * len(keys)
-        return list(lax.map(lambda key: initializer(key, shape, jnp.float32), keys))
-
-    return [drawn(*kind, of_kind) for kind, of_kind in zip(kinds, keys, strict=True)]
+            drawn.append([initializer(None, shape, jnp.float32)] * len(folded))
+        else:
+            drawn.append(list(lax.map(lambda key: initializer(key, shape, jnp.float32), own)))
+    return drawn
 
 
 class ResBlock(Block):
