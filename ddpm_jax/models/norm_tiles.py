@@ -15,7 +15,8 @@ PLATFORMS = {"gpu", "cuda"}
 VECTOR = 16  # bytes that one thread loads at once
 PROGRAMS = 1024  # that backward_sums aims at: about 8 for each of an H100's 132 processors
 FUSED_PIXELS = 256  # of a map that is read twice by one program; from 1024 on it was slower
-_BLOCK, _FUSED_BLOCK = (32, 128, 4), (128, 32, 8)  # pixels, channels, warps
+# Pixels, channels, warps of a step: the fastest of some 20 on an H100 (NOTES.md, "Plans").
+_BLOCK, _FUSED_BLOCK, _PADDED_CHANNELS = (128, 128, 8), (128, 64, 4), 32
 
 
 class Plan(NamedTuple):
@@ -103,7 +104,7 @@ def fused_plan(x, groups, padded, interpret=False) -> Plan | None:
         block, most = max(_power(width, channels), size), 512
     else:  # the fewest groups that are at least 32 channels
         block = size * next((n for n in range(1, groups + 1)
-                             if groups % n == 0 and n * size >= width), groups)
+                             if groups % n == 0 and n * size >= _PADDED_CHANNELS), groups)
         most = 128  # their means take a tile [width, width]
     width = _ceil_power(block)
     step, steps, more = _cut_pixels(pixels, step, padded)
