@@ -92,6 +92,8 @@ def get_config():
             norm_kernel="auto",   # form of group norm: auto (the fastest measured on the device),
                                   # xla, stored (for CPUs), triton, triton_padded (kernels for
                                   # NVIDIA GPUs; the latter for more shapes)
+            attention_kernel="auto",    # form of attention: auto (as above), xla, triton (kernels
+                                        # for NVIDIA GPUs)
             clip_kernel="auto",   # filter gradients where a device clips several parts of a batch:
                                   # auto (as above), convolutions, turned (for CPUs), kernels (for
                                   # NVIDIA GPUs)

@@ -11,7 +11,7 @@ from ddpm_jax.diffusion.prediction import PARAMETERIZATIONS, VARIANCES
 from ddpm_jax.diffusion.sampling import SAMPLERS, Method
 from ddpm_jax.diffusion.schedule import BETAS, FIRST_LOG_VARIANCE
 from ddpm_jax.errors import UserError
-from ddpm_jax.models import fused_norm, norm_tiles, shard_gradients
+from ddpm_jax.models import attention, fused_norm, norm_tiles, shard_gradients
 from ddpm_jax.parallel.cut import CUTS
 from ddpm_jax.parallel.runners import CUTTING_RUNNERS, RUNNERS
 from ddpm_jax.training import rng
@@ -23,7 +23,8 @@ CLIP_SCOPES = {
     "global": lambda train, shards: Clip(train.clip_norm, None),
 }
 # Fields of config.parallel, and the module whose FORMS they choose from.
-KERNELS = {"norm_kernel": fused_norm, "clip_kernel": shard_gradients}
+KERNELS = {"norm_kernel": fused_norm, "attention_kernel": attention,
+           "clip_kernel": shard_gradients}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Channels of the network's output, over the image's, that each loss trains.
 _LOSS_CHANNELS = {"mse": {1}, "kl": {1, 2}, "hybrid": {2}, "vlb": {1, 2}}

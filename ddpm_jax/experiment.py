@@ -117,14 +117,15 @@ def build_model(config: ConfigDict, devices=None) -> Experiment:
     check_model(config)
     hosts.pin_settings()
     runner = RUNNERS[config.parallel.runner](jax.devices() if devices is None else devices)
-    form = kernel_form("norm_kernel", config, runner)
+    forms = {"norm_form": kernel_form("norm_kernel", config, runner),
+             "attention_form": kernel_form("attention_kernel", config, runner)}
     data, plain, betas = config.data, network(config), _betas(config.diffusion)
     with _values_of("diffusion.schedule"):
         schedule = make_schedule(betas, first_log_variance=config.diffusion.first_log_variance)
     return Experiment(
         config=config, image_shape=(data.image_size, data.image_size, data.channels),
         schedule=schedule, betas=betas, runner=runner,
-        model=plain.clone(norm_form=form),
+        model=plain.clone(**forms),
         init_params=lambda: initial_parameters(plain, jax.random.key(config.seed)),
         abstract_params=abstract_parameters(plain))
 

@@ -12,8 +12,9 @@ from ddpm_jax.experiment import Experiment
 
 class Measured(NamedTuple):
     """images_per_second of one device in training, or in one denoising step, where ``clip`` is
-    None. norm: the row of parallel.norm_kernel; clip: global, or the row of parallel.clip_kernel
-    for several parts on the device; images: of a step, on that device."""
+    None. norm, attention: the row of parallel.norm_kernel, parallel.attention_kernel; clip: global,
+    or the row of parallel.clip_kernel for several parts on the device; images: of a step, on that
+    device."""
 
     device_kind: str
     parameters: int
@@ -22,6 +23,7 @@ class Measured(NamedTuple):
     clip: str | None
     images: int
     images_per_second: int
+    attention: str = "xla"
 
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -87,9 +89,10 @@ def _device(exp):
 
 
 def _measured(exp, clip, images) -> int | None:
-    key = (_device(exp).device_kind, unet_work(exp.model).parameters, exp.config.model.dtype,
-           exp.model.norm_form, clip, images)
-    found = [row.images_per_second for row in MEASURED if row[:-1] == key]
+    key = Measured(_device(exp).device_kind, unet_work(exp.model).parameters,
+                   exp.config.model.dtype, exp.model.norm_form, clip, images, 0,
+                   exp.model.attention_form)
+    found = [row.images_per_second for row in MEASURED if row._replace(images_per_second=0) == key]
     return found[0] if found and exp.runner.num_devices == 1 else None
 
 

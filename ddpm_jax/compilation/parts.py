@@ -44,7 +44,7 @@ def _norm(k):
 
 
 def _kernel(k):
-    return k.path[-1] == "pallas_call"  # of models/norm_kernels.py or filter_kernels.py
+    return k.path[-1] == "pallas_call"  # of models/*_kernels.py
 
 
 def _norm_kernel(k):
@@ -56,7 +56,7 @@ PARTS = {
     "collectives": lambda k: k.kind == "collective",
     "convolution, forward": lambda k: _convolution(k) and not k.backward,
     "convolution, filter gradient": lambda k: (_convolution(k) and k.filter
-                                               or _kernel(k) and not _norm(k)),
+                                               or _kernel(k) and not k.within("norm", "attn")),
     "convolution, input gradient": _convolution,
     "random bits": lambda k: k.kind == "random bits",
     "optimizer, clip, average, data, sampler": lambda k: not k.network and k.path != [""],

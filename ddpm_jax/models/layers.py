@@ -23,6 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
+from ddpm_jax.models.attention import FORMS
 from ddpm_jax.models.fused_norm import GroupNorm, create_parameters
 from ddpm_jax.models.shard_gradients import conv3x3, conv3x3_by_shard
 
@@ -301,12 +302,14 @@ def time_projections(blocks, temb):
 
 
 class AttentionBlock(Block):
-    """Single-head self-attention over all pixels, scale C^-1/2, residual (unet.py:attn_block)."""
+    """Single-head self-attention over all pixels, scale C^-1/2, residual (unet.py:attn_block);
+    form: a row of attention.FORMS."""
 
     features: int
     groups: int
     dtype: Any = jnp.float32
     norm_form: str = "xla"
+    form: str = "xla"
 
     @nn.nowrap
     def layers(self):
@@ -322,9 +325,5 @@ class AttentionBlock(Block):
     def __call__(self, x):
         b, height, width, c = x.shape
         h = self.norm(x).reshape(b, height * width, c)
-        # Joined, q, k and v would be cut apart again by copies that cost more than two more reads.
-        q, k, v = self.q(h), self.k(h), self.v(h)
-        logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32)
-        weights = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(self.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, v)
+        h = FORMS[self.form].attend(h, (self.q, self.k, self.v))
         return x + self.proj_out(h.reshape(x.shape))

@@ -116,7 +116,7 @@ KINDS = {
         timed=True),
     "attention": Kind(
         lambda s, unet: unet.checkpoint(AttentionBlock)(s.features, unet.num_groups, unet.dtype,
-                                                        unet.norm_form),
+                                                        unet.norm_form, unet.attention_form),
         lambda module, h, *_: module(h),
         products=lambda s: 2 * s.size**4 * s.features),  # the scores, and the mean of the values
     "down": Kind(
@@ -145,7 +145,7 @@ class UNet(Block):
     for no label (Ho & Salimans 2021).
 
     by_shard: a row of shard_gradients.FORMS where its gradients are taken under ``vmap`` over
-    shards of a batch; norm_form: a row of fused_norm.FORMS."""
+    shards of a batch; norm_form: a row of fused_norm.FORMS, attention_form: of attention.FORMS."""
 
     image_size: int = 32
     in_channels: int = 3
@@ -163,6 +163,7 @@ class UNet(Block):
     dtype: Any = jnp.float32
     by_shard: str = ""
     norm_form: str = "xla"
+    attention_form: str = "xla"
 
     @property
     def no_label(self):
