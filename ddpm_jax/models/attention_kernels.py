@@ -51,8 +51,9 @@ def plans(x, interpret=False) -> Plans | None:
             or tokens & (tokens - 1)):
         return None
     rows, width = min(128, tokens), 64 if channels % 128 else 128
-    return Plans(dense=Plan(rows, 64, width, 8, 3), forward=Plan(64, 64, 64, 8, 2),
-                 scores=Plan(64, 64, 64, 8, 2), values=Plan(rows, 32, width, 8, 3),
+    # The fastest of some ten each on an H100, at 256 tokens and channels (NOTES.md, "Attention").
+    return Plans(dense=Plan(rows, 64, width, 8, 3), forward=Plan(rows, 64, 64, 8, 3),
+                 scores=Plan(64, 64, 64, 4, 2), values=Plan(rows, 32, width, 8, 4),
                  interpret=interpret)
 
 
