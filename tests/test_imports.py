@@ -22,7 +22,7 @@ ARROWS = {
     "config": {"diffusion", "names", "storage"},
     "config_checks": {"config", "data", "diffusion", "models", "parallel", "training"},
     "experiment": {"config_checks", "diffusion", "models", "parallel", "training"},
-    "start_line": {"compilation", "config_checks", "experiment"},
+    "start_line": {"compilation", "config_checks", "experiment", "models"},
     "checkpoints": {"config", "parallel", "storage"},
     "run_log": {"storage"},
     "init_from": {"checkpoints", "config", "experiment", "storage", "training"},

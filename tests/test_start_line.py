@@ -41,6 +41,17 @@ def test_a_faster_type_is_named_with_its_factor(monkeypatch):
     assert "faster" not in start_line.training_line(other)
 
 
+def test_kernels_are_named_where_they_could_run_and_none_is_chosen(monkeypatch):
+    monkeypatch.setitem(start_line._FASTER_KERNELS, ("cpu", "float32"), "the flag (2 x)")
+    fields = {"train.clip_scope": "global"}
+    assert start_line.training_line(model(**fields)).endswith("; faster: the flag (2 x)")
+    assert start_line.sampling_line(model(), 1000, 8).endswith("; faster: the flag (2 x)")
+    cut = model(2, **fields, **{"parallel.runner": "jit"})
+    chosen = model(**fields)
+    chosen = chosen._replace(model=chosen.model.clone(norm_form="triton"))
+    assert all("faster" not in start_line.training_line(exp) for exp in (cut, chosen))
+
+
 def test_a_measured_machine_is_matched_by_network_type_clip_and_images(monkeypatch):
     exp = model(**{"train.clip_scope": "global"})
     row = start_line.Measured("cpu", unet_work(exp.model).parameters, "float32",

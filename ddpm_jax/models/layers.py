@@ -232,16 +232,16 @@ def _draw(kinds, key):
     """For each (initializer, shape, N numbers) of ``kinds``: a list of N arrays, drawn from the key
     with each number folded in. The loop is there for the compiler: under vmap, or unrolled, the
     same draws take it several times longer."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        key, np.array([n for *_, folded in kinds for n in folded], np.uint32))
-    drawn = []
-    for initializer, shape, folded in kinds:
-        own, keys = keys[:len(folded)], keys[len(folded):]
+    def drawn(initializer, shape, keys):
         if initializer in _CONSTANTS:
-            drawn.append([initializer(None, shape, jnp.float32)] * len(folded))
-        else:
-            drawn.append(list(lax.map(lambda key: initializer(key, shape, jnp.float32), own)))
-    return drawn
+            return [initializer(None, shape, jnp.float32)] * len(keys)
+        return list(lax.map(lambda key: initializer(key, shape, jnp.float32), keys))
+
+    numbers = np.array([n for *_, folded in kinds for n in folded], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    ends = np.cumsum([len(folded) for *_, folded in kinds])
+    return [drawn(*kind, keys[end - len(folded):end])
+            for (*kind, folded), end in zip(kinds, ends, strict=True)]
 
 
 class ResBlock(Block):
