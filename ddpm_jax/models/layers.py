@@ -19,7 +19,6 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
@@ -237,11 +236,12 @@ def _draw(kinds, key):
             return [initializer(None, shape, jnp.float32)] * len(keys)
         return list(lax.map(lambda key: initializer(key, shape, jnp.float32), keys))
 
-    numbers = np.array([n for *_, folded in kinds for n in folded], np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    ends = np.cumsum([len(folded) for *_, folded in kinds])
-    return [drawn(*kind, keys[end - len(folded):end])
-            for (*kind, folded), end in zip(kinds, ends, strict=True)]
+    numbers = jnp.array([n for *_, folded in kinds for n in folded], jnp.uint32)
+    keys, values = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers), []
+    for *kind, folded in kinds:
+        values.append(drawn(*kind, keys[:len(folded)]))
+        keys = keys[len(folded):]
+    return values
 
 
 class ResBlock(Block):
