@@ -55,7 +55,8 @@ ARROWS = {
 }
 # What the pure core may import from outside.
 FOREIGN = {"diffusion": {"jax", "numpy", "math", "typing", "collections", "functools"},
-           "models": {"jax", "flax", "math", "hashlib", "typing", "functools", "collections"}}
+           "models": {"jax", "jaxlib", "flax", "math", "hashlib", "typing", "functools",
+                      "collections", "sys"}}
 
 
 def imports(path):

@@ -5,6 +5,8 @@ once and keeps its sums in registers. Triton's tiles are powers of two: ``padded
 tile has too much of, others take only shapes that fill their tiles.
 """
 
+import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -166,9 +168,15 @@ class Tiles:
         return self._at(start)[1] if self.plan.masked else None
 
 
+@functools.cache
 def triton():
     from jax.experimental.pallas import triton
+    from jaxlib.triton import dialect
 
+    # MLIR imports the module of each operation's dialect by this name. jaxlib has none of Triton's,
+    # and looking for it in vain, at each operation, was 40 % of the lowering (NOTES.md, "Warm
+    # start").
+    sys.modules.setdefault("jaxlib.mlir.dialects.tt", dialect)
     return triton
 
 

@@ -1,5 +1,8 @@
 """The norm's kernels, interpreted, against the form that XLA compiles, and compiled for an H100."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,7 +162,10 @@ def h100s():
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # JAX 0.11 on
-def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
+def test_kernels_with_masks_compile_for_an_absent_h100(h100s, monkeypatch):
+    looked_for = []
+    finder = types.SimpleNamespace(find_spec=lambda name, *_: looked_for.append(name))
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     runner = RUNNERS["shard_map"](h100s.devices[:1])
     places = "batch", "batch", "replicated", "replicated", "batch", "batch"
     args = [runner.abstract(place, jax.ShapeDtypeStruct(v.shape, v.dtype))
@@ -167,6 +173,7 @@ def test_kernels_with_masks_compile_for_an_absent_h100(h100s):
     jitted = runner.compile(value_and_gradients("triton_padded", 8), places, ("batch",))
     with h100s.lowering():
         result = report.compile_and_report(jitted, args, programs_cache=False)
+    assert not [name for name in looked_for if name.endswith(".tt")]  # once for each operation
     assert result.report["hlo"]["custom_calls"] == {"__gpu$xla.gpu.triton": 2}
     found = [origin for _, origin, name in parts.origins(result.compiled.as_text()).values()
              if name.endswith("/pallas_call")]
