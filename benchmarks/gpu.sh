@@ -40,6 +40,8 @@ $(for norm in "${NORMS[@]}"; do
     echo "sample512-norm-$norm 150 sample --config.parallel.norm_kernel=$norm"
     echo "profile128-norm-$norm 250 profile step --config.parallel.norm_kernel=$norm"
 done)
+step128-attention-xla 150 step --config.parallel.attention_kernel=xla
+sample512-attention-xla 150 sample --config.parallel.attention_kernel=xla
 start-cold 200 start
 start-warm 100 start
 train 560 train
