@@ -180,6 +180,7 @@ def test_the_loop_compiles_once(straight, tmp_path):
     assert len(steps) == 1, steps
 
 
+@pytest.mark.slow
 def test_best_checkpoint_by_metric(tmp_path):
     scores = iter([3.0, 1.0, 2.0])
 

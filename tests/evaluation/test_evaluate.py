@@ -53,6 +53,7 @@ def test_reference_then_fid_is_the_formula_on_the_same_features(
         evaluate_images(fake, options._replace(num=11))
 
 
+@pytest.mark.slow
 def test_nan_stops_before_a_metric_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "default_epochs", lambda n: 1)
     model, session = tiny(1, tmp_path / "e")

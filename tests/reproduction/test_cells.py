@@ -57,6 +57,7 @@ SETTINGS = ("model.ch=4", "model.ch_mult=[1]", "model.num_res_blocks=1",
             "model.attn_resolutions=[]", "model.num_groups=2", "diffusion.num_timesteps=4")
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_and_never_trained(tmp_path, monkeypatch, capsys):
     """By the cell's sampler: 2 steps, where the imported config has all 4. None of those that
     ``fast`` compares is as short as this model's chain."""
