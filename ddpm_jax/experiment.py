@@ -189,13 +189,11 @@ def build_training(exp: Experiment) -> Training:
         training.placement(training.abstract_state), training.abstract_state))
 
 
-def check_slice(shards: int, one: int) -> None:
-    """Raise UserError where ``shards`` devices are not in one slice, or host of GPUs, of ``one``
-    devices."""
-    if one % shards:
-        raise UserError(f"config.parallel.shards={shards} does not divide the {one} devices of one "
-                        "slice, or host of GPUs; take one of "
-                        + ", ".join(str(n) for n in range(1, one + 1) if one % n == 0))
+def beyond_one_slice(shards: int, one: int) -> UserError:
+    """The error of ``shards`` devices that are not in one slice, or host of GPUs, of ``one``."""
+    return UserError(f"config.parallel.shards={shards} does not divide the {one} devices of one "
+                     "slice, or host of GPUs; take one of "
+                     + ", ".join(str(n) for n in range(1, one + 1) if one % n == 0))
 
 
 def _cut_state(exp):
@@ -205,7 +203,7 @@ def _cut_state(exp):
         return exp, None
     runner = CUTTING_RUNNERS[parallel.runner](mesh.devices.flat, parallel.shards)
     if not shares_links(runner.mesh):
-        check_slice(parallel.shards, slice_size(runner.mesh))
+        raise beyond_one_slice(parallel.shards, slice_size(runner.mesh))
     cut = make_cut(runner.mesh, exp.abstract_params, fields=CUTS[parallel.cut],
                    order=packing.order_on(mesh.devices.flat[0].platform))
     return exp._replace(runner=runner._replace(loops_on_device=exp.runner.loops_on_device)), cut

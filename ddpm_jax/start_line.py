@@ -9,6 +9,7 @@ from ddpm_jax.compilation.roofline import unet_work
 from ddpm_jax.config_checks import clips_parts, kernel_form
 from ddpm_jax.experiment import Experiment
 from ddpm_jax.models import attention, fused_norm
+from ddpm_jax.models.norm_tiles import H100
 
 
 class Measured(NamedTuple):
@@ -21,24 +22,23 @@ class Measured(NamedTuple):
     parameters: int
     dtype: str
     norm: str
+    attention: str
     clip: str | None
     images: int
     images_per_second: int
-    attention: str = "xla"
 
 
-H100 = "NVIDIA H100 80GB HBM3"
 MEASURED = (  # BENCHMARKS.md, h100-a78cd02 and h100-2026-11-27
-    Measured(H100, 35_746_307, "bfloat16", "triton", "global", 128, 7887, "triton"),
-    Measured(H100, 35_746_307, "bfloat16", "triton", "global", 512, 9656, "triton"),
-    Measured(H100, 35_746_307, "bfloat16", "triton", "kernels", 128, 7145, "triton"),
-    Measured(H100, 35_746_307, "bfloat16", "triton", None, 512, 31365, "triton"),
-    Measured(H100, 35_746_307, "bfloat16", "xla", "global", 128, 6791),
-    Measured(H100, 35_746_307, "bfloat16", "xla", "global", 512, 8252),
-    Measured(H100, 35_746_307, "bfloat16", "xla", None, 512, 27827),
-    Measured(H100, 35_746_307, "float32", "triton", "global", 128, 3828),
-    Measured(H100, 35_746_307, "float32", "xla", "global", 128, 3528),
-    Measured(H100, 35_746_307, "float32", "xla", "convolutions", 128, 2748),
+    Measured(H100, 35_746_307, "bfloat16", "triton", "triton", "global", 128, 7887),
+    Measured(H100, 35_746_307, "bfloat16", "triton", "triton", "global", 512, 9656),
+    Measured(H100, 35_746_307, "bfloat16", "triton", "triton", "kernels", 128, 7145),
+    Measured(H100, 35_746_307, "bfloat16", "triton", "triton", None, 512, 31365),
+    Measured(H100, 35_746_307, "bfloat16", "xla", "xla", "global", 128, 6791),
+    Measured(H100, 35_746_307, "bfloat16", "xla", "xla", "global", 512, 8252),
+    Measured(H100, 35_746_307, "bfloat16", "xla", "xla", None, 512, 27827),
+    Measured(H100, 35_746_307, "float32", "triton", "xla", "global", 128, 3828),
+    Measured(H100, 35_746_307, "float32", "xla", "xla", "global", 128, 3528),
+    Measured(H100, 35_746_307, "float32", "xla", "xla", "convolutions", 128, 2748),
 )
 
 # What XLA by default multiplies float32 in, by platform; elsewhere in float32.
@@ -104,10 +104,9 @@ def _device(exp):
 
 
 def _measured(exp, clip, images) -> int | None:
-    key = Measured(_device(exp).device_kind, unet_work(exp.model).parameters,
-                   exp.config.model.dtype, exp.model.norm_form, clip, images, 0,
-                   exp.model.attention_form)
-    found = [row.images_per_second for row in MEASURED if row._replace(images_per_second=0) == key]
+    key = (_device(exp).device_kind, unet_work(exp.model).parameters, exp.config.model.dtype,
+           exp.model.norm_form, exp.model.attention_form, clip, images)
+    found = [row.images_per_second for row in MEASURED if row[:-1] == key]
     return found[0] if found and exp.runner.num_devices == 1 else None
 
 

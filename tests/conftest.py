@@ -49,6 +49,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def h100s():
+    """Two absent H100s, for which programs can be compiled."""
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="the CUDA plugin is not installed")
+    from ddpm_jax.compilation import topology
+
+    return topology.describe("h100:2")
+
+
+@pytest.fixture
 def real_images():
     """Folder of real photographs (class folders of JPEG), named by DDPM_TEST_IMAGES; else skips."""
     folder = os.environ.get("DDPM_TEST_IMAGES")

@@ -55,7 +55,7 @@ def test_kernels_are_named_where_they_could_run_and_none_is_chosen(monkeypatch):
 def test_a_measured_machine_is_matched_by_network_type_clip_and_images(monkeypatch):
     exp = model(**{"train.clip_scope": "global"})
     row = start_line.Measured("cpu", unet_work(exp.model).parameters, "float32",
-                              exp.model.norm_form, "global", 8, 4321)
+                              exp.model.norm_form, "xla", "global", 8, 4321)
     monkeypatch.setattr(start_line, "MEASURED", (*start_line.MEASURED, row))
     assert "; 4,321 images/s measured" in start_line.training_line(exp)
     for other in (model(2, **{"train.clip_scope": "global"}), model(**{"model.ch": 8}),

@@ -161,8 +161,9 @@ def measure(config, *, topology: str, program: str, options: dict, num_examples:
     machine = describe(topology)
     exp = experiment.build_model(config, machine.devices)
     made, devices = PROGRAMS[program](exp, num_examples), len(machine.devices)
-    if program in TRAINING:  # absent GPUs do not report which of them share a host
-        experiment.check_slice(config.parallel.shards, devices // machine.slices)
+    one, shards = devices // machine.slices, config.parallel.shards
+    if program in TRAINING and one % shards:  # absent GPUs do not report which share a host
+        raise experiment.beyond_one_slice(shards, one)
     with machine.lowering():
         result = report.compile_and_report(made.jitted, made.args, options=options,
                                            programs_cache=machine.chip is None)

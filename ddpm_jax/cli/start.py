@@ -10,13 +10,11 @@ import sys
 import tempfile
 import warnings
 
+from ddpm_jax.compilation.hardware import NO_TPU
 from ddpm_jax.errors import UserError
 
 # What the CUDA plugin writes on a machine without a GPU, before any logging can be configured.
 NO_GPU = re.compile(rb"before absl::InitializeLog\(\) is called|cudart_stub\.cc.*GPU will not be")
-
-# What libtpu asks a Cloud TPU's metadata server for, and reports on stderr where there is none.
-NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def start_jax() -> None:

@@ -11,6 +11,9 @@ v2 and v3 links from Jouppi et al., CACM 63(7), 2020. GPU: NVIDIA's data sheets,
 
 from typing import NamedTuple
 
+# What libtpu asks a Cloud TPU's metadata server for, and reports on stderr where there is none.
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+
 
 class Tpu(NamedTuple):
     """How a TPU generation is named and sold.

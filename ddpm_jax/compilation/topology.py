@@ -20,8 +20,7 @@ from ddpm_jax.errors import UserError
 
 # Read when the plugins load: no metadata server to wait for, no log files, and room for a second
 # process that compiles too.
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1",
-         "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1", **hardware.NO_TPU,
          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}
 GPUS_PER_HOST = 8
 NAME = re.compile(

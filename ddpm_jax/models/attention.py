@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ddpm_jax.models import attention_kernels, norm_tiles
 
@@ -72,9 +71,7 @@ def kernels_form(interpret=False) -> Form:
         kernel = jnp.concatenate([layer.kernel for layer in layers], axis=1)
         bias = jnp.concatenate([layer.bias for layer in layers])
         kernels = functools.partial(_with_kernels, plans)
-        if interpret:
-            return kernels(h, kernel, bias)
-        return lax.platform_dependent(h, kernel, bias, cuda=kernels, default=_joined)
+        return norm_tiles.on_cuda(interpret, kernels, _joined, h, kernel, bias)
 
     return Form(attend, kernels=True)
 
@@ -82,7 +79,7 @@ def kernels_form(interpret=False) -> Form:
 FORMS = {"xla": Form(_xla), "triton": kernels_form()}
 PLAIN = "xla"  # runs everywhere
 # By jax.Device.device_kind and the compute type, where another row was measured to be the fastest.
-FASTEST_FORMS = {("NVIDIA H100 80GB HBM3", "bfloat16"): "triton"}
+FASTEST_FORMS = {(norm_tiles.H100, "bfloat16"): "triton"}
 
 
 def fastest_form(device_kind, dtype, cut) -> str:

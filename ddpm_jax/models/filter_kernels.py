@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.models import norm_tiles
+
 PIXELS, STAGES = 64, 3  # of a step of a program's loop; steps that are loaded ahead
 PROGRAMS, STEPS = 600, 32  # splits give at most so many programs, and each at least so many steps
 # The fastest plan of up to 15 on one H100 (JAX 0.11.2, bfloat16, 8 shards of 16 images), by pixels
@@ -71,8 +73,8 @@ def gradients(plan, stride, x, g):
     """x [S,b,H,W,in], g [S,b,H/stride,W/stride,out] -> [S,out,3,3,in], summed in float32, in x's
     type."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
 
+    triton = norm_tiles.triton()
     shards, images, height, width, inputs = x.shape
     tall, wide, outputs = g.shape[2:]
     steps = images * tall * wide // (plan.pixels * plan.splits)

@@ -184,11 +184,7 @@ class Form(NamedTuple):
 def kernels_form(padded, interpret=False) -> Form:
     """The kernels of norm_kernels.py where the program is compiled for an NVIDIA GPU and the shape
     has a plan; XLA's form elsewhere. padded, interpret: as in norm_tiles.Plan."""
-
-    def on_cuda(kernels, otherwise, *args):
-        if interpret:
-            return kernels(*args)
-        return lax.platform_dependent(*args, cuda=kernels, default=otherwise)
+    on_cuda = functools.partial(norm_tiles.on_cuda, interpret)
 
     def forward(*args):
         *arrays, act = args
@@ -236,8 +232,8 @@ PLAIN = "xla"  # has no kernels
 # By jax.Device.device_kind and the compute type, where another row was measured to be
 # the fastest (NOTES.md, "Norm kernels" and "The norm on a CPU").
 FASTEST_FORMS = {("cpu", "float32"): "stored",
-                 ("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
-                 ("NVIDIA H100 80GB HBM3", "float32"): "triton"}
+                 (norm_tiles.H100, "bfloat16"): "triton",
+                 (norm_tiles.H100, "float32"): "triton"}
 
 
 def fastest_form(device_kind, dtype, cut) -> str:

@@ -204,22 +204,22 @@ def initial_parameters(module, key):
     """
     alike = {}
     for path, layer in parameter_layers(module):
-        for i, (name, shape) in enumerate(layer.shapes().items()):
-            alike.setdefault((layer.initializers()[name], shape), []).append((*path, name, i + 1))
-    kinds = tuple((*kind, tuple(_folded(*path[:-2], path[-1]) for path in paths))
-                  for kind, paths in alike.items())
-    return unflatten_dict({path[:-1]: value for paths, values in zip(
+        for count, (name, shape) in enumerate(layer.shapes().items(), 1):
+            numbers = alike.setdefault((layer.initializers()[name], shape), {})
+            numbers[*path, name] = _folded(path, count)
+    kinds = tuple((*kind, tuple(numbers.values())) for kind, numbers in alike.items())
+    return unflatten_dict({path: value for numbers, values in zip(
         alike.values(), _draw(kinds, key), strict=True)
-        for path, value in zip(paths, values, strict=True)})
+        for path, value in zip(numbers, values, strict=True)})
 
 
-def _folded(*words):
-    """What flax folds into the key of ``init`` for a module's count-th draw, of the words of its
-    path and the count (flax/core/scope.py:_fold_in_static): folding them one by one, as flax does,
-    takes some seconds."""
+def _folded(path, count):
+    """What flax folds into the key of ``init`` for the count-th draw of the module at ``path``
+    (flax/core/scope.py:_fold_in_static): folding them one by one, as flax does, takes some
+    seconds."""
     separator = b"\0" if flax.config.flax_fix_rng_separator else b""
-    joined = b"".join(separator + (word.encode() if isinstance(word, str) else bytes([word]))
-                      for word in words)
+    words = [*(name.encode() for name in path), bytes([count])]
+    joined = b"".join(separator + word for word in words)
     return int.from_bytes(hashlib.sha1(joined).digest()[:4], "big")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 PLATFORMS = {"gpu", "cuda"}
+H100 = "NVIDIA H100 80GB HBM3"  # the jax.Device.device_kind on which the kernels were measured
 VECTOR = 16  # bytes that one thread loads at once
 PROGRAMS = 1024  # that backward_sums aims at: about 8 for each of an H100's 132 processors
 FUSED_PIXELS = 256  # of a map that is read twice by one program; from 1024 on it was slower
@@ -53,6 +54,14 @@ def fastest(forms, measured, otherwise, device, cut) -> str:
     """
     form = measured.get(device, otherwise)
     return otherwise if forms[form].kernels and (cut or missing()) else form
+
+
+def on_cuda(interpret, kernels, otherwise, *args):
+    """kernels(*args) where the program is compiled for an NVIDIA GPU, or they are interpreted;
+    otherwise(*args) elsewhere."""
+    if interpret:
+        return kernels(*args)
+    return lax.platform_dependent(*args, cuda=kernels, default=otherwise)
 
 
 def _power(limit, divides):

@@ -122,7 +122,7 @@ PLAIN = "convolutions"  # runs everywhere
 # By jax.Device.device_kind and the compute type, where another row was measured to be the fastest.
 FASTEST_FORMS = {
     ("cpu", "float32"): "turned",
-    ("NVIDIA H100 80GB HBM3", "bfloat16"): "kernels",
+    (norm_tiles.H100, "bfloat16"): "kernels",
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import config
 
-from ddpm_jax.compilation import parts, report, topology
+from ddpm_jax.compilation import parts, report
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model
 from ddpm_jax.models import attention, attention_kernels
@@ -116,12 +116,6 @@ def test_on_a_cpu_every_form_is_that_of_xla():
 def test_kernels_that_cannot_run_are_one_line(field, message):
     with pytest.raises(UserError, match=f"config.parallel.{message}"):
         build_model(config(**field), jax.devices()[:1])
-
-
-@pytest.fixture
-def h100s():
-    pytest.importorskip("jax_plugins.xla_cuda12", reason="the CUDA plugin is not installed")
-    return topology.describe("h100:2")
 
 
 @pytest.mark.peer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import config
 
-from ddpm_jax.compilation import parts, report, topology
+from ddpm_jax.compilation import parts, report
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import build_model, build_training
 from ddpm_jax.models import fused_norm, norm_tiles
@@ -152,12 +152,6 @@ def test_on_a_cpu_every_form_is_that_of_xla():
 def test_kernels_that_cannot_run_are_one_line(field, message):
     with pytest.raises(UserError, match=message):
         build_training(build_model(config(**field), jax.devices()[:1]))
-
-
-@pytest.fixture
-def h100s():
-    pytest.importorskip("jax_plugins.xla_cuda12", reason="the CUDA plugin is not installed")
-    return topology.describe("h100:2")
 
 
 @pytest.mark.peer

@@ -17,7 +17,7 @@ from pod_processes import Processes
 from tiny_run import FLAGS, digits
 from xla_flags import xla_flags
 
-from ddpm_jax import programs
+from ddpm_jax import experiment, programs
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.cli.main import main
 from ddpm_jax.compilation import hlo
@@ -210,6 +210,14 @@ def test_a_state_is_not_cut_over_slices():
     assert cut.shares_links(SimpleNamespace(devices=devices.reshape(2, 4)))
     over = SimpleNamespace(devices=devices.reshape(1, 8))
     assert not cut.shares_links(over) and cut.slice_size(over) == 4
+
+
+def test_slices_of_different_sizes_are_no_exception(monkeypatch):
+    """Shards that divide the smallest and yet lie over two. A CPU has only one slice."""
+    monkeypatch.setattr(experiment, "shares_links", lambda mesh: False)
+    c = config(4, "optimizer")
+    with pytest.raises(UserError, match="shards=4 does not divide the 8 devices of one slice"):
+        build_training(build_model(c))
 
 
 # ---- two processes of four devices against one of eight ----
